@@ -1,0 +1,264 @@
+// Errors and files: the one way in which every part of the program fails, reads and writes.
+//
+// Everything that a user, a file or a machine can do wrong ends as one line on stderr and an exit
+// code: fail_input (2) for bad usage and bad files, fail_machine (1) for disks, memory and numbers.
+// Files are read through a read-only mapping, and written beside their target, flushed, synced and
+// renamed, so that a reader finds the old content or the new, never a part.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <cerrno>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace fs = std::filesystem;
+using json = nlohmann::json;                  // for reading: finds a key among many quickly
+using ordered_json = nlohmann::ordered_json;  // for writing what people read: keeps the order given
+
+// ==== errors =====================================================================================
+
+constexpr int kExitMachine = 1;  // a disk, memory, or a loss that is not a number
+constexpr int kExitInput = 2;    // bad usage or a bad file
+
+struct Error : std::runtime_error {
+    int exit_code;
+    Error(int code, const std::string& message) : std::runtime_error(message), exit_code(code) {}
+};
+
+// printf into a string.
+inline std::string vformat(const char* pattern, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    int length = vsnprintf(nullptr, 0, pattern, again);
+    va_end(again);
+    std::string text(length > 0 ? size_t(length) : 0, '\0');
+    vsnprintf(text.data(), text.size() + 1, pattern, args);
+    return text;
+}
+
+__attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {
+    va_list args;
+    va_start(args, pattern);
+    std::string text = vformat(pattern, args);
+    va_end(args);
+    return text;
+}
+
+// The user or a file is wrong: throws an Error with exit code 2. The line says where and what would
+// help.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail_input(const char* pattern,
+                                                                          ...) {
+    va_list args;
+    va_start(args, pattern);
+    std::string text = vformat(pattern, args);
+    va_end(args);
+    throw Error(kExitInput, text);
+}
+
+// The machine failed: throws an Error with exit code 1.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail_machine(const char* pattern,
+                                                                            ...) {
+    va_list args;
+    va_start(args, pattern);
+    std::string text = vformat(pattern, args);
+    va_end(args);
+    throw Error(kExitMachine, text);
+}
+
+// A system call on `path` failed with errno: what does not exist is bad input, a refusal is the
+// machine's.
+[[noreturn]] inline void fail_errno(const std::string& path, const char* action) {
+    int code = errno;
+    if (code == ENOENT || code == ENOTDIR || code == EISDIR)
+        fail_input("%s: cannot %s: %s", path.c_str(), action, strerror(code));
+    fail_machine("%s: cannot %s: %s", path.c_str(), action, strerror(code));
+}
+
+// ==== reading ====================================================================================
+
+inline uint64_t hash_bytes(const void* data, size_t size, uint64_t seed = 0) {
+    return XXH3_64bits_withSeed(data, size, seed);
+}
+
+// A whole file, read-only, mapped into memory; an empty file has size 0. Move-only.
+class MappedFile {
+  public:
+    MappedFile() = default;
+    explicit MappedFile(const std::string& path) : path_(path) {
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail_errno(path, "open");
+        struct stat info;
+        if (fstat(fd, &info) != 0) {
+            close(fd);
+            fail_errno(path, "stat");
+        }
+        if (!S_ISREG(info.st_mode)) {
+            close(fd);
+            fail_input("%s: not a regular file", path.c_str());
+        }
+        size_ = size_t(info.st_size);
+        void* address = size_ == 0 ? nullptr : mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+        close(fd);
+        if (address == MAP_FAILED) fail_errno(path, "map");
+        data_ = static_cast<const char*>(address);
+    }
+    MappedFile(MappedFile&& other) noexcept { swap(other); }
+    MappedFile& operator=(MappedFile&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~MappedFile() {
+        if (data_ != nullptr) munmap(const_cast<char*>(data_), size_);
+    }
+
+    const char* data() const { return data_; }
+    size_t size() const { return size_; }
+    std::string_view view() const { return {data_, size_}; }
+    const std::string& path() const { return path_; }
+
+  private:
+    void swap(MappedFile& other) {
+        std::swap(path_, other.path_);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+    }
+    std::string path_;
+    const char* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+inline std::string read_file(const std::string& path) {
+    return std::string(MappedFile(path).view());
+}
+
+// Parses JSON text; `where` names it in the error. Text from strangers may nest without end, and
+// the library would follow it down the stack, so depth is bounded first.
+inline json parse_json(std::string_view text, const std::string& where) {
+    constexpr int kDeepest = 64;
+    int depth = 0;
+    bool quoted = false;
+    for (size_t i = 0; i < text.size(); i++) {
+        char c = text[i];
+        if (quoted) {
+            if (c == '\\') i++;
+            else if (c == '"') quoted = false;
+        } else if (c == '"') {
+            quoted = true;
+        } else if (c == '[' || c == '{') {
+            if (++depth > kDeepest)
+                fail_input("%s: byte %zu: JSON nested deeper than %d", where.c_str(), i, kDeepest);
+        } else if (c == ']' || c == '}') {
+            depth--;
+        }
+    }
+    try {
+        return json::parse(text.begin(), text.end());
+    } catch (const json::parse_error& error) {
+        fail_input("%s: byte %zu: not valid JSON", where.c_str(), size_t(error.byte));
+    } catch (const json::out_of_range&) {  // a number like 1e999
+        fail_input("%s: a number in it is too large for JSON", where.c_str());
+    }
+}
+
+// ==== writing ====================================================================================
+
+// Makes a rename inside `folder` durable.
+inline void sync_folder(const std::string& folder) {
+    int fd = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) fail_errno(folder, "open");
+    int status = fsync(fd);
+    close(fd);
+    if (status != 0 && errno != EINVAL)
+        fail_errno(folder, "sync");  // EINVAL: it has no such operation
+}
+
+inline void make_folder(const std::string& path) {
+    std::error_code error;
+    fs::create_directories(path, error);
+    if (error) fail_machine("%s: cannot create: %s", path.c_str(), error.message().c_str());
+}
+
+// Writes `path` so that it appears whole or not at all: bytes go to `path`.tmp, commit() flushes,
+// syncs and renames it, and destruction without commit() removes it. Every failure throws with exit
+// code 1.
+class AtomicFile {
+  public:
+    explicit AtomicFile(const std::string& path) : path_(path), temporary_(path + ".tmp") {
+        fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+        if (fd_ < 0) fail("create");
+        buffer_.reserve(kBufferSize);
+    }
+    AtomicFile(const AtomicFile&) = delete;
+    AtomicFile& operator=(const AtomicFile&) = delete;
+    ~AtomicFile() {
+        if (fd_ >= 0) {
+            close(fd_);
+            unlink(temporary_.c_str());
+        }
+    }
+
+    void write(const void* data, size_t size) {
+        if (buffer_.size() + size <= kBufferSize) {
+            buffer_.append(static_cast<const char*>(data), size);
+            return;
+        }
+        flush();
+        write_through(static_cast<const char*>(data), size);
+    }
+
+    void commit() {
+        flush();
+        if (fsync(fd_) != 0) fail("sync");
+        int fd = std::exchange(fd_, -1);
+        if (close(fd) != 0 || rename(temporary_.c_str(), path_.c_str()) != 0) {
+            int code = errno;
+            unlink(temporary_.c_str());
+            errno = code;
+            fail("write");
+        }
+        sync_folder(fs::path(path_).parent_path().string());
+    }
+
+  private:
+    static constexpr size_t kBufferSize = 1 << 20;
+
+    [[noreturn]] void fail(const char* action) {
+        fail_machine("%s: cannot %s: %s", path_.c_str(), action, strerror(errno));
+    }
+    void flush() {
+        write_through(buffer_.data(), buffer_.size());
+        buffer_.clear();
+    }
+    void write_through(const char* data, size_t size) {
+        while (size > 0) {
+            ssize_t written = ::write(fd_, data, size);
+            if (written < 0 && errno == EINTR) continue;
+            if (written < 0) fail("write");
+            data += written;
+            size -= size_t(written);
+        }
+    }
+
+    std::string path_, temporary_, buffer_;
+    int fd_ = -1;
+};
+
+inline void write_file_atomic(const std::string& path, std::string_view content) {
+    AtomicFile file(path);
+    file.write(content.data(), content.size());
+    file.commit();
+}
