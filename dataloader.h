@@ -1,0 +1,840 @@
+// Tokens to batches: where training and evaluation data comes from.
+//
+// Text is tokenized once into a shard, a flat file of token ids; shards are memory-mapped and
+// checked when they are opened, so that nothing can go wrong in the middle of a run. DataLoader
+// deals shuffled windows of them, the same sequence of windows however they are spread over ranks
+// and micro-batches, from a position that two numbers describe. EvalLoader goes through a set in
+// order and predicts every token once.
+#pragma once
+
+#include <glob.h>
+
+#include <algorithm>
+#include <bit>
+#include <cassert>
+#include <cctype>
+#include <climits>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "files.h"
+#include "tokenizer.h"
+
+static_assert(std::endian::native == std::endian::little,
+              "shards and .npy files are read in place");
+
+constexpr int kIgnore = -1;  // a target that takes no part in the loss
+
+// ==== .npy files =================================================================================
+
+// An array of integers as NumPy saves it; values are in C order (the last index runs fastest).
+struct NpyArray {
+    std::vector<size_t> shape;
+    std::vector<int> values;
+};
+
+// What the header of a .npy file says: items of `width` bytes, `count` of them from byte `offset`
+// to the end.
+struct NpyHeader {
+    std::vector<size_t> shape;
+    size_t width = 0, count = 1, offset = 0;
+};
+
+// Reads the Python dictionary at the head of a .npy file: {'descr': '<i4', 'fortran_order': False,
+// 'shape': (2, 3), }, its three keys in any order and each exactly once. `base` is the byte of the
+// file at which the text begins, for messages.
+class NpyHeaderParser {
+  public:
+    NpyHeaderParser(std::string_view text, size_t base, const std::string& path)
+        : text_(text), base_(base), path_(path) {}
+
+    NpyHeader parse() {
+        NpyHeader header;
+        int keys_seen = 0;
+        expect('{');
+        while (!accept('}')) {
+            std::string_view key = quoted();
+            expect(':');
+            if (key == "descr") keys_seen += 1, header.width = item_width(quoted());
+            else if (key == "fortran_order") keys_seen += 10, c_order();
+            else if (key == "shape") keys_seen += 100, read_shape(&header);
+            else fail("an unknown key");
+            if (!accept(',') && peek() != '}') fail("',' or '}' expected");
+        }
+        if (keys_seen != 111) fail("'descr', 'fortran_order' and 'shape' are expected once each");
+        while (at_ < text_.size() && isspace(static_cast<unsigned char>(text_[at_]))) at_++;
+        if (at_ != text_.size()) fail("something follows the dictionary");
+        return header;
+    }
+
+  private:
+    [[noreturn]] void fail(const char* what) const {
+        fail_input("%s: byte %zu: not a NumPy header: %s", path_.c_str(), base_ + at_, what);
+    }
+    char peek() {
+        while (at_ < text_.size() && text_[at_] == ' ') at_++;
+        return at_ < text_.size() ? text_[at_] : '\0';
+    }
+    bool accept(char c) {
+        if (peek() != c || at_ == text_.size()) return false;
+        at_++;
+        return true;
+    }
+    void expect(char c) {
+        if (!accept(c)) fail(format("'%c' expected", c).c_str());
+    }
+    std::string_view quoted() {
+        char quote = peek();
+        if (quote != '\'' && quote != '"') fail("a quoted string expected");
+        size_t begin = ++at_;
+        at_ = std::min(text_.find(quote, begin), text_.size());
+        if (at_ == text_.size()) fail("a string without an end");
+        return text_.substr(begin, at_++ - begin);
+    }
+    size_t item_width(std::string_view type) {
+        if (type == "<u2") return 2;
+        if (type == "<i4") return 4;
+        if (type == "<i8") return 8;
+        fail_input(
+            "%s: byte %zu: items are neither <i4 nor <i8 nor <u2; save the array with "
+            ".astype('<i4')",
+            path_.c_str(), base_ + at_);
+    }
+    void c_order() {
+        peek();
+        if (text_.substr(at_, 4) == "True")
+            fail_input("%s: byte %zu: Fortran order; save numpy.ascontiguousarray of it",
+                       path_.c_str(), base_ + at_);
+        if (text_.substr(at_, 5) != "False") fail("True or False expected");
+        at_ += 5;
+    }
+    size_t number() {
+        if (!isdigit(static_cast<unsigned char>(peek()))) fail("a number expected");
+        size_t value = 0;
+        for (; at_ < text_.size() && isdigit(static_cast<unsigned char>(text_[at_])); at_++)
+            if (__builtin_mul_overflow(value, size_t(10), &value) ||
+                __builtin_add_overflow(value, size_t(text_[at_] - '0'), &value))
+                fail("a number too large");
+        return value;
+    }
+    void read_shape(NpyHeader* header) {
+        expect('(');
+        while (!accept(')')) {
+            header->shape.push_back(number());
+            if (__builtin_mul_overflow(header->count, header->shape.back(), &header->count))
+                fail("a shape too large");
+            if (!accept(',') && peek() != ')') fail("',' or ')' expected");
+        }
+    }
+
+    std::string_view text_;
+    size_t base_, at_ = 0;
+    const std::string& path_;
+};
+
+constexpr std::string_view kNpyMagic = "\x93NUMPY";
+
+// Checks the header of a mapped .npy file, format versions 1 to 3, against the size of the file.
+// Anything that is not a whole C-ordered array of a type that we read is fail_input.
+inline NpyHeader read_npy_header(const MappedFile& file) {
+    const char* path = file.path().c_str();
+    std::string_view bytes = file.view();
+    if (bytes.substr(0, kNpyMagic.size()) != kNpyMagic)
+        fail_input("%s: byte 0: not a NumPy .npy file", path);
+    if (bytes.size() < 12) fail_input("%s: %zu bytes, cut short in its header", path, bytes.size());
+    int version = static_cast<unsigned char>(bytes[6]);
+    if (version < 1 || version > 3 || bytes[7] != 0)
+        fail_input("%s: byte 6: .npy version %d.%d; 1.0, 2.0 and 3.0 are known", path, version,
+                   static_cast<unsigned char>(bytes[7]));
+    uint32_t length = 0;
+    size_t length_bytes = version == 1 ? 2 : 4, begin = 8 + length_bytes;
+    memcpy(&length, bytes.data() + 8, length_bytes);
+    if (length > bytes.size() - begin)
+        fail_input("%s: byte 8: the header is said to take %u bytes, the file has %zu more", path,
+                   length, bytes.size() - begin);
+    NpyHeader header = NpyHeaderParser(bytes.substr(begin, length), begin, file.path()).parse();
+    header.offset = begin + length;
+    size_t held = bytes.size() - header.offset, expected = 0;
+    if (__builtin_mul_overflow(header.count, header.width, &expected) || held != expected)
+        fail_input(
+            "%s: byte %zu: the shape needs %zu items of %zu bytes, the file has %zu bytes for them",
+            path, header.offset, header.count, header.width, held);
+    return header;
+}
+
+// Reads integers of type <i4, <i8 or <u2; a value that is no int32 is fail_input, as is a damaged
+// file.
+inline NpyArray read_npy(const std::string& path) {
+    MappedFile file(path);
+    NpyHeader header = read_npy_header(file);
+    NpyArray array{header.shape, std::vector<int>(header.count)};
+    const char* items = file.data() + header.offset;
+    for (size_t i = 0; i < header.count; i++) {
+        int64_t value = 0;
+        memcpy(&value, items + i * header.width, header.width);
+        if (header.width == 4) value = int32_t(value);
+        if (value < INT_MIN || value > INT_MAX)
+            fail_input("%s: byte %zu: %lld is not a 32-bit integer", path.c_str(),
+                       header.offset + i * header.width, static_cast<long long>(value));
+        array.values[i] = int(value);
+    }
+    return array;
+}
+
+// Writes values as little-endian int32 in C order, atomically. The product of `shape` is
+// values.size().
+inline void write_npy(const std::string& path, const std::vector<int>& values,
+                      const std::vector<size_t>& shape) {
+    std::string header = "{'descr': '<i4', 'fortran_order': False, 'shape': (";
+    [[maybe_unused]] size_t count = 1;
+    for (size_t i = 0; i < shape.size(); i++) {
+        count *= shape[i];
+        header += format(i == 0 ? "%zu," : i + 1 < shape.size() ? " %zu," : " %zu", shape[i]);
+    }
+    assert(count == values.size());
+    header += "), }";
+    constexpr size_t kPrefix = 10,
+                     kAlignment = 64;  // NumPy aligns the data, so that it can be mapped
+    header.append(kAlignment - (kPrefix + header.size() + 1) % kAlignment, ' ');
+    header += '\n';
+    assert(header.size() <= UINT16_MAX);
+    uint16_t length = uint16_t(header.size());
+
+    AtomicFile file(path);
+    file.write(kNpyMagic.data(), kNpyMagic.size());
+    file.write("\x01\x00", 2);
+    file.write(&length, sizeof length);
+    file.write(header.data(), header.size());
+    file.write(values.data(), values.size() * sizeof values[0]);
+    file.commit();
+}
+
+// ==== shards =====================================================================================
+
+constexpr int32_t kShardMagic = 20240520;  // the format of llm.c's GPT-2 data files
+constexpr int32_t kShardVersion = 1;
+constexpr size_t kShardHeaderInts = 256;
+constexpr size_t kShardHeaderBytes = kShardHeaderInts * sizeof(int32_t);
+
+// Writes a shard: a header of 256 int32 (magic, version, number of ids, then zeros) and the ids as
+// uint16, atomically. No ids, an id outside 0..65535, and more ids than the header can count are
+// fail_input. With `checksummed`, words 3 and 4 of the header hold the xxHash of the ids, which
+// other readers of the format pass over; the token cache has it so.
+inline void write_shard(const std::string& path, const std::vector<int>& ids,
+                        bool checksummed = false) {
+    if (ids.empty()) fail_input("%s: there are no tokens to write", path.c_str());
+    if (ids.size() > size_t(INT32_MAX))
+        fail_input("%s: %zu tokens; a shard holds at most %d", path.c_str(), ids.size(), INT32_MAX);
+    std::vector<uint16_t> items(ids.size());
+    for (size_t i = 0; i < ids.size(); i++) {
+        if (ids[i] < 0 || ids[i] > UINT16_MAX)
+            fail_input("%s: token %zu has id %d; a shard holds ids from 0 to %d", path.c_str(), i,
+                       ids[i], UINT16_MAX);
+        items[i] = uint16_t(ids[i]);
+    }
+    size_t size = items.size() * sizeof items[0];
+    int32_t header[kShardHeaderInts] = {kShardMagic, kShardVersion, int32_t(ids.size())};
+    uint64_t checksum = checksummed ? hash_bytes(items.data(), size) : 0;
+    memcpy(&header[3], &checksum, sizeof checksum);
+
+    AtomicFile file(path);
+    file.write(header, sizeof header);
+    file.write(items.data(), size);
+    file.commit();
+}
+
+// A file of token ids, memory-mapped: a shard as write_shard makes it, or a .npy file of one
+// dimension. Everything is checked when it is opened, and fail_input says what is wrong: magic,
+// version, that the size is exactly what the header says, and that every id is below the
+// vocabulary. Copies and slices share the mapping.
+class Shard {
+  public:
+    Shard(const std::string& path, int vocab_size)
+        : file_(std::make_shared<const MappedFile>(path)) {
+        if (file_->view().substr(0, kNpyMagic.size()) == kNpyMagic) open_npy();
+        else open_shard();
+        if (count_ == 0) fail_input("%s: holds no tokens", path.c_str());
+        if (width_ == 2) check_ids<uint16_t>(vocab_size);
+        else if (width_ == 4) check_ids<uint32_t>(vocab_size);
+        else check_ids<uint64_t>(vocab_size);
+    }
+
+    size_t size() const { return count_; }
+    const std::string& path() const { return file_->path(); }
+    int operator[](size_t i) const {
+        int id;
+        copy(i, 1, &id);
+        return id;
+    }
+
+    // Writes ids [begin, begin + count) to out (count).
+    void copy(size_t begin, size_t count, int* out) const {
+        assert(begin <= count_ && count <= count_ - begin);
+        if (width_ == 2) copy_as<uint16_t>(begin, count, out);
+        else if (width_ == 4) copy_as<uint32_t>(begin, count, out);
+        else copy_as<uint64_t>(begin, count, out);
+    }
+
+    // Ids [begin, end) as a shard of their own; end - begin is at least 1.
+    Shard slice(size_t begin, size_t end) const {
+        assert(begin < end && end <= count_);
+        Shard part = *this;
+        part.ids_ = ids_ + begin * width_;
+        part.count_ = end - begin;
+        part.checksum_ = 0;
+        return part;
+    }
+
+    // xxHash of the ids as the file holds them; reads the whole file.
+    uint64_t hash() const { return hash_bytes(ids_, count_ * width_); }
+
+    // What a checksummed shard says that hash() is; 0 in others.
+    uint64_t checksum() const { return checksum_; }
+
+  private:
+    template <typename T>
+    static T load(const char* at) {
+        T value;  // a .npy file may hold its items at any address
+        memcpy(&value, at, sizeof value);
+        return value;
+    }
+    template <typename T>
+    void copy_as(size_t begin, size_t count, int* out) const {
+        const char* from = ids_ + begin * sizeof(T);
+        for (size_t i = 0; i < count; i++) out[i] = int(load<T>(from + i * sizeof(T)));
+    }
+
+    void open_shard() {
+        const char* path = file_->path().c_str();
+        if (file_->size() < kShardHeaderBytes)
+            fail_input("%s: %zu bytes; a token shard begins with a header of %zu", path,
+                       file_->size(), kShardHeaderBytes);
+        int32_t magic = load<int32_t>(file_->data());
+        int32_t version = load<int32_t>(file_->data() + 4);
+        int32_t count = load<int32_t>(file_->data() + 8);
+        if (magic != kShardMagic)
+            fail_input("%s: byte 0: magic is %d; a token shard has %d", path, magic, kShardMagic);
+        if (version != kShardVersion)
+            fail_input("%s: byte 4: version %d; only %d is known", path, version, kShardVersion);
+        size_t held = file_->size() - kShardHeaderBytes;
+        if (count < 0 || held % 2 != 0 || held / 2 != size_t(count))
+            fail_input("%s: byte 8: header says %d tokens, the file holds %zu%s", path, count,
+                       held / 2, held % 2 == 0 ? "" : " and one byte");
+        checksum_ = load<uint64_t>(file_->data() + 12);
+        ids_ = file_->data() + kShardHeaderBytes;
+        count_ = size_t(count);
+        width_ = sizeof(uint16_t);
+    }
+
+    void open_npy() {
+        NpyHeader header = read_npy_header(*file_);
+        if (header.shape.size() != 1)
+            fail_input("%s: an array of %zu dimensions; token ids have one", path().c_str(),
+                       header.shape.size());
+        ids_ = file_->data() + header.offset;
+        count_ = header.count;
+        width_ = header.width;
+    }
+
+    // T is unsigned, so that a negative id is past every vocabulary too. The maximum of a block
+    // comes first, a loop without branches that compilers vectorise.
+    template <typename T>
+    void check_ids(int vocab_size) const {
+        assert(vocab_size > 0);
+        constexpr size_t kBlock = 4096;
+        for (size_t begin = 0; begin < count_; begin += kBlock) {
+            size_t end = std::min(begin + kBlock, count_);
+            T largest = 0;
+            for (size_t i = begin; i < end; i++)
+                largest = std::max(largest, load<T>(ids_ + i * sizeof(T)));
+            if (uint64_t(largest) < uint64_t(vocab_size)) continue;
+            size_t i = begin;
+            while (uint64_t(load<T>(ids_ + i * sizeof(T))) < uint64_t(vocab_size)) i++;
+            T item = load<T>(ids_ + i * sizeof(T));
+            auto id = sizeof(T) == 2 ? int64_t(item) : int64_t(std::make_signed_t<T>(item));
+            fail_input(
+                "%s: byte %zu: token id %lld, the vocabulary has %d; was it made with another "
+                "tokenizer?",
+                path().c_str(), size_t(ids_ - file_->data()) + i * sizeof(T),
+                static_cast<long long>(id), vocab_size);
+        }
+    }
+
+    std::shared_ptr<const MappedFile> file_;
+    const char* ids_ = nullptr;  // inside the mapping
+    size_t count_ = 0, width_ = 2;
+    uint64_t checksum_ = 0;
+};
+
+// Whether a file is to be opened as a Shard: its content begins like one, or its name ends in .bin
+// or .npy (a damaged shard must be refused as a shard, not be read as text).
+inline bool is_shard(const std::string& path) {
+    std::string extension = fs::path(path).extension().string();
+    if (extension == ".bin" || extension == ".npy") return true;
+    MappedFile file(path);
+    std::string_view magic(reinterpret_cast<const char*>(&kShardMagic), sizeof kShardMagic);
+    return file.view().starts_with(magic) || file.view().starts_with(kNpyMagic);
+}
+
+// ==== paths ======================================================================================
+
+// Adds the files of a folder and of the folders in it, sorted by path. Hidden ones are left out,
+// and so are binaries: files that are no shards and have a zero byte near their beginning.
+inline void expand_folder(const std::string& folder, std::vector<std::string>* files) {
+    constexpr size_t kLookAt = 8192;
+    std::vector<std::string> found;
+    size_t binaries = 0;
+    try {
+        for (auto it = fs::recursive_directory_iterator(folder); it != fs::end(it); ++it) {
+            bool hidden = it->path().filename().string().starts_with('.');
+            if (hidden) it.disable_recursion_pending();
+            if (!hidden && it->is_regular_file()) found.push_back(it->path().string());
+        }
+    } catch (const fs::filesystem_error& error) {
+        fail_machine("%s: cannot read folder: %s", error.path1().c_str(),
+                     error.code().message().c_str());
+    }
+    std::sort(found.begin(), found.end());
+    size_t before = files->size();
+    for (std::string& path : found) {
+        bool binary = !is_shard(path) && MappedFile(path).view().substr(0, kLookAt).find('\0') !=
+                                             std::string_view::npos;
+        if (binary) binaries++;
+        else files->push_back(std::move(path));
+    }
+    if (files->size() == before && binaries > 0)
+        fail_input("%s: no text and no shards in this folder, only %zu binary files",
+                   folder.c_str(), binaries);
+    if (files->size() == before) fail_input("%s: no files in this folder", folder.c_str());
+}
+
+// The files that `paths` stand for: a file for itself, a folder for what expand_folder finds in it,
+// a pattern (*.bin) for its matches, sorted. What exists under the very name of a pattern is taken
+// as it is. A path or pattern that stands for nothing is fail_input.
+inline std::vector<std::string> expand_paths(const std::vector<std::string>& paths) {
+    std::vector<std::string> files;
+    for (const std::string& path : paths) {
+        std::vector<std::string> matches = {path};
+        std::error_code error;
+        if (!fs::exists(path, error) && path.find_first_of("*?[") != std::string::npos) {
+            glob_t found{};
+            glob(path.c_str(), GLOB_NOSORT, nullptr, &found);
+            matches.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+            globfree(&found);
+            std::sort(matches.begin(), matches.end());
+            if (matches.empty()) fail_input("%s: no file matches this pattern", path.c_str());
+        }
+        for (const std::string& match : matches) {
+            fs::file_status status = fs::status(match, error);
+            if (error == std::errc::permission_denied)
+                fail_machine("%s: cannot read: %s", match.c_str(), error.message().c_str());
+            if (!fs::exists(status)) fail_input("%s: no such file or folder", match.c_str());
+            if (fs::is_directory(status)) expand_folder(match, &files);
+            else if (fs::is_regular_file(status)) files.push_back(match);
+            else fail_input("%s: neither a file nor a folder", match.c_str());
+        }
+    }
+    return files;
+}
+
+// ==== text =======================================================================================
+
+// The bytes of text files, joined; document i ends before byte document_ends[i]. No document is
+// empty.
+struct TextCorpus {
+    std::string text;
+    std::vector<size_t> document_ends;
+};
+
+// Reads text files (paths as expand_paths takes them), a document each, byte for byte: nothing is
+// decoded, converted or left out. No files, only empty ones, and token shards among them are
+// fail_input.
+inline TextCorpus read_text(const std::vector<std::string>& paths) {
+    std::vector<std::string> names = expand_paths(paths);
+    if (names.empty()) fail_input("no text files were given");
+    std::vector<MappedFile> files;
+    size_t size = 0;
+    for (const std::string& name : names) {
+        if (is_shard(name))
+            fail_input("%s: a token shard among text files; give shards or text, not both",
+                       name.c_str());
+        files.emplace_back(name);
+        size += files.back().size();
+    }
+    if (size == 0 && names.size() > 1)
+        fail_input("%s: empty, and so are the other %zu files", names[0].c_str(), names.size() - 1);
+    if (size == 0) fail_input("%s: empty", names[0].c_str());
+
+    TextCorpus corpus;
+    corpus.text.reserve(size);
+    for (const MappedFile& file : files) {
+        if (file.size() == 0) continue;
+        corpus.text.append(file.view());
+        corpus.document_ends.push_back(corpus.text.size());
+    }
+    return corpus;
+}
+
+// Where the last tenth of a text begins: floor(0.9 * size), moved forward to the beginning of a
+// UTF-8 character.
+inline size_t validation_start(std::string_view text) {
+    size_t start = text.size() / 10 * 9 + text.size() % 10 * 9 / 10;
+    for (int step = 0; step < 3 && start < text.size();
+         step++) {  // a character has at most 4 bytes
+        bool continues = (static_cast<unsigned char>(text[start]) & 0xC0) == 0x80;
+        if (!continues) break;
+        start++;
+    }
+    return start;
+}
+
+// How many bytes of text each token stands for, by id: its length, and 0 for the end of text, which
+// stands between texts. The sum over the predicted targets makes nats a token into bits a byte.
+inline std::vector<int> bytes_per_token(const Tokenizer& tokenizer) {
+    std::vector<int> bytes(size_t(tokenizer.vocab_size()));
+    for (int id = 0; id < tokenizer.vocab_size(); id++)
+        bytes[size_t(id)] =
+            id == tokenizer.end_of_text() ? 0 : int(tokenizer.token_bytes(id).size());
+    return bytes;
+}
+
+// Text that was made into a shard: `bytes` of text are in its tokens, less than went in when a
+// character vocabulary lacked some.
+struct TokenizedText {
+    std::string path;
+    size_t tokens, bytes;
+    bool from_cache;
+};
+
+// Encodes bytes [begin, end) of a corpus, document by document. The end of text goes between a
+// document and the next one, so after one that ends in the range unless it is the last of the
+// corpus.
+inline std::vector<int> encode_documents(const TextCorpus& corpus, size_t begin, size_t end,
+                                         const Tokenizer& tokenizer) {
+    std::vector<int> ids;
+    size_t document_begin = 0;
+    for (size_t document_end : corpus.document_ends) {
+        size_t from = std::max(document_begin, begin), to = std::min(document_end, end);
+        document_begin = document_end;
+        if (from >= to) continue;
+        tokenizer.encode(std::string_view(corpus.text).substr(from, to - from), ids);
+        bool followed = to == document_end && document_end < corpus.text.size();
+        if (followed && tokenizer.end_of_text() >= 0) ids.push_back(tokenizer.end_of_text());
+    }
+    return ids;
+}
+
+// What decides the result of encode_documents, in a number.
+inline uint64_t text_key(const TextCorpus& corpus, size_t begin, size_t end,
+                         const Tokenizer& tokenizer) {
+    const std::vector<size_t>& ends = corpus.document_ends;
+    uint64_t range[] = {begin, end, corpus.text.size()};
+    uint64_t key = hash_bytes(range, sizeof range, tokenizer.fingerprint());
+    key = hash_bytes(ends.data(), ends.size() * sizeof ends[0], key);
+    return hash_bytes(corpus.text.data() + begin, end - begin, key);
+}
+
+// Makes bytes [begin, end) of a corpus into a shard CACHE_FOLDER/HASH.bin, where HASH is the xxHash
+// of those bytes, the bounds of documents and range, and the tokenizer's fingerprint. A shard that
+// is there already and whose checksum is right is used as it is; any other is written anew. The
+// folder is created. A range without tokens is fail_input, a folder that cannot be written
+// fail_machine.
+inline TokenizedText tokenize_cached(const TextCorpus& corpus, size_t begin, size_t end,
+                                     const Tokenizer& tokenizer, const std::string& cache_folder) {
+    assert(begin <= end && end <= corpus.text.size());
+    uint64_t key = text_key(corpus, begin, end, tokenizer);
+    std::string name = format("%016llx.bin", static_cast<unsigned long long>(key));
+    TokenizedText result{(fs::path(cache_folder) / name).string(), 0, 0, false};
+    std::vector<int> bytes = bytes_per_token(tokenizer);
+
+    std::error_code ignored;
+    if (fs::exists(result.path, ignored)) {
+        try {
+            Shard shard(result.path, tokenizer.vocab_size());
+            result.from_cache = shard.checksum() == shard.hash();
+            result.tokens = shard.size();
+            for (size_t i = 0; i < shard.size(); i++)
+                result.bytes += size_t(bytes[size_t(shard[i])]);
+        } catch (const Error&) {
+            result.from_cache = false;  // damaged
+        }
+        if (result.from_cache) return result;
+    }
+
+    std::vector<int> ids = encode_documents(corpus, begin, end, tokenizer);
+    if (ids.empty())
+        fail_input("bytes %zu to %zu of the text hold no tokens of this vocabulary; give more text",
+                   begin, end);
+    result.tokens = ids.size();
+    result.bytes = 0;
+    for (int id : ids) result.bytes += size_t(bytes[size_t(id)]);
+    make_folder(cache_folder);
+    write_shard(result.path, ids, true);
+    return result;
+}
+
+// ==== training batches ===========================================================================
+
+// A random order of 0..count-1 that is computed and not stored: order(i) is where the i-th step
+// goes. A Feistel network [Luby and Rackoff 1988] permutes the numbers of an even number of bits;
+// one that falls outside the range is sent through again until it falls inside, which keeps it a
+// permutation ("cycle walking") [Black and Rogaway 2002].
+class Permutation {
+  public:
+    Permutation(uint64_t count, uint64_t key) : count_(count), key_(key) {
+        assert(count > 0);
+        half_bits_ = std::max(2, (int(std::bit_width(count - 1)) + 1) / 2);
+    }
+
+    uint64_t operator()(uint64_t i) const {
+        assert(i < count_);
+        do i = scramble(i);
+        while (i >= count_);
+        return i;
+    }
+
+  private:
+    uint64_t scramble(uint64_t i) const {
+        constexpr uint64_t kRounds = 6;
+        uint64_t mask = (uint64_t(1) << half_bits_) - 1;
+        uint64_t left = i >> half_bits_, right = i & mask;
+        for (uint64_t round = 0; round < kRounds; round++) {
+            uint64_t words[] = {round, right};
+            uint64_t next = left ^ (hash_bytes(words, sizeof words, key_) & mask);
+            left = right;
+            right = next;
+        }
+        return left << half_bits_ | right;
+    }
+
+    uint64_t count_, key_;
+    int half_bits_;
+};
+
+// Deals batches of windows, without end. A window is T+1 consecutive tokens of one shard: inputs
+// are the first T, targets the last T. In an epoch the windows of a shard follow one another from a
+// random offset below T and share only the token at which they meet; all windows of all shards come
+// once, in random order. Offsets and order are functions of seed and epoch alone. The ranks take
+// turns in this one order, B windows each, so B=4 on one rank, B=2 on two, and four micro-batches
+// of B=1 see the same windows in the same order.
+//
+// A shard of T tokens or fewer gives no window; if none gives one, construction is fail_input.
+class DataLoader {
+  public:
+    // What a checkpoint keeps: the epoch, and how many of its windows have been dealt to all ranks.
+    struct Position {
+        uint64_t epoch = 0, window = 0;
+    };
+
+    DataLoader(std::vector<Shard> shards, int B, int T, int rank, int world, uint64_t seed)
+        : shards_(std::move(shards)),
+          B_(size_t(B)),
+          T_(size_t(T)),
+          rank_(size_t(rank)),
+          world_(size_t(world)),
+          seed_(seed) {
+        assert(world >= 1 && rank >= 0 && rank < world);
+        if (B < 1) fail_input("--batch-size %d: must be at least 1", B);
+        if (T < 1) fail_input("--sequence-length %d: must be at least 1", T);
+        check_long_enough();
+        begin_epoch(0);
+    }
+
+    // Writes the next batch of this rank: inputs (B,T) and targets (B,T).
+    void next_batch(int* inputs, int* targets) {
+        for (size_t i = 0; i < B_ * world_; i++) {
+            if (i / B_ == rank_) {
+                size_t row = i % B_ * T_;
+                copy_window(order_(position_.window), inputs + row, targets + row);
+            }
+            if (++position_.window == windows_per_epoch()) begin_epoch(position_.epoch + 1);
+        }
+    }
+
+    Position position() const { return position_; }
+
+    // Goes on from a saved position, with bits equal to a loader that never stopped. A position
+    // that these shards do not have is fail_input.
+    void seek(Position position) {
+        uint64_t windows = windows_in_epoch(position.epoch);
+        if (position.window >= windows)
+            fail_input(
+                "the run stopped at window %llu of epoch %llu, which has only %llu here; has the "
+                "data, the "
+                "seed or --sequence-length changed?",
+                static_cast<unsigned long long>(position.window),
+                static_cast<unsigned long long>(position.epoch),
+                static_cast<unsigned long long>(windows));
+        begin_epoch(position.epoch);
+        position_ = position;
+    }
+
+    // The number of windows of an epoch, over all ranks; offsets make it differ by one a shard
+    // between epochs.
+    size_t windows_in_epoch(uint64_t epoch) const {
+        size_t windows = 0;
+        for (size_t s = 0; s < shards_.size(); s++)
+            windows += windows_of_shard(s, offset(s, epoch));
+        return windows;
+    }
+    size_t windows_per_epoch() const { return first_window_.back(); }  // of the present one
+
+    size_t epoch() const { return size_t(position_.epoch); }
+    // Epochs done, with the part of the present one: 1.25 is a quarter into the second.
+    double epoch_fraction() const {
+        return double(position_.epoch) + double(position_.window) / double(windows_per_epoch());
+    }
+
+    size_t total_tokens() const {
+        size_t tokens = 0;
+        for (const Shard& shard : shards_) tokens += shard.size();
+        return tokens;
+    }
+
+    // A hash of all tokens, by which a resumed run can tell that its data is the same; reads all of
+    // them.
+    uint64_t data_hash() const {
+        uint64_t hash = 0;
+        for (const Shard& shard : shards_) {
+            uint64_t part = shard.hash();
+            hash = hash_bytes(&part, sizeof part, hash);
+        }
+        return hash;
+    }
+
+    const std::vector<Shard>& shards() const { return shards_; }
+
+  private:
+    void check_long_enough() const {
+        if (shards_.empty()) fail_input("no training data was given");
+        size_t longest = 0;
+        for (size_t s = 1; s < shards_.size(); s++)
+            if (shards_[s].size() > shards_[longest].size()) longest = s;
+        size_t tokens = shards_[longest].size();
+        if (tokens > T_) return;
+        std::string others = shards_.size() == 1 ? "" : ", the most of the files given,";
+        const char* path = shards_[longest].path().c_str();
+        if (tokens < 2)
+            fail_input("%s: 1 token%s cannot be trained on; give more text", path, others.c_str());
+        fail_input(
+            "%s: %zu tokens%s are less than a window of %zu + 1; give more text or "
+            "--sequence-length %zu",
+            path, tokens, others.c_str(), T_, tokens - 1);
+    }
+
+    // Random bits for one use (0 is the order of windows, 1 + s the offset of shard s) in one
+    // epoch.
+    uint64_t draw(uint64_t epoch, uint64_t use) const {
+        uint64_t words[] = {epoch, use};
+        return hash_bytes(words, sizeof words, seed_);
+    }
+
+    // The token at which the first window of shard s begins; at least one window fits behind it
+    // where it can.
+    size_t offset(size_t s, uint64_t epoch) const {
+        size_t tokens = shards_[s].size();
+        if (tokens <= T_) return 0;
+        return size_t(draw(epoch, 1 + s) % std::min(T_, tokens - T_));
+    }
+
+    size_t windows_of_shard(size_t s, size_t offset) const {
+        return (shards_[s].size() - 1 - offset) / T_;
+    }
+
+    void begin_epoch(uint64_t epoch) {
+        position_ = {epoch, 0};
+        offset_.clear();
+        first_window_ = {0};
+        for (size_t s = 0; s < shards_.size(); s++) {
+            offset_.push_back(offset(s, epoch));
+            first_window_.push_back(first_window_.back() + windows_of_shard(s, offset_.back()));
+        }
+        order_ = Permutation(windows_per_epoch(), draw(epoch, 0));
+    }
+
+    // Window w, counted through the shards in order: inputs (T) and targets (T) are written.
+    void copy_window(size_t w, int* inputs, int* targets) const {
+        auto next = std::upper_bound(first_window_.begin(), first_window_.end(), w);
+        size_t s = size_t(next - first_window_.begin()) - 1;
+        size_t begin = offset_[s] + (w - first_window_[s]) * T_;
+        shards_[s].copy(begin, T_, inputs);
+        shards_[s].copy(begin + 1, T_, targets);
+    }
+
+    std::vector<Shard> shards_;
+    size_t B_, T_, rank_, world_;
+    uint64_t seed_;
+    Position position_;
+    std::vector<size_t> offset_;  // (shards), of the present epoch
+    std::vector<size_t>
+        first_window_;  // (shards + 1): shard s has windows [first_window_[s], first_window_[s+1])
+    Permutation order_{1, 0};
+};
+
+// ==== evaluation batches =========================================================================
+
+// Goes once through a set, in order: every token of a shard but its first is a target exactly once.
+// Windows of T follow one another without overlap; the last of a shard is short and padded, as are
+// the rows that the last batch has too many, with input 0 and target kIgnore. With `max_windows`
+// below their number, that many are taken, evenly spread over the set (0 takes all). The shards are
+// referred to and must stay alive. A set with nothing to predict is fail_input.
+class EvalLoader {
+  public:
+    EvalLoader(const std::vector<Shard>& shards, int B, int T, size_t max_windows = 0)
+        : shards_(shards), B_(size_t(B)), T_(size_t(T)) {
+        if (B < 1) fail_input("--batch-size %d: must be at least 1", B);
+        if (T < 1) fail_input("--sequence-length %d: must be at least 1", T);
+        if (shards.empty()) fail_input("no evaluation data was given");
+        for (const Shard& shard : shards) {
+            size_t targets = shard.size() - 1;
+            first_window_.push_back(first_window_.back() + targets / T_ + (targets % T_ != 0));
+        }
+        size_t all = first_window_.back();
+        if (all == 0)
+            fail_input("%s: a single token leaves nothing to predict; give more text",
+                       shards[0].path().c_str());
+        windows_ = max_windows == 0 ? all : std::min(all, max_windows);
+    }
+    EvalLoader(std::vector<Shard>&&, int, int, size_t = 0) = delete;
+
+    size_t windows() const { return windows_; }
+    size_t batches() const { return windows_ / B_ + (windows_ % B_ != 0); }
+
+    // Writes the next batch, inputs (B,T) and targets (B,T), and in how many rows windows are.
+    // False, with nothing written, when all have been given.
+    bool next_batch(int* inputs, int* targets, int* rows_in_use = nullptr) {
+        if (next_ == windows_) return false;
+        std::fill_n(inputs, B_ * T_, 0);
+        std::fill_n(targets, B_ * T_, kIgnore);
+        size_t rows = std::min(B_, windows_ - next_);
+        for (size_t row = 0; row < rows; row++, next_++) {
+            // 128 bits hold the product of two 64-bit numbers.
+            auto window = static_cast<unsigned __int128>(next_) * first_window_.back() / windows_;
+            copy_window(size_t(window), inputs + row * T_, targets + row * T_);
+        }
+        if (rows_in_use != nullptr) *rows_in_use = int(rows);
+        return true;
+    }
+
+    void reset() { next_ = 0; }
+
+  private:
+    void copy_window(size_t w, int* inputs, int* targets) const {
+        auto next = std::upper_bound(first_window_.begin(), first_window_.end(), w);
+        size_t s = size_t(next - first_window_.begin()) - 1;
+        size_t begin = (w - first_window_[s]) * T_;
+        size_t count = std::min(T_, shards_[s].size() - 1 - begin);
+        shards_[s].copy(begin, count, inputs);
+        shards_[s].copy(begin + 1, count, targets);
+    }
+
+    const std::vector<Shard>& shards_;
+    size_t B_, T_, windows_ = 0, next_ = 0;
+    std::vector<size_t> first_window_ = {0};  // (shards + 1), as in DataLoader
+};
