@@ -1,0 +1,498 @@
+// The contract between the twins: what a GPT-2 is (GPT2Config), which tensors it has (two tables),
+// and the functions that each twin, train_gpt2.cpp and train_gpt2.cu, defines. Everything else in
+// the program (trainer, checkpoint, sampler, tests) is written once against this file.
+//
+// The model is the decoder of [Radford et al. 2019, "Language Models are Unsupervised Multitask
+// Learners"]:
+//   x = wte[token] + wpe[position]
+//   for each of L layers:  x = x + attproj(attention(ln1(x)));  x = x + fcproj(gelu(fc(ln2(x))))
+//   logits = lnf(x) wte^T      (or an output matrix of its own, when the head is not tied)
+//
+// Letters: B batch, T time, C channels, NH heads, HS = C/NH head size, L layers, F hidden width
+// (4C), V vocabulary, Vp the vocabulary padded to a multiple of 128. Only memory is padded: padded
+// logits take no part in the softmax, padded rows stay zero, and no file holds them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+
+#include "files.h"
+
+#ifndef GPT2_REAL
+#    define GPT2_REAL float
+#endif
+using real = GPT2_REAL;  // the tests also build the CPU twin in double, for central differences
+
+// ==== configuration ==============================================================================
+
+struct GPT2Config {
+    int vocab_size = 50257;
+    int context = 1024;  // positions
+    int layers = 12;
+    int heads = 12;
+    int channels = 768;
+    int hidden = 0;      // width between the two products of the MLP; 0 stands for 4 * channels
+    double dropout = 0;  // probability, at all four places
+    bool tied = true;    // the classifier is the token embedding
+    bool bias = true;    // additive terms in products and layer norms
+    double layer_norm_epsilon = 1e-5;
+
+    int head_size() const { return channels / heads; }
+    int hidden_size() const { return hidden > 0 ? hidden : 4 * channels; }
+    int padded_vocab() const { return (vocab_size + 127) / 128 * 128; }
+    bool operator==(const GPT2Config&) const = default;
+};
+
+inline void check_range(const char* option, double value, double low, double high) {
+    if (!(value >= low && value <= high))
+        fail_input("%s %g: must be from %g to %g", option, value, low, high);
+}
+
+// Refuses what no GPT-2 can be, with what would fit: exit code 2.
+inline void validate(const GPT2Config& config) {
+    check_range("vocabulary size", config.vocab_size, 1, 1 << 20);
+    check_range("--context", config.context, 1, 1 << 20);
+    check_range("--layers", config.layers, 1, 1000);
+    check_range("--heads", config.heads, 1, 1000);
+    check_range("--channels", config.channels, 1, 1 << 16);
+    check_range("hidden width", config.hidden_size(), 1, 1 << 18);
+    if (!(config.dropout >= 0 && config.dropout < 1))
+        fail_input("--dropout %g: must be at least 0 and less than 1", config.dropout);
+    if (!(config.layer_norm_epsilon > 0 && config.layer_norm_epsilon < 1))
+        fail_input("layer_norm_epsilon %g: must be between 0 and 1", config.layer_norm_epsilon);
+    if (config.channels % config.heads == 0) return;
+    int below = config.heads, above = config.heads;
+    while (config.channels % below != 0) below--;
+    while (above <= config.channels && config.channels % above != 0) above++;
+    std::string heads = format("%d", below);
+    if (above <= config.channels) heads += format(" or %d", above);
+    int narrower = config.channels / config.heads * config.heads;
+    std::string channels = format("%d", narrower + config.heads);
+    if (narrower > 0) channels = format("%d or ", narrower) + channels;
+    fail_input(
+        "--heads %d --channels %d: heads must divide channels; %s heads would fit, or %s channels",
+        config.heads, config.channels, heads.c_str(), channels.c_str());
+}
+
+// The channels of a GPT-2 with `layers` layers: 64 a layer up to the smallest of the family (12
+// layers), then on the line between its neighbours in the family, rounded to whole heads of 64.
+inline int family_channels(int layers) {
+    constexpr int kFamily[4][2] = {{12, 768}, {24, 1024}, {36, 1280}, {48, 1600}};
+    if (layers <= 12) return 64 * layers;
+    int i = std::min((layers - 12) / 12, 2);  // beyond the largest, the last line goes on
+    double slope = (kFamily[i + 1][1] - kFamily[i][1]) / 12.0;
+    return 64 * int(std::lround((kFamily[i][1] + slope * (layers - kFamily[i][0])) / 64));
+}
+
+// tiny, small, medium, gpt2 .. gpt2-xl, or dN; false when the name is none of these.
+inline bool named_config(const std::string& name, GPT2Config* config) {
+    struct Named {
+        const char* name;
+        int layers, heads, channels, context;
+    };
+    constexpr Named kNamed[] = {
+        {"tiny", 2, 2, 128, 128},
+        {"small", 4, 4, 256, 256},
+        {"medium", 6, 6, 384, 256},
+        {"gpt2", 12, 12, 768, 1024},
+        {"gpt2-medium", 24, 16, 1024, 1024},
+        {"gpt2-large", 36, 20, 1280, 1024},
+        {"gpt2-xl", 48, 25, 1600, 1024},
+    };
+    for (const Named& row : kNamed) {
+        if (name != row.name) continue;
+        config->layers = row.layers, config->heads = row.heads;
+        config->channels = row.channels, config->context = row.context;
+        return true;
+    }
+    bool digits =
+        name.size() >= 2 && name.size() <= 4 && name[0] == 'd' &&
+        std::all_of(name.begin() + 1, name.end(), [](char c) { return c >= '0' && c <= '9'; });
+    if (!digits) return false;
+    config->layers = std::stoi(name.substr(1));
+    config->channels = family_channels(config->layers);
+    config->heads = config->channels / 64;
+    config->context = 1024;
+    return config->layers >= 1;
+}
+
+// ==== the tensor table: parameters ===============================================================
+
+enum class Init {
+    zeros,
+    ones,
+    normal,
+    residual
+};  // residual: normal / sqrt(2L) [Radford et al. 2019]
+
+// One row a tensor. Allocation, initialisation, decay groups, names, import, export, dump, the
+// memory report and the tests follow from it; nothing else lists the tensors.
+//   name, rows, columns (0: a vector), how many (1 or L), present when, decays, initialiser,
+//   Hugging Face name
+//   (%d: the layer), and whether their file holds the transpose: a matrix here is (outputs,
+//   inputs), so that a row makes one output; theirs of the four products are (inputs, outputs).
+#define GPT2_PARAMETER_TABLE(X)                                                 \
+    X(wte, Vp, C, 1, true, true, normal, "wte.weight", false)                   \
+    X(wpe, context, C, 1, true, true, normal, "wpe.weight", false)              \
+    X(ln1w, C, 0, L, true, false, ones, "h.%d.ln_1.weight", false)              \
+    X(ln1b, C, 0, L, bias, false, zeros, "h.%d.ln_1.bias", false)               \
+    X(qkvw, 3 * C, C, L, true, true, normal, "h.%d.attn.c_attn.weight", true)   \
+    X(qkvb, 3 * C, 0, L, bias, false, zeros, "h.%d.attn.c_attn.bias", false)    \
+    X(attprojw, C, C, L, true, true, residual, "h.%d.attn.c_proj.weight", true) \
+    X(attprojb, C, 0, L, bias, false, zeros, "h.%d.attn.c_proj.bias", false)    \
+    X(ln2w, C, 0, L, true, false, ones, "h.%d.ln_2.weight", false)              \
+    X(ln2b, C, 0, L, bias, false, zeros, "h.%d.ln_2.bias", false)               \
+    X(fcw, F, C, L, true, true, normal, "h.%d.mlp.c_fc.weight", true)           \
+    X(fcb, F, 0, L, bias, false, zeros, "h.%d.mlp.c_fc.bias", false)            \
+    X(fcprojw, C, F, L, true, true, residual, "h.%d.mlp.c_proj.weight", true)   \
+    X(fcprojb, C, 0, L, bias, false, zeros, "h.%d.mlp.c_proj.bias", false)      \
+    X(lnfw, C, 0, 1, true, false, ones, "ln_f.weight", false)                   \
+    X(lnfb, C, 0, 1, bias, false, zeros, "ln_f.bias", false)                    \
+    X(headw, Vp, C, 1, !tied, true, normal, "lm_head.weight", false)
+
+struct ParameterTensors {
+#define X(name, ...) real* name = nullptr;
+    GPT2_PARAMETER_TABLE(X)
+#undef X
+};
+
+struct ParameterRow {
+    const char* name;     // here
+    const char* hf_name;  // in a Hugging Face state dict, without the prefix `transformer.`
+    size_t rows, cols;    // in memory, of one layer; cols 0 for a vector
+    size_t file_rows;     // without the padding
+    size_t count;         // how many of it: 1, or L
+    bool present, decays, transposed;
+    Init init;
+
+    bool per_layer() const { return strstr(hf_name, "%d") != nullptr; }
+    size_t size() const { return present ? rows * std::max<size_t>(cols, 1) : 0; }  // of one layer
+    size_t file_size() const { return file_rows * std::max<size_t>(cols, 1); }      // of one layer
+};
+
+#define X(name, ...) k_##name,
+enum ParameterIndex { GPT2_PARAMETER_TABLE(X) kParameterRows };
+#undef X
+
+using ParameterTable = std::array<ParameterRow, kParameterRows>;
+
+inline ParameterTable parameter_table(const GPT2Config& config) {
+    size_t V = size_t(config.vocab_size), Vp = size_t(config.padded_vocab()),
+           C = size_t(config.channels);
+    size_t L = size_t(config.layers), F = size_t(config.hidden_size()),
+           context = size_t(config.context);
+    bool bias = config.bias, tied = config.tied;
+#define X(name, rows, cols, count, present, decays, init, hf_name, transposed)     \
+    ParameterRow{#name,         hf_name, size_t(rows), size_t(cols), size_t(rows), \
+                 size_t(count), present, decays,       transposed,   Init::init},
+    ParameterTable table = {{GPT2_PARAMETER_TABLE(X)}};
+#undef X
+    table[k_wte].file_rows = table[k_headw].file_rows = V;
+    return table;
+}
+
+// A tensor's name in the state dict of transformers' GPT2LMHeadModel.
+inline std::string hf_name(const ParameterRow& row, int layer) {
+    bool head = strcmp(row.name, "headw") == 0;
+    char name[64];
+    snprintf(name, sizeof(name), row.hf_name, layer);
+    return (head ? "" : "transformer.") + std::string(name);
+}
+
+// Numbers in memory (padded) and numbers that a file holds and a person counts (not padded).
+inline size_t allocated_parameters(const GPT2Config& config) {
+    size_t total = 0;
+    for (const ParameterRow& row : parameter_table(config)) total += row.size() * row.count;
+    return total;
+}
+
+inline size_t count_parameters(const GPT2Config& config) {
+    size_t total = 0;
+    for (const ParameterRow& row : parameter_table(config))
+        if (row.present) total += row.file_size() * row.count;
+    return total;
+}
+
+// ==== the tensor table: activations ==============================================================
+
+// What a model is made for: the largest batch it takes, whether it trains, how many sequences it
+// generates at once.
+struct GPT2Shape {
+    int B = 1, T = 1;
+    bool training = false;
+    int generate = 0;  // sequences in the key-value cache; 0: it will not generate
+    int threads = 1;
+};
+
+constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
+constexpr int kAttentionRows = 64;    // queries that share a block of scores
+constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
+
+// One row a buffer: name, numbers in one layer, how many.
+//   L or 1: `saved`, kept by forward for backward; a model that does not train uses one layer's for
+//   all train: backward's own; cache: the key-value cache of generation; scratch: of no meaning
+//   between layers
+#define GPT2_ACTIVATION_TABLE(X)                           \
+    X(encoded, B* T* C, 1)                                 \
+    X(ln1, B* T* C, saved)                                 \
+    X(ln1_mean, B* T, saved)                               \
+    X(ln1_rstd, B* T, saved)                               \
+    X(qkv, B* T * 3 * C, saved)                            \
+    X(logsumexp, B* NH* T, saved)                          \
+    X(atty, B* T* C, saved)                                \
+    X(residual2, B* T* C, saved)                           \
+    X(ln2, B* T* C, saved)                                 \
+    X(ln2_mean, B* T, saved)                               \
+    X(ln2_rstd, B* T, saved)                               \
+    X(fch, B* T* F, saved)                                 \
+    X(fch_gelu, B* T* F, saved)                            \
+    X(residual3, B* T* C, saved)                           \
+    X(lnf, B* T* C, 1)                                     \
+    X(lnf_mean, B* T, 1)                                   \
+    X(lnf_rstd, B* T, 1)                                   \
+    X(branch, B* T* C, 1)                                  \
+    X(logits, classifier_rows* Vp, 1)                      \
+    X(losses, B* T, 1)                                     \
+    X(att_scratch, threads * 2 * kAttentionRows * keys, 1) \
+    X(dresidual, B* T* C, train)                           \
+    X(dbranch, B* T* C, train)                             \
+    X(dnorm, B* T* C, train)                               \
+    X(dqkv, B* T * 3 * C, train)                           \
+    X(datty, B* T* C, train)                               \
+    X(dfch, B* T* F, train)                                \
+    X(reduce_scratch, kReduceRows* widest, train)          \
+    X(key_cache, generate* context* C, cache)              \
+    X(value_cache, generate* context* C, cache)
+
+struct ActivationTensors {
+#define X(name, ...) real* name = nullptr;
+    GPT2_ACTIVATION_TABLE(X)
+#undef X
+};
+
+struct ActivationRow {
+    const char* name;
+    size_t size;   // of one layer
+    size_t count;  // 0: this model has none of it
+};
+
+#define X(name, ...) a_##name,
+enum ActivationIndex { GPT2_ACTIVATION_TABLE(X) kActivationRows };
+#undef X
+
+using ActivationTable = std::array<ActivationRow, kActivationRows>;
+
+inline ActivationTable activation_table(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t B = size_t(shape.B), T = size_t(shape.T), C = size_t(config.channels);
+    size_t L = size_t(config.layers), NH = size_t(config.heads), F = size_t(config.hidden_size());
+    size_t Vp = size_t(config.padded_vocab()), context = size_t(config.context);
+    size_t threads = size_t(shape.threads), generate = size_t(shape.generate);
+    size_t classifier_rows = std::min(std::max(B * T, generate), size_t(kClassifierRows));
+    size_t keys = shape.generate > 0 ? context : T, widest = std::max(3 * C, F);
+    size_t saved = shape.training ? L : 1, train = shape.training ? 1 : 0;
+    size_t cache = shape.generate > 0 ? L : 0;
+#define X(name, size, count) ActivationRow{#name, size_t(size), size_t(count)},
+    return {{GPT2_ACTIVATION_TABLE(X)}};
+#undef X
+}
+
+inline size_t allocated_activations(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t total = 0;
+    for (const ActivationRow& row : activation_table(config, shape)) total += row.size * row.count;
+    return total;
+}
+
+// Multiplications and additions that one token of a training step needs (forward, and twice that
+// backward): 2 for each weight of a product, and attention over the (T+1)/2 keys that a query sees
+// on average.
+inline double operations_per_token(const GPT2Config& config, int T) {
+    double C = config.channels, F = config.hidden_size(), L = config.layers, V = config.vocab_size;
+    return 3 * (2 * (L * (4 * C * C + 2 * C * F) + V * C) + L * 2 * C * (T + 1));
+}
+
+// ==== random numbers =============================================================================
+
+// Philox4x32-10 [Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"]: four words
+// that depend on a key and a counter alone, so that any thread, rank or twin draws the same number
+// for the same element.
+struct Philox {
+    uint32_t word[4];
+};
+
+constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+        uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c1 = uint32_t(p1), c3 = uint32_t(p0), c0 = n0, c2 = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// What a number is drawn for. A dropout site's numbers are counted by (element / 4, sequence, layer
+// and site, step).
+enum class RandomUse : uint32_t {
+    initialise,
+    encoder,
+    attention,
+    attention_projection,
+    mlp_projection
+};
+
+constexpr uint32_t random_stream(RandomUse use, int layer) {
+    return uint32_t(layer) * 8 + uint32_t(use);
+}
+
+// ==== what a twin provides =======================================================================
+
+struct GPT2;  // parameters, gradients, moments and activations, in the twin's own memory
+
+enum class Group { parameters, gradients, first_moments, second_moments };
+
+// One forward pass. loss_scale is 1 / (targets that count in the whole step, over micro-batches and
+// ranks), so that gradients and losses summed over the passes of a step are those of the mean.
+// Dropout (training only) is decided by seed, step and the sequence's place in the step,
+// first_sequence + b.
+struct GPT2Pass {
+    bool training = false;
+    double loss_scale = 1;
+    uint64_t seed = 0, step = 0, first_sequence = 0;
+    real* logits = nullptr;  // host (B,T,V), written when given
+};
+
+// Decoupled weight decay [Loshchilov & Hutter 2017, arXiv:1711.05101]; step counts from 1.
+struct AdamW {
+    double learning_rate = 1e-3, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
+    double grad_clip = 1;  // largest global norm; 0: no clipping
+    uint64_t step = 1;
+};
+
+struct GPT2Stats {
+    double loss;       // of the forward passes since gpt2_zero_gradients, each times its loss_scale
+    double grad_norm;  // of the last update, before clipping
+};
+
+// Allocates everything, zeroed; throws Error (exit code 1) naming the group and bytes that memory
+// lacked. world ranks of one job each create a model of their own share of the batch.
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, int world);
+void gpt2_destroy(GPT2* model);
+const GPT2Config& gpt2_config(const GPT2* model);
+const GPT2Shape& gpt2_shape(const GPT2* model);
+
+// inputs and targets: host (B,T), B and T at most the shape's; a target of -1 takes no part;
+// targets may be null, with training false. A training pass also takes the classifier's gradient,
+// while the logits are at hand.
+void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
+                  const GPT2Pass& pass);
+void gpt2_backward(GPT2* model);  // of the last forward, which was a training pass; gradients +=
+void gpt2_zero_gradients(GPT2* model);  // and the loss
+void gpt2_update(GPT2* model,
+                 const AdamW& adamw);  // nothing changes when loss or norm is not finite
+GPT2Stats gpt2_stats(GPT2* model);     // waits for the device
+
+// Appends n tokens a sequence, tokens (B,n), to the key-value cache at `position` (what was there
+// and after is forgotten) and writes the logits (B,V) that follow the last of them. position + n is
+// at most the context.
+void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits);
+
+// One row of the tensor table, of one layer, to and from host memory (file_rows, cols), in this
+// program's orientation, without padding. A row that is not present cannot be copied.
+void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
+void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
+
+std::string gpt2_device();  // what computes: a line for people
+double gpt2_peak_flops();   // operations/s of matrix products, measured now
+
+struct GPT2Deleter {
+    void operator()(GPT2* model) const { gpt2_destroy(model); }
+};
+using GPT2Ptr = std::unique_ptr<GPT2, GPT2Deleter>;
+
+// ==== the layers of the CPU twin =================================================================
+
+// Each is described where it is defined. The CUDA launchers bear the same names and append a
+// stream.
+struct Dropout {
+    double probability = 0;
+    uint64_t seed = 0, step = 0, first_sequence = 0;
+    RandomUse use = RandomUse::encoder;
+    int layer = 0;
+};
+
+void encoder_forward(real* out, const int* inputs, const real* wte, const real* wpe, int B, int T,
+                     int C);
+void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* inputs, int B, int T,
+                      int C);
+void layernorm_forward(real* out, real* mean, real* rstd, const real* inp, const real* weight,
+                       const real* bias, double epsilon, int B, int T, int C);
+void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
+                        const real* weight, const real* mean, const real* rstd, real* scratch,
+                        int B, int T, int C);
+void matmul_forward(real* out, const real* inp, const real* weight, const real* bias, int BT, int C,
+                    int OC);
+void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
+                     const real* weight, real* scratch, int BT, int C, int OC);
+void attention_forward(real* out, real* logsumexp, const real* qkv, real* scratch,
+                       const Dropout& dropout, int B, int T, int C, int NH);
+void attention_backward(real* dqkv, const real* dout, const real* qkv, const real* out,
+                        const real* logsumexp, real* scratch, const Dropout& dropout, int B, int T,
+                        int C, int NH);
+void gelu_forward(real* out, const real* inp, size_t N);
+void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N);
+void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, int T, int C);
+void residual_forward(real* out, const real* inp1, const real* inp2, size_t N);
+void classifier_forward(real* losses, real* logits, const int* targets, double loss_scale,
+                        bool gradient, int BT, int V, int Vp);
+double global_norm(const real* gradients, size_t N);
+void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, const AdamW& adamw,
+                  double weight_decay, double grad_scale);
+
+// C (M,N) = A' B' + beta C, row-major, where ' transposes when asked: oneDNN where it was built in,
+// and the loop nest that needs no library and that the tests hold it against.
+void gemm(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda, const real* B,
+          int ldb, real beta, real* C, int ldc);
+void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda,
+                const real* B, int ldb, real beta, real* C, int ldc);
+
+// ==== initialisation =============================================================================
+
+// Fills one tensor as the table says: normal numbers of standard deviation 0.02 by Box-Muller from
+// Philox, a pair for each pair of elements, so that the values do not depend on who computes them.
+inline void initialise_tensor(real* host, const ParameterRow& row, int index, int layer, int layers,
+                              uint64_t seed) {
+    size_t N = row.file_size();
+    if (row.init == Init::zeros || row.init == Init::ones) {
+        std::fill(host, host + N, row.init == Init::ones ? real(1) : real(0));
+        return;
+    }
+    double deviation = row.init == Init::residual ? 0.02 / std::sqrt(2.0 * layers) : 0.02;
+    uint32_t stream = random_stream(RandomUse::initialise, layer);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < N; i += 2) {
+        Philox random =
+            philox(seed, uint32_t(i / 2), uint32_t((i / 2) >> 32), stream, uint32_t(index));
+        double radius =
+            std::sqrt(-2 * std::log((random.word[0] + 1.0) / 4294967296.0));  // of (0, 1]
+        double angle = 2 * M_PI * (random.word[1] / 4294967296.0);
+        host[i] = real(float(deviation * radius * std::cos(angle)));
+        if (i + 1 < N) host[i + 1] = real(float(deviation * radius * std::sin(angle)));
+    }
+}
+
+inline void gpt2_initialise(GPT2* model, uint64_t seed) {
+    const GPT2Config& config = gpt2_config(model);
+    ParameterTable table = parameter_table(config);
+    std::vector<real> host;
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!row.present) continue;
+        host.resize(row.file_size());
+        for (int layer = 0; layer < int(row.count); layer++) {
+            initialise_tensor(host.data(), row, index, layer, config.layers, seed);
+            gpt2_copy_in(model, Group::parameters, index, layer, host.data());
+        }
+    }
+}
