@@ -1,0 +1,1144 @@
+// Model <-> disk. A model is kept as a Hugging Face folder (config.json, model.safetensors and the
+// tokenizer's files), so that what is written here loads with from_pretrained and what they wrote
+// loads here; a checkpoint of a run is such a folder and what resuming needs besides
+// (optimizer.safetensors, trainer.json). Nothing is seen half written: files and folders are made
+// beside their place, synced, read back against their hashes, and renamed.
+#pragma once
+
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <tuple>
+#include <type_traits>
+
+#include "files.h"
+#include "gpt2.h"
+#include "tokenizer.h"
+
+// ==== names from files ===========================================================================
+
+// A name out of a file, fit for an error message: one line, not without end.
+inline std::string one_line(std::string_view text) {
+    constexpr size_t kLongest = 120;
+    std::string line(text.substr(0, kLongest));
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+    return text.size() > kLongest ? line + "..." : line;
+}
+
+inline std::string join_path(const std::string& folder, const std::string& name) {
+    return (fs::path(folder) / name).string();
+}
+
+inline bool path_exists(const std::string& path) {
+    std::error_code error;
+    return fs::exists(path, error);
+}
+
+inline bool is_folder(const std::string& path) {
+    std::error_code error;
+    return fs::is_directory(path, error);
+}
+
+// JSON whose objects have each key once: of two equal keys, readers disagree on which one counts.
+inline json parse_unique_json(std::string_view text, const std::string& where) {
+    parse_json(text, where);  // which bounds the depth and says where the text is wrong
+    std::vector<std::set<std::string>> open;
+    auto visit = [&](int, json::parse_event_t event, json& parsed) {
+        if (event == json::parse_event_t::object_start) open.emplace_back();
+        if (event == json::parse_event_t::object_end) open.pop_back();
+        if (event == json::parse_event_t::key) {
+            std::string key = parsed.get<std::string>();
+            if (!open.back().insert(key).second)
+                fail_input("%s: \"%s\" is there twice", where.c_str(), one_line(key).c_str());
+        }
+        return true;
+    };
+    return json::parse(text.begin(), text.end(), visit);
+}
+
+// The object in a small JSON file (config.json, trainer.json).
+inline json read_json_object(const std::string& path) {
+    constexpr size_t kLargest = 16 << 20;
+    MappedFile file(path);
+    if (file.size() > kLargest)
+        fail_input("%s: %zu bytes are too many for such a file", path.c_str(), file.size());
+    json value = parse_unique_json(file.view(), path);
+    if (!value.is_object()) fail_input("%s: holds no JSON object", path.c_str());
+    return value;
+}
+
+// Text for a JSON file. What is not UTF-8 (a file name, say) is replaced rather than refused.
+template <typename Json>
+std::string json_text(const Json& value, int indent) {
+    return value.dump(indent, ' ', false, Json::error_handler_t::replace);
+}
+
+// ==== number formats =============================================================================
+
+// Bytes of one number; 0 for a format that is not known.
+inline size_t dtype_size(std::string_view dtype) {
+    constexpr std::pair<std::string_view, size_t> kSizes[] = {
+        {"F64", 8},  {"F32", 4}, {"F16", 2},     {"BF16", 2},    {"I64", 8},    {"I32", 4},
+        {"I16", 2},  {"I8", 1},  {"U64", 8},     {"U32", 4},     {"U16", 2},    {"U8", 1},
+        {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}};
+    for (const auto& [name, size] : kSizes)
+        if (name == dtype) return size;
+    return 0;
+}
+
+constexpr const char* kRealDtype = sizeof(real) == 8 ? "F64" : "F32";
+
+// IEEE 754 binary16, exactly: its exponent and fraction moved to where a float has them are the
+// value times 2^-112 (the difference of the biases), subnormal or not; infinity and NaN keep an
+// exponent of ones.
+inline float half_to_float(uint16_t half) {
+    uint32_t bits = uint32_t(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    value *= 0x1p112f;
+    memcpy(&bits, &value, sizeof(bits));
+    if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+    bits |= uint32_t(half & 0x8000) << 16;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// bfloat16 is the upper half of a float.
+inline float bfloat16_to_float(uint16_t half) {
+    uint32_t bits = uint32_t(half) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// out[i] = convert(number i of `data`), which may lie at any address.
+template <typename From, typename To, typename Convert>
+void convert_numbers(To* out, const char* data, size_t count, Convert convert) {
+    for (size_t i = 0; i < count; i++) {
+        From value;
+        memcpy(&value, data + i * sizeof(From), sizeof(From));
+        out[i] = To(convert(value));
+    }
+}
+
+// ==== safetensors: reading =======================================================================
+
+inline std::string shape_text(const std::vector<size_t>& shape) {
+    std::string text = "(";
+    for (size_t i = 0; i < shape.size(); i++) text += format(i == 0 ? "%zu" : ", %zu", shape[i]);
+    return text + ")";
+}
+
+// A safetensors file, memory-mapped: the header's length (8 bytes, little-endian), a JSON header
+// {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}}, and the numbers
+// [huggingface.co/docs/safetensors, "Format"]. Opening checks everything: the tensors must fill
+// the data without a gap or an overlap, each with the bytes that its shape and format need.
+// Anything else throws with exit code 2 and names the tensor.
+class SafetensorsFile {
+  public:
+    struct Entry {
+        std::string dtype;
+        std::vector<size_t> shape;
+        size_t begin, end;  // bytes, from where the data starts
+
+        size_t count() const { return (end - begin) / dtype_size(dtype); }
+    };
+
+    explicit SafetensorsFile(const std::string& path) : file_(path) {
+        size_t length = header_length();
+        data_ = file_.data() + 8 + length;
+        size_t data_size = file_.size() - 8 - length;
+        json header = parse_unique_json(file_.view().substr(8, length), path + ": header");
+        for (const auto& [name, value] : header.items()) {
+            if (name == "__metadata__") read_metadata(value);
+            else entries_.emplace(name, read_entry(name, value, data_size));
+        }
+        check_coverage(data_size);
+    }
+
+    const std::string& path() const { return file_.path(); }
+    size_t size() const { return file_.size(); }
+    const std::map<std::string, Entry>& entries() const { return entries_; }
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+    bool has(const std::string& name) const { return entries_.count(name) > 0; }
+
+    const Entry& entry(const std::string& name) const {
+        auto found = entries_.find(name);
+        if (found == entries_.end())
+            fail_input("%s: %s: no such tensor", path().c_str(), one_line(name).c_str());
+        return found->second;
+    }
+
+    // Writes the tensor's entry(name).count() numbers to `out`. float and double take F64, F32, F16
+    // and BF16, exactly but for F64 to float, which rounds; int takes I32, and I64 where every
+    // value fits. Any other format throws with exit code 2.
+    template <typename To>
+    void read(const std::string& name, To* out) const {
+        const Entry& tensor = entry(name);
+        const char* data = data_ + tensor.begin;
+        auto same = [](auto value) { return value; };
+        if constexpr (std::is_floating_point_v<To>) {
+            if (tensor.dtype == "F32")
+                return convert_numbers<float>(out, data, tensor.count(), same);
+            if (tensor.dtype == "F64")
+                return convert_numbers<double>(out, data, tensor.count(), same);
+            if (tensor.dtype == "F16")
+                return convert_numbers<uint16_t>(out, data, tensor.count(), half_to_float);
+            if (tensor.dtype == "BF16")
+                return convert_numbers<uint16_t>(out, data, tensor.count(), bfloat16_to_float);
+        } else {
+            auto narrow = [&](int64_t value) {
+                if (value < INT_MIN || value > INT_MAX)
+                    fail(name, format("%lld does not fit 32 bits", static_cast<long long>(value)));
+                return value;
+            };
+            if (tensor.dtype == "I32")
+                return convert_numbers<int32_t>(out, data, tensor.count(), same);
+            if (tensor.dtype == "I64")
+                return convert_numbers<int64_t>(out, data, tensor.count(), narrow);
+        }
+        bool whole = std::is_integral_v<To>;
+        fail(name, "dtype " + tensor.dtype + " where " +
+                       (whole ? "I32 or I64" : "F64, F32, F16 or BF16") + " is read");
+    }
+
+  private:
+    [[noreturn]] void fail(const std::string& name, const std::string& wrong) const {
+        fail_input("%s: %s: %s", path().c_str(), one_line(name).c_str(), wrong.c_str());
+    }
+
+    size_t header_length() const {
+        constexpr uint64_t kLongest = 100'000'000;  // the reference implementation's limit
+        const char* name = path().c_str();
+        if (file_.size() < 8)
+            fail_input("%s: byte %zu: ends before the header; cut, or no safetensors file", name,
+                       file_.size());
+        uint64_t length = 0;
+        for (int i = 7; i >= 0; i--) length = length << 8 | uint8_t(file_.data()[i]);
+        if (length > file_.size() - 8)
+            fail_input(
+                "%s: byte 0: a header of %llu bytes, the file has %zu; cut, or no "
+                "safetensors file",
+                name, static_cast<unsigned long long>(length), file_.size());
+        if (length > kLongest)
+            fail_input("%s: byte 0: a header of %llu bytes; at most %llu are read", name,
+                       static_cast<unsigned long long>(length),
+                       static_cast<unsigned long long>(kLongest));
+        if (length == 0 || file_.data()[8] != '{')
+            fail_input("%s: byte 8: no JSON object; no safetensors file", name);
+        return size_t(length);
+    }
+
+    void read_metadata(const json& value) {
+        if (!value.is_object()) fail("__metadata__", "not an object of texts");
+        for (const auto& [key, text] : value.items()) {
+            if (!text.is_string()) fail("__metadata__", "not an object of texts");
+            metadata_[key] = text.get<std::string>();
+        }
+    }
+
+    Entry read_entry(const std::string& name, const json& value, size_t data_size) const {
+        bool complete = value.is_object() && value.size() == 3 && value.contains("dtype") &&
+                        value.contains("shape") && value.contains("data_offsets");
+        if (!complete) fail(name, "not described by dtype, shape and data_offsets");
+        const json &dtype = value["dtype"], &shape = value["shape"];
+        const json& offsets = value["data_offsets"];
+        Entry entry;
+        if (dtype.is_string()) entry.dtype = dtype.get<std::string>();
+        size_t bytes = dtype_size(entry.dtype);
+        if (bytes == 0) fail(name, "dtype " + one_line(dtype.dump()) + " is not known");
+        if (!shape.is_array()) fail(name, "its shape is not an array");
+        for (const json& length : shape) {
+            if (!length.is_number_unsigned())
+                fail(name, one_line(length.dump()) + " in its shape is not a length");
+            entry.shape.push_back(length.get<size_t>());
+            if (__builtin_mul_overflow(bytes, entry.shape.back(), &bytes))
+                fail(name, "its shape overflows 64 bits");
+        }
+        bool pair = offsets.is_array() && offsets.size() == 2 && offsets[0].is_number_unsigned() &&
+                    offsets[1].is_number_unsigned();
+        if (!pair) fail(name, "its data_offsets are not two positions");
+        entry.begin = offsets[0].get<size_t>(), entry.end = offsets[1].get<size_t>();
+        if (entry.begin > entry.end || entry.end > data_size)
+            fail(name, format("at bytes %zu to %zu of the data, which has %zu; cut or damaged",
+                              entry.begin, entry.end, data_size));
+        if (entry.end - entry.begin != bytes)
+            fail(name,
+                 format("%zu bytes, its shape and dtype need %zu", entry.end - entry.begin, bytes));
+        return entry;
+    }
+
+    // The tensors, in the order of their bytes, follow one another from the first to the last.
+    void check_coverage(size_t data_size) const {
+        std::set<std::tuple<size_t, size_t, std::string>> order;
+        for (const auto& [name, entry] : entries_) order.emplace(entry.begin, entry.end, name);
+        size_t covered = 0;
+        for (const auto& [begin, end, name] : order) {
+            if (begin != covered)
+                fail(name, format("at byte %zu of the data, where %zu is due; tensors may neither "
+                                  "overlap nor leave gaps",
+                                  begin, covered));
+            covered = end;
+        }
+        if (covered != data_size)
+            fail_input("%s: %zu bytes after the last tensor", path().c_str(), data_size - covered);
+    }
+
+    MappedFile file_;
+    const char* data_ = nullptr;
+    std::map<std::string, Entry> entries_;
+    std::map<std::string, std::string> metadata_;
+};
+
+// ==== safetensors: writing =======================================================================
+
+struct FileDigest {
+    size_t bytes = 0;
+    uint64_t hash = 0;  // XXH3, 64 bits, of the whole file
+
+    bool operator==(const FileDigest&) const = default;
+};
+
+// Writes a safetensors file. Tensors are announced with add(), and commit() writes the header and
+// then asks each source for its numbers in turn, so that no more than one tensor is in memory
+// twice. As in the reference implementation, the data starts at a multiple of 8 bytes (spaces
+// after the header) and wider formats come first, which aligns every tensor.
+class SafetensorsWriter {
+  public:
+    using Source = std::function<const void*()>;  // the numbers; valid until the next source's call
+
+    explicit SafetensorsWriter(const std::string& path,
+                               const std::map<std::string, std::string>& metadata = {})
+        : path_(path), metadata_(metadata) {}
+
+    void add(const std::string& name, const std::string& dtype, const std::vector<size_t>& shape,
+             Source source) {
+        size_t bytes = std::accumulate(shape.begin(), shape.end(), dtype_size(dtype),
+                                       std::multiplies<size_t>());
+        tensors_.push_back({name, dtype, shape, bytes, std::move(source)});
+    }
+    void add(const std::string& name, const std::string& dtype, const std::vector<size_t>& shape,
+             const void* data) {
+        add(name, dtype, shape, [data] { return data; });
+    }
+
+    // The file appears whole or not at all; its digest is of what was meant, for reading back.
+    // Throws with exit code 1 when the disk refuses.
+    FileDigest commit() {
+        std::stable_sort(tensors_.begin(), tensors_.end(), [](const Tensor& a, const Tensor& b) {
+            return dtype_size(a.dtype) > dtype_size(b.dtype);
+        });
+        std::string header = header_text();
+        std::string length(8, '\0');
+        for (int i = 0; i < 8; i++) length[size_t(i)] = char(uint64_t(header.size()) >> 8 * i);
+
+        std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(),
+                                                                              XXH3_freeState);
+        if (state == nullptr) throw std::bad_alloc();
+        XXH3_64bits_reset(state.get());
+        AtomicFile file(path_);
+        FileDigest digest;
+        auto write = [&](const void* data, size_t size) {
+            file.write(data, size);
+            XXH3_64bits_update(state.get(), data, size);
+            digest.bytes += size;
+        };
+        write(length.data(), length.size());
+        write(header.data(), header.size());
+        for (const Tensor& tensor : tensors_)
+            if (tensor.bytes > 0) write(tensor.source(), tensor.bytes);
+        file.commit();
+        digest.hash = XXH3_64bits_digest(state.get());
+        return digest;
+    }
+
+  private:
+    struct Tensor {
+        std::string name, dtype;
+        std::vector<size_t> shape;
+        size_t bytes;
+        Source source;
+    };
+
+    std::string header_text() const {
+        ordered_json header = ordered_json::object();
+        if (!metadata_.empty()) header["__metadata__"] = metadata_;
+        size_t begin = 0;
+        for (const Tensor& tensor : tensors_) {
+            header[tensor.name] = {{"dtype", tensor.dtype},
+                                   {"shape", tensor.shape},
+                                   {"data_offsets", {begin, begin + tensor.bytes}}};
+            begin += tensor.bytes;
+        }
+        std::string text = json_text(header, -1);
+        text.resize((text.size() + 7) / 8 * 8, ' ');
+        return text;
+    }
+
+    std::string path_;
+    std::map<std::string, std::string> metadata_;
+    std::vector<Tensor> tensors_;
+};
+
+// ==== config.json ================================================================================
+
+// The keys of one config.json, with their types checked: a wrong one throws with exit code 2,
+// naming file, key and value. Of several names for one thing, the first that is there counts.
+class ConfigReader {
+  public:
+    using Names = std::initializer_list<const char*>;
+
+    explicit ConfigReader(const std::string& path) : path_(path), object_(read_json_object(path)) {}
+
+    const json* find(Names names) {
+        for (const char* name : names) {
+            auto found = object_.find(name);
+            name_ = name;
+            if (found != object_.end()) return &*found;
+        }
+        return nullptr;
+    }
+    // A whole number of at least 1; `otherwise` where there is none.
+    int integer(Names names, int otherwise, bool nullable = false) {
+        const json* value = find(names);
+        if (value == nullptr || (nullable && value->is_null())) return otherwise;
+        if (!value->is_number_unsigned()) fail(*value, "is not a positive whole number");
+        uint64_t number = value->get<uint64_t>();
+        if (number < 1 || number > INT_MAX) fail(*value, "is not from 1 to 2147483647");
+        return int(number);
+    }
+    double number(Names names, double otherwise) {
+        const json* value = find(names);
+        if (value == nullptr) return otherwise;
+        if (!value->is_number()) fail(*value, "is not a number");
+        return value->get<double>();
+    }
+    bool flag(Names names, bool otherwise) {
+        const json* value = find(names);
+        if (value == nullptr) return otherwise;
+        if (!value->is_boolean()) fail(*value, "is neither true nor false");
+        return value->get<bool>();
+    }
+    void require_flag(const char* name, bool required) {
+        if (flag({name}, required) != required)
+            fail(object_[name], "is a variant of GPT-2 that this program does not compute");
+    }
+    [[noreturn]] void fail(const json& value, const char* wrong) const {
+        fail_input("%s: %s: %s %s", path_.c_str(), name_, one_line(json_text(value, -1)).c_str(),
+                   wrong);
+    }
+
+  private:
+    std::string path_;
+    json object_;
+    const char* name_ = "";
+};
+
+// Reads a model's configuration from config.json, or from the folder that holds one. Keys that are
+// missing have the value that transformers' GPT2Config gives them. A key of our own, "bias", says
+// that the additive terms are all zero and stay so; transformers passes it over. Throws with exit
+// code 2 for what is no GPT-2, or a variant that is not computed here.
+inline GPT2Config read_config(const std::string& path) {
+    std::string file = is_folder(path) ? join_path(path, "config.json") : path;
+    ConfigReader reader(file);
+    const json* type = reader.find({"model_type"});
+    if (type == nullptr) fail_input("%s: no model_type; this program reads gpt2", file.c_str());
+    if (*type != "gpt2")
+        fail_input("%s: model_type %s: this program reads gpt2", file.c_str(),
+                   one_line(json_text(*type, -1)).c_str());
+    const json* activation = reader.find({"activation_function"});
+    if (activation != nullptr && *activation != "gelu_new" && *activation != "gelu_pytorch_tanh")
+        reader.fail(*activation,
+                    "is not the tanh GELU of GPT-2, \"gelu_new\" or \"gelu_pytorch_tanh\"");
+    reader.require_flag("scale_attn_weights", true);
+    reader.require_flag("scale_attn_by_inverse_layer_idx", false);
+    reader.require_flag("add_cross_attention", false);
+
+    GPT2Config config;
+    config.vocab_size = reader.integer({"vocab_size"}, 50257);
+    config.context = reader.integer({"n_positions", "max_position_embeddings", "n_ctx"}, 1024);
+    config.layers = reader.integer({"n_layer", "num_hidden_layers"}, 12);
+    config.heads = reader.integer({"n_head", "num_attention_heads"}, 12);
+    config.channels = reader.integer({"n_embd", "hidden_size"}, 768);
+    int hidden = reader.integer({"n_inner"}, 0, true);
+    config.hidden = hidden == 4LL * config.channels ? 0 : hidden;
+    // Theirs may differ by place, ours is one: that of the two projections, half of the places.
+    config.dropout = reader.number({"resid_pdrop"}, 0.1);
+    config.tied = reader.flag({"tie_word_embeddings"}, true);
+    config.bias = reader.flag({"bias"}, true);
+    config.layer_norm_epsilon = reader.number({"layer_norm_epsilon"}, 1e-5);
+    try {
+        validate(config);
+    } catch (const Error& error) { fail_input("%s: %s", file.c_str(), error.what()); }
+    return config;
+}
+
+// Writes FOLDER/config.json. end_of_text, below 0 where there is none, becomes bos and eos.
+inline void write_config(const GPT2Config& config, int end_of_text, const std::string& folder) {
+    ordered_json id = end_of_text < 0 ? ordered_json(nullptr) : ordered_json(end_of_text);
+    ordered_json root;
+    root["architectures"] = {"GPT2LMHeadModel"};
+    root["model_type"] = "gpt2";
+    root["vocab_size"] = config.vocab_size;
+    root["n_positions"] = config.context;
+    root["n_ctx"] = config.context;
+    root["n_embd"] = config.channels;
+    root["n_layer"] = config.layers;
+    root["n_head"] = config.heads;
+    root["n_inner"] = config.hidden_size() == 4 * config.channels
+                          ? ordered_json(nullptr)
+                          : ordered_json(config.hidden_size());
+    root["activation_function"] = "gelu_new";
+    for (const char* name : {"resid_pdrop", "embd_pdrop", "attn_pdrop"})
+        root[name] = config.dropout;
+    root["layer_norm_epsilon"] = config.layer_norm_epsilon;
+    root["initializer_range"] = 0.02;
+    root["tie_word_embeddings"] = config.tied;
+    root["bias"] = config.bias;
+    root["bos_token_id"] = id;
+    root["eos_token_id"] = id;
+    root["torch_dtype"] = sizeof(real) == 8 ? "float64" : "float32";
+    root["use_cache"] = true;
+    write_file_atomic(join_path(folder, "config.json"), json_text(root, 2) + "\n");
+}
+
+// ==== model folders: writing =====================================================================
+
+// Their shape of one row of the tensor table.
+inline std::vector<size_t> hf_shape(const ParameterRow& row) {
+    if (row.cols == 0) return {row.file_rows};
+    if (row.transposed) return {row.cols, row.file_rows};
+    return {row.file_rows, row.cols};
+}
+
+// out (cols,rows) = inp (rows,cols) transposed, in blocks that fit the first-level cache.
+inline void transpose(real* out, const real* inp, size_t rows, size_t cols) {
+    constexpr size_t kBlock = 32;
+#pragma omp parallel for schedule(static)
+    for (size_t r0 = 0; r0 < rows; r0 += kBlock)
+        for (size_t c0 = 0; c0 < cols; c0 += kBlock)
+            for (size_t r = r0; r < std::min(r0 + kBlock, rows); r++)
+                for (size_t c = c0; c < std::min(c0 + kBlock, cols); c++)
+                    out[c * rows + r] = inp[r * cols + c];
+}
+
+inline bool all_finite(const real* values, size_t count) {
+    bool finite = true;
+    for (size_t i = 0; i < count; i++)
+        finite &= std::fabs(values[i]) <= std::numeric_limits<real>::max();
+    return finite;
+}
+
+// One row of the tensor table, of one layer, as a Hugging Face file holds it. `out` is resized.
+inline void read_hf_tensor(std::vector<real>& out, const GPT2* model, Group group, int index,
+                           int layer) {
+    const ParameterRow row = parameter_table(gpt2_config(model))[size_t(index)];
+    out.resize(row.file_size());
+    if (!row.transposed) return gpt2_copy_out(model, group, index, layer, out.data());
+    std::vector<real> host(out.size());
+    gpt2_copy_out(model, group, index, layer, host.data());
+    transpose(out.data(), host.data(), row.file_rows, row.cols);
+}
+
+// Announces every tensor of one group as PREFIX + its name in transformers' state dict. They are
+// copied from the model when the writer commits; parameters that are not finite stop it then.
+inline void add_tensors(SafetensorsWriter& writer, const GPT2* model, Group group,
+                        const std::string& prefix) {
+    ParameterTable table = parameter_table(gpt2_config(model));
+    auto host = std::make_shared<std::vector<real>>();
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!row.present) continue;
+        for (int layer = 0; layer < int(row.count); layer++) {
+            std::string name = hf_name(row, layer);
+            auto source = [=]() -> const void* {
+                read_hf_tensor(*host, model, group, index, layer);
+                if (group == Group::parameters && !all_finite(host->data(), host->size()))
+                    fail_machine("%s: holds numbers that are not finite; not saved", name.c_str());
+                return host->data();
+            };
+            writer.add(prefix + name, kRealDtype, hf_shape(row), source);
+        }
+    }
+}
+
+// Writes FOLDER/model.safetensors. A model without biases gets zeros for them, because
+// transformers has no GPT-2 without; a tied head is not written, because transformers ties it.
+inline FileDigest write_model_file(const GPT2* model, const std::string& folder) {
+    SafetensorsWriter writer(join_path(folder, "model.safetensors"), {{"format", "pt"}});
+    add_tensors(writer, model, Group::parameters, "");
+    std::vector<real> zeros;
+    for (const ParameterRow& row : parameter_table(gpt2_config(model))) {
+        if (row.present || row.cols > 0) continue;
+        zeros.resize(std::max(zeros.size(), row.file_rows));
+        for (int layer = 0; layer < int(row.count); layer++)
+            writer.add(hf_name(row, layer), kRealDtype, hf_shape(row),
+                       [&zeros] { return static_cast<const void*>(zeros.data()); });
+    }
+    return writer.commit();
+}
+
+// Writes a model folder: config.json, model.safetensors and, when a tokenizer is given, its files.
+// `tokenizer` may be null. Throws with exit code 1 when the disk refuses.
+inline void save_model(const GPT2* model, const Tokenizer* tokenizer, const std::string& folder) {
+    const GPT2Config& config = gpt2_config(model);
+    make_folder(folder);
+    if (tokenizer != nullptr) tokenizer->save(folder, config.context);
+    write_model_file(model, folder);
+    write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder);
+}
+
+// ==== model folders: reading =====================================================================
+
+inline SafetensorsFile open_model_file(const std::string& folder) {
+    std::string path = join_path(folder, "model.safetensors");
+    if (!path_exists(path)) {
+        for (const char* name :
+             {"model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"})
+            if (path_exists(join_path(folder, name)))
+                fail_input(
+                    "%s: this program reads model.safetensors, in one piece; write it in "
+                    "Python with save_pretrained(FOLDER, safe_serialization=True, "
+                    "max_shard_size=\"100GB\")",
+                    join_path(folder, name).c_str());
+    }
+    return SafetensorsFile(path);
+}
+
+struct PlacedTensor {
+    std::string name;  // in the file
+    int row, layer;
+};
+
+inline void check_shape(const SafetensorsFile& file, const std::string& name,
+                        const ParameterRow& row) {
+    const std::vector<size_t>& shape = file.entry(name).shape;
+    if (shape != hf_shape(row))
+        fail_input("%s: %s: shape %s, the configuration says %s", file.path().c_str(), name.c_str(),
+                   shape_text(shape).c_str(), shape_text(hf_shape(row)).c_str());
+}
+
+// Finds each tensor of the table in the file, with or without the prefix `transformer.`, and checks
+// its shape. Rows that the configuration has not (a tied head, biases) are placed where the file
+// has them, for the reader to look into. The causal masks that old files hold are passed over.
+// Throws with exit code 2 on a tensor that is missing, unknown, or of another shape.
+inline std::vector<PlacedTensor> place_tensors(const SafetensorsFile& file,
+                                               const GPT2Config& config) {
+    const std::string prefix = "transformer.";
+    auto without_prefix = [&](const std::string& name) {
+        return name.compare(0, prefix.size(), prefix) == 0 ? name.substr(prefix.size()) : name;
+    };
+    std::vector<PlacedTensor> placed;
+    std::set<std::string> known;
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        for (int layer = 0; layer < int(row.count); layer++) {
+            std::string full = hf_name(row, layer), bare = without_prefix(full);
+            std::string name = file.has(full) ? full : bare;
+            if (!file.has(name)) {
+                if (!row.present) continue;
+                fail_input("%s: %s: missing; the configuration asks for shape %s",
+                           file.path().c_str(), full.c_str(), shape_text(hf_shape(row)).c_str());
+            }
+            check_shape(file, name, row);
+            placed.push_back({name, index, layer});
+            known.insert(name);
+        }
+    }
+    for (int layer = 0; layer < config.layers; layer++)
+        for (const char* mask : {".attn.bias", ".attn.masked_bias"}) {
+            std::string bare = "h." + std::to_string(layer) + mask;
+            known.insert(bare);
+            known.insert(prefix + bare);
+        }
+    for (const auto& [name, entry] : file.entries())
+        if (known.count(name) == 0)
+            fail_input("%s: %s: a GPT-2 of %d layers has no such tensor, or has it already",
+                       file.path().c_str(), one_line(name).c_str(), config.layers);
+    return placed;
+}
+
+// A tensor that the model has no memory for must say nothing new: a tied head equals the token
+// embedding, the biases of a model without are zero.
+inline void check_redundant(const SafetensorsFile& file, const PlacedTensor& tensor,
+                            const std::string& embedding, const std::vector<real>& values) {
+    if (tensor.row == k_headw) {
+        std::vector<real> wte(values.size());
+        file.read(embedding, wte.data());
+        if (values != wte)
+            fail_input(
+                "%s: %s: differs from %s, but the head is tied; set "
+                "\"tie_word_embeddings\": false in config.json",
+                file.path().c_str(), tensor.name.c_str(), embedding.c_str());
+    } else if (std::any_of(values.begin(), values.end(), [](real value) { return value != 0; })) {
+        fail_input("%s: %s: not zero, but config.json says \"bias\": false", file.path().c_str(),
+                   tensor.name.c_str());
+    }
+}
+
+// Reads one tensor as the file holds it; numbers that are not finite throw with exit code 2.
+inline void read_finite(const SafetensorsFile& file, const std::string& name,
+                        std::vector<real>& values) {
+    values.resize(file.entry(name).count());
+    file.read(name, values.data());
+    if (!all_finite(values.data(), values.size()))
+        fail_input("%s: %s: holds numbers that are not finite", file.path().c_str(), name.c_str());
+}
+
+// Copies what a file holds of one row and layer into the model. `scratch` is of no meaning after.
+inline void write_hf_tensor(GPT2* model, Group group, int index, int layer,
+                            const std::vector<real>& values, std::vector<real>& scratch) {
+    const ParameterRow row = parameter_table(gpt2_config(model))[size_t(index)];
+    const real* host = values.data();
+    if (row.transposed) {
+        scratch.resize(values.size());
+        transpose(scratch.data(), host, row.cols, row.file_rows);
+        host = scratch.data();
+    }
+    gpt2_copy_in(model, group, index, layer, host);
+}
+
+// A model folder's configuration, after a look at model.safetensors: every tensor is there and has
+// its shape, so that memory for the model may be taken on the configuration's word.
+inline GPT2Config read_model_config(const std::string& folder) {
+    GPT2Config config = read_config(folder);
+    place_tensors(open_model_file(folder), config);
+    return config;
+}
+
+// Fills the model's parameters from FOLDER/model.safetensors (F64, F32, F16 or BF16). The model
+// must be of the folder's configuration, but for dropout. Throws with exit code 2 for a file that
+// does not fit; the parameters are then partly those of the file when a tensor in it holds numbers
+// that it may not, and untouched otherwise.
+inline void load_model(GPT2* model, const std::string& folder) {
+    const GPT2Config& config = gpt2_config(model);
+    SafetensorsFile file = open_model_file(folder);
+    std::vector<PlacedTensor> placed = place_tensors(file, config);
+    GPT2Config stored = read_config(folder);  // shapes do not show these two
+    if (stored.heads != config.heads || stored.layer_norm_epsilon != config.layer_norm_epsilon)
+        fail_input("%s: %d heads and layer_norm_epsilon %g, the model has %d and %g",
+                   join_path(folder, "config.json").c_str(), stored.heads,
+                   stored.layer_norm_epsilon, config.heads, config.layer_norm_epsilon);
+    ParameterTable table = parameter_table(config);
+    std::vector<real> values, scratch;
+    for (const PlacedTensor& tensor : placed) {
+        read_finite(file, tensor.name, values);
+        if (table[size_t(tensor.row)].present)
+            write_hf_tensor(model, Group::parameters, tensor.row, tensor.layer, values, scratch);
+        else check_redundant(file, tensor, placed[0].name, values);  // row 0 is wte
+    }
+}
+
+// ==== checkpoints: names =========================================================================
+
+inline std::string step_name(uint64_t step) {
+    return format("step_%08llu", static_cast<unsigned long long>(step));
+}
+
+// The step that a checkpoint folder's name says; none for any other name.
+inline std::optional<uint64_t> step_of(const std::string& name) {
+    if (name.compare(0, 5, "step_") != 0) return {};
+    uint64_t step = strtoull(name.c_str() + 5, nullptr, 10);
+    if (step_name(step) != name) return {};
+    return step;
+}
+
+struct StepFolder {
+    uint64_t step;
+    std::string name;
+};
+
+// The folders OUT/step_N + suffix that are there, newest first; links are not followed.
+inline std::vector<StepFolder> list_steps(const std::string& out, const std::string& suffix) {
+    std::vector<StepFolder> steps;
+    std::error_code error;
+    for (fs::directory_iterator at(out, error), end; !error && at != end; at.increment(error)) {
+        std::string name = at->path().filename().string();
+        std::error_code unknown;
+        if (at->symlink_status(unknown).type() != fs::file_type::directory) continue;
+        if (name.size() <= suffix.size() ||
+            name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0)
+            continue;
+        std::optional<uint64_t> step = step_of(name.substr(0, name.size() - suffix.size()));
+        if (step) steps.push_back({*step, name});
+    }
+    std::sort(steps.begin(), steps.end(),
+              [](const StepFolder& a, const StepFolder& b) { return a.step > b.step; });
+    return steps;
+}
+
+// The name of the step folder that OUT/last or OUT/best points to; "" when it points elsewhere.
+inline std::string linked_step(const std::string& out, const std::string& link) {
+    std::error_code error;
+    std::string target = fs::read_symlink(join_path(out, link), error).string();
+    return !error && step_of(target) ? target : "";
+}
+
+// ==== checkpoints: verifying =====================================================================
+
+inline std::string hash_text(uint64_t hash) {
+    return format("%016llx", static_cast<unsigned long long>(hash));
+}
+
+// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy.
+inline FileDigest digest_file(const std::string& path) {
+#ifdef POSIX_FADV_DONTNEED
+    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+        close(fd);
+    }
+#endif
+    MappedFile file(path);
+    return {file.size(), hash_bytes(file.data(), file.size())};
+}
+
+// The hash of trainer.json's content but for the hash itself.
+inline std::string json_checksum(json root) {
+    root.erase("checksum");
+    std::string text = json_text(root, -1);
+    return hash_text(hash_bytes(text.data(), text.size()));
+}
+
+// Holds every file of a checkpoint against the size and hash that its trainer.json recorded, and
+// returns trainer.json. Throws with exit code 2, naming the file that differs.
+inline json verify_checkpoint(const std::string& folder) {
+    std::string path = join_path(folder, "trainer.json");
+    json root = read_json_object(path);
+    if (!root.contains("checksum") || root["checksum"] != json_checksum(root))
+        fail_input("%s: its content does not match its checksum; the file is damaged",
+                   path.c_str());
+    json files = root.value("files", json());
+    for (const char* name : {"config.json", "model.safetensors", "optimizer.safetensors"})
+        if (!files.is_object() || !files.contains(name))
+            fail_input("%s: files: %s is not listed", path.c_str(), name);
+    for (const auto& [name, recorded] : files.items()) {
+        bool plain = !name.empty() && name[0] != '.' && name.find('/') == std::string::npos;
+        if (!plain || !recorded.is_object() || !recorded.contains("bytes") ||
+            !recorded.contains("xxh3"))
+            fail_input("%s: files: \"%s\" is no file with bytes and xxh3", path.c_str(),
+                       one_line(name).c_str());
+        std::string file = join_path(folder, name);
+        FileDigest digest = digest_file(file);
+        if (recorded["bytes"] != digest.bytes)
+            fail_input("%s: %zu bytes, trainer.json recorded %s; the checkpoint is damaged",
+                       file.c_str(), digest.bytes, one_line(recorded["bytes"].dump()).c_str());
+        if (recorded["xxh3"] != hash_text(digest.hash))
+            fail_input(
+                "%s: its content does not match the hash in trainer.json; the checkpoint is "
+                "damaged",
+                file.c_str());
+    }
+    return root;
+}
+
+// ==== checkpoints: saving ========================================================================
+
+inline void remove_folder(const std::string& path) {
+    std::error_code error;
+    fs::remove_all(path, error);  // a link is removed, not followed
+    if (error) fail_machine("%s: cannot remove: %s", path.c_str(), error.message().c_str());
+}
+
+inline void rename_path(const std::string& from, const std::string& to) {
+    if (rename(from.c_str(), to.c_str()) != 0)
+        fail_machine("%s: cannot rename to %s: %s", from.c_str(), to.c_str(), strerror(errno));
+}
+
+// A new, empty folder that is removed with all it holds unless it was renamed.
+class TemporaryFolder {
+  public:
+    explicit TemporaryFolder(const std::string& path) : path_(path) {
+        remove_folder(path);
+        make_folder(path);
+    }
+    TemporaryFolder(const TemporaryFolder&) = delete;
+    TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+    ~TemporaryFolder() {
+        std::error_code error;
+        if (!path_.empty()) fs::remove_all(path_, error);
+    }
+    const std::string& path() const { return path_; }
+
+    // Puts the folder in the place of `target`. One that is there already is kept as `target`.old
+    // until it is no longer needed: if the machine stops between the two renames, it is found.
+    void rename_to(const std::string& target) {
+        if (path_exists(target)) {
+            remove_folder(target + ".old");
+            rename_path(target, target + ".old");
+        }
+        rename_path(path_, target);
+        path_.clear();
+    }
+
+  private:
+    std::string path_;
+};
+
+// OUT/link -> name, in one step: a reader finds the old target or the new one.
+inline void point_link(const std::string& out, const std::string& link, const std::string& name) {
+    std::string path = join_path(out, link), temporary = path + ".tmp";
+    unlink(temporary.c_str());
+    if (symlink(name.c_str(), temporary.c_str()) != 0)
+        fail_machine("%s: cannot create the link: %s", path.c_str(), strerror(errno));
+    rename_path(temporary, path);
+}
+
+// Removes what earlier saves left unfinished or replaced, and all checkpoints but the newest `keep`
+// and those that last and best point to; keep 0 keeps all. Each is renamed away first, so that a
+// half-removed folder is never taken for a checkpoint.
+inline void remove_old_checkpoints(const std::string& out, int keep) {
+    std::string last = linked_step(out, "last"), best = linked_step(out, "best");
+    int newer = 0;
+    for (const StepFolder& folder : list_steps(out, "")) {
+        if (keep <= 0 || newer++ < keep || folder.name == last || folder.name == best) continue;
+        std::string path = join_path(out, folder.name);
+        remove_folder(path + ".tmp");
+        rename_path(path, path + ".tmp");
+    }
+    for (const char* suffix : {".tmp", ".old"})
+        for (const StepFolder& folder : list_steps(out, suffix))
+            remove_folder(join_path(out, folder.name));
+}
+
+// Writes trainer.json: the trainer's own state, and the size and hash of every other file of the
+// folder. `digests` has those of the files whose content was at hand when they were written.
+inline void write_trainer_json(const std::string& folder, uint64_t step, const ordered_json& state,
+                               std::map<std::string, FileDigest> digests) {
+    std::error_code error;
+    for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+        std::string name = at->path().filename().string();
+        if (digests.count(name) == 0) digests[name] = digest_file(at->path().string());
+    }
+    if (error) fail_machine("%s: cannot list: %s", folder.c_str(), error.message().c_str());
+    ordered_json root = state;
+    root["step"] = step;
+    root["files"] = ordered_json::object();
+    for (const auto& [name, digest] : digests)
+        root["files"][name] = {{"bytes", digest.bytes}, {"xxh3", hash_text(digest.hash)}};
+    // The checksum is of what a reader will find: the text, parsed.
+    root["checksum"] = json_checksum(json::parse(json_text(root, -1)));
+    write_file_atomic(join_path(folder, "trainer.json"), json_text(root, 2) + "\n");
+}
+
+// Saves a checkpoint of the run in `out` as OUT/step_N: a model folder, the moments as
+// optimizer.safetensors (m.NAME and v.NAME, in the precision that they have in memory) and
+// trainer.json, which is the object `state` and, under "step", "files" and "checksum", what was
+// saved. It is built beside its place, synced, read back and held against the recorded hashes, and
+// only then renamed; OUT/last (and OUT/best when `best`) then point to it, and old checkpoints but
+// the newest `keep` are removed (0: none). Throws with exit code 1 when the disk refuses; the
+// checkpoints before are then as they were.
+inline void save_checkpoint(const std::string& out, uint64_t step, const GPT2* model,
+                            const Tokenizer* tokenizer, const ordered_json& state, bool best,
+                            int keep) {
+    std::string name = step_name(step), target = join_path(out, name);
+    make_folder(out);
+    TemporaryFolder folder(target + ".tmp");
+    std::map<std::string, FileDigest> digests;
+    const GPT2Config& config = gpt2_config(model);
+    if (tokenizer != nullptr) tokenizer->save(folder.path(), config.context);
+    write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder.path());
+    digests["model.safetensors"] = write_model_file(model, folder.path());
+    SafetensorsWriter optimizer(join_path(folder.path(), "optimizer.safetensors"));
+    add_tensors(optimizer, model, Group::first_moments, "m.");
+    add_tensors(optimizer, model, Group::second_moments, "v.");
+    digests["optimizer.safetensors"] = optimizer.commit();
+    write_trainer_json(folder.path(), step, state, digests);
+    try {
+        verify_checkpoint(folder.path());
+    } catch (const Error& error) {
+        fail_machine("%s; the disk did not keep what was written", error.what());
+    }
+    folder.rename_to(target);
+    sync_folder(out);
+    point_link(out, "last", name);
+    if (best) point_link(out, "best", name);
+    sync_folder(out);
+    remove_old_checkpoints(out, keep);
+}
+
+// ==== checkpoints: loading =======================================================================
+
+// The folder of the checkpoint to resume from: the one that OUT/last points to or, where that is
+// damaged, the newest that verifies; "" when there is none. What was passed over goes to `warning`,
+// a line each.
+inline std::string latest_checkpoint(const std::string& out, std::string* warning = nullptr) {
+    std::vector<StepFolder> steps = list_steps(out, "");
+    for (const StepFolder& replaced : list_steps(out, ".old")) steps.push_back(replaced);
+    std::string last = linked_step(out, "last");
+    std::stable_partition(steps.begin(), steps.end(),
+                          [&](const StepFolder& folder) { return folder.name == last; });
+    for (const StepFolder& folder : steps) {
+        std::string path = join_path(out, folder.name);
+        try {
+            verify_checkpoint(path);
+            return path;
+        } catch (const Error& error) {
+            if (warning != nullptr) *warning += std::string(error.what()) + "\n";
+        }
+    }
+    return "";
+}
+
+// Fills parameters and moments from a checkpoint, bit for bit, and returns its trainer.json. Every
+// file is verified first. Throws with exit code 2 for a checkpoint that is damaged, or of another
+// model or precision.
+inline json load_checkpoint(GPT2* model, const std::string& folder) {
+    json trainer = verify_checkpoint(folder);
+    load_model(model, folder);
+    SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
+    ParameterTable table = parameter_table(gpt2_config(model));
+    std::vector<real> values, scratch;
+    size_t used = 0;
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!row.present) continue;
+        for (int layer = 0; layer < int(row.count); layer++) {
+            for (Group group : {Group::first_moments, Group::second_moments}) {
+                std::string name =
+                    (group == Group::first_moments ? "m." : "v.") + hf_name(row, layer);
+                check_shape(file, name, row);
+                if (file.entry(name).dtype != kRealDtype)
+                    fail_input(
+                        "%s: %s: is %s, this program computes in %s; it would not go on with "
+                        "the same numbers",
+                        file.path().c_str(), name.c_str(), file.entry(name).dtype.c_str(),
+                        kRealDtype);
+                read_finite(file, name, values);
+                write_hf_tensor(model, group, index, layer, values, scratch);
+                used++;
+            }
+        }
+    }
+    if (used != file.entries().size())
+        fail_input("%s: holds %zu tensors, the model has %zu", file.path().c_str(),
+                   file.entries().size(), used);
+    return trainer;
+}
+
+// The model folder that `path` stands for: a model folder itself, or the last checkpoint of a run
+// folder. Throws with exit code 2, saying what was expected, for anything else.
+inline std::string resolve_model_folder(const std::string& path) {
+    if (!path_exists(path))
+        fail_input(
+            "%s: no such folder; expected a model folder (config.json, model.safetensors) or "
+            "a run folder",
+            path.c_str());
+    if (!is_folder(path))
+        fail_input(
+            "%s: a file; expected a model folder (config.json, model.safetensors) or a run "
+            "folder",
+            path.c_str());
+    if (path_exists(join_path(path, "config.json"))) return path;
+    std::vector<std::string> names = {linked_step(path, "last")};
+    for (const StepFolder& folder : list_steps(path, "")) names.push_back(folder.name);
+    for (const std::string& name : names) {
+        std::string folder = join_path(path, name);
+        if (!name.empty() && path_exists(join_path(folder, "config.json"))) return folder;
+    }
+    fail_input(
+        "%s: neither a model folder (no config.json) nor a run folder (no checkpoint "
+        "step_00000000)",
+        path.c_str());
+}
+
+// ==== what a path is =============================================================================
+
+struct PathDescription {
+    std::string text;  // for people; more lines than one for a run
+    bool intact = true;
+};
+
+inline std::string describe_config(const GPT2Config& config) {
+    return format(
+        "GPT-2 of %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu "
+        "parameters",
+        config.layers, config.heads, config.channels, config.context, config.vocab_size,
+        count_parameters(config));
+}
+
+// Reads a whole model folder, without memory for the model: throws as load_model does.
+inline std::string describe_model(const std::string& folder) {
+    GPT2Config config = read_config(folder);
+    SafetensorsFile file = open_model_file(folder);
+    ParameterTable table = parameter_table(config);
+    std::vector<PlacedTensor> placed = place_tensors(file, config);
+    std::vector<real> values;
+    std::set<std::string> dtypes;
+    for (const PlacedTensor& tensor : placed) {
+        read_finite(file, tensor.name, values);
+        if (!table[size_t(tensor.row)].present)
+            check_redundant(file, tensor, placed[0].name, values);
+        dtypes.insert(file.entry(tensor.name).dtype);
+    }
+    std::string text = describe_config(config) + " in";
+    for (const std::string& dtype : dtypes) text += " " + dtype;
+    if (!path_exists(join_path(folder, "tokenizer.json"))) return text + "; no tokenizer";
+    return text + format("; tokenizer of %d tokens", Tokenizer::load(folder).vocab_size());
+}
+
+inline PathDescription describe_folder(const std::string& path) {
+    std::vector<StepFolder> steps = list_steps(path, "");
+    if (path_exists(join_path(path, "trainer.json"))) {
+        json trainer = verify_checkpoint(path);
+        return {
+            format("checkpoint, step %s, verified: ", one_line(trainer["step"].dump()).c_str()) +
+            describe_model(path)};
+    }
+    if (path_exists(join_path(path, "config.json")))
+        return {"model folder: " + describe_model(path)};
+    if (steps.empty()) return {"folder, neither a model nor a run"};
+    PathDescription description{format("run folder, %zu checkpoints", steps.size())};
+    for (const StepFolder& folder : steps) {
+        std::string line = "\n  " + folder.name;
+        for (const char* link : {"last", "best"})
+            if (linked_step(path, link) == folder.name) line += std::string(" (") + link + ")";
+        try {
+            line += ": " + describe_folder(join_path(path, folder.name)).text;
+        } catch (const Error& error) {
+            line += ": cannot be used: " + std::string(error.what());
+            description.intact = false;
+        }
+        description.text += line;
+    }
+    return description;
+}
+
+inline PathDescription describe_file(const std::string& path) {
+    MappedFile file(path);
+    std::string name = fs::path(path).filename().string();
+    if (file.size() == 0) return {"empty file"};
+    if (fs::path(path).extension() == ".safetensors") {
+        SafetensorsFile tensors(path);
+        size_t numbers = 0;
+        for (const auto& [tensor, entry] : tensors.entries()) numbers += entry.count();
+        return {format("safetensors file, %zu tensors, %zu numbers, %zu bytes",
+                       tensors.entries().size(), numbers, tensors.size())};
+    }
+    if (name == "config.json") return {"configuration: " + describe_config(read_config(path))};
+    if (name == "tokenizer.json")
+        return {format("tokenizer of %d tokens", Tokenizer::load(path).vocab_size())};
+    bool text = file.view().substr(0, 1 << 20).find('\0') == std::string_view::npos;
+    return {
+        format("%s, %zu bytes", text ? "text" : "file of no kind that is known here", file.size())};
+}
+
+// Says what a file or folder is and whether it is intact: a model, a checkpoint and a run folder
+// are read whole. Throws with exit code 2 when there is nothing.
+inline PathDescription describe_path(const std::string& path) {
+    if (!path_exists(path)) fail_input("%s: no such file or folder", path.c_str());
+    try {
+        return is_folder(path) ? describe_folder(path) : describe_file(path);
+    } catch (const Error& error) { return {std::string("cannot be used: ") + error.what(), false}; }
+}
