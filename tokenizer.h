@@ -149,10 +149,11 @@ inline size_t contraction_length(std::string_view text, size_t i) {
     return two ? 3 : 0;
 }
 
-// Where the first piece of text[begin, ...) ends by the GPT-2 split pattern (kGpt2Pattern), begin <
-// text.size(). The alternatives of the pattern, tried in order: a contraction; letters, numbers, or
-// others, each with at most one U+0020 before; white space up to the end of the text, or up to but
-// without its last character, which goes with the word that follows; one white-space character.
+// Where the first piece of text[begin, ...) ends by the GPT-2 split pattern (kGpt2Pattern); begin
+// must be below text.size(). The alternatives of the pattern, tried in order: a contraction;
+// letters, numbers, or others, each with at most one U+0020 before; white space up to the end of
+// the text, or up to but without its last character, which goes with the word that follows; one
+// white-space character.
 inline size_t gpt2_piece_end(std::string_view text, size_t begin) {
     if (text[begin] == '\'')
         if (size_t length = contraction_length(text, begin)) return begin + length;
@@ -181,10 +182,9 @@ inline size_t gpt2_piece_end(std::string_view text, size_t begin) {
 // Byte-level files spell each byte as one printable character: bytes that are printable in Latin-1
 // as themselves, the other 68 as U+0100, U+0101, ... in their order (a space becomes U+0120).
 struct ByteAlphabet {
-    std::array<uint8_t, 256>
-        byte_of_rank;  // GPT-2's ids: the printable bytes first, then the others
-    std::array<int, 256> code_point_of_byte;    // byte -> the character that spells it
-    std::array<int, 324> byte_of_code_point{};  // and back; -1 for characters that spell none
+    std::array<uint8_t, 256> byte_of_rank;    // in the order of GPT-2's ids: the printable first
+    std::array<int, 256> code_point_of_byte;  // byte -> the character that spells it
+    std::array<int, 324> byte_of_code_point;  // and back; -1 for characters that spell none
 
     ByteAlphabet() {
         byte_of_code_point.fill(-1);
@@ -297,12 +297,11 @@ struct Tokenizer {
     static Tokenizer chars(std::string_view text);
 
     // Byte-level BPE learned from `text`: the 256 bytes in GPT-2's order, merges in the order they
-    // were learned,
-    // <|endoftext|> last. Each merge takes the most frequent pair of adjacent tokens, counted over
-    // the pieces of the text; of equally frequent pairs, that whose first occurrence in the text,
-    // as it is cut at that step, comes first. Where no pair is left the vocabulary stays smaller
-    // than asked: see vocab_size(). Fails on an empty text and on a vocab_size outside 257 to
-    // kMaxVocabulary.
+    // were learned, <|endoftext|> last. Each merge takes the most frequent pair of adjacent tokens,
+    // counted over the pieces of the text; of equally frequent pairs, that whose first occurrence
+    // in the text, as it is cut at that step, comes first. Where no pair is left the vocabulary
+    // stays smaller than asked: see vocab_size(). Fails on an empty text and on a vocab_size
+    // outside 257 to kMaxVocabulary.
     static Tokenizer train_bpe(std::string_view text, int vocab_size);
 
     // From a tokenizer.json, a folder that holds one, or GPT-2's merges (vocab.bpe, merges.txt: the
@@ -326,7 +325,7 @@ struct Tokenizer {
     std::vector<int> encode(std::string_view text) const { return encode(text, nullptr); }
 
     // The same; the distinct characters that were dropped are appended to *missing in the order
-    // met, as UTF-8 fit for a message: a byte that is not UTF-8 is spelt <0x80>.
+    // met, fit for a message: ASCII controls and bytes that are not UTF-8 are spelt <0x0A>.
     std::vector<int> encode(std::string_view text, std::string* missing) const {
         std::vector<int> ids;
         encode(text, ids, missing);
@@ -360,7 +359,7 @@ struct Tokenizer {
     int id_of_character(int symbol) const;
     void encode_chars(std::string_view text, std::vector<int>& ids, std::string* missing) const;
     void encode_bpe(std::string_view text, std::vector<int>& ids) const;
-    std::string spell(int id) const;
+    std::string spell(int id, const ByteAlphabet& alphabet) const;
     bool is_special(int id) const;
 
     Kind kind_ = Kind::bytes;
@@ -481,10 +480,12 @@ inline Tokenizer Tokenizer::chars(std::string_view text) {
 inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids,
                               std::string* missing) const {
     switch (kind_) {
-        case Kind::bytes:
-            ids.reserve(ids.size() + text.size());
-            for (char c : text) ids.push_back(id_of_byte_[uint8_t(c)]);
+        case Kind::bytes: {
+            size_t begin = ids.size();
+            ids.resize(begin + text.size());
+            for (size_t i = 0; i < text.size(); i++) ids[begin + i] = id_of_byte_[uint8_t(text[i])];
             break;
+        }
         case Kind::chars:
             encode_chars(text, ids, missing);
             break;
@@ -512,8 +513,10 @@ inline void Tokenizer::encode_chars(std::string_view text, std::vector<int>& ids
             continue;
         }
         if (missing == nullptr || !reported.insert(character.symbol).second) continue;
-        if (character.symbol < kInvalidByte) *missing += bytes;
-        else *missing += format("<0x%02X>", unsigned(character.symbol - kInvalidByte));
+        bool printable =
+            character.symbol >= 0x20 && character.symbol != 0x7f && character.symbol < kInvalidByte;
+        if (printable) *missing += bytes;
+        else *missing += format("<0x%02X>", unsigned(uint8_t(bytes[0])));
     }
 }
 
@@ -521,8 +524,7 @@ inline void Tokenizer::encode_chars(std::string_view text, std::vector<int>& ids
 // lowest rank is joined, the leftmost of several. Owns the scratch memory, so that a text allocates
 // it once.
 struct Tokenizer::PieceMerger {
-    // Below this the quadratic way is the faster one: its minimum search runs over a few cache
-    // lines.
+    // Up to this many bytes the quadratic way is the faster one: it looks at few cache lines.
     static constexpr size_t kShort = 64;
     static constexpr size_t kEnd = ~size_t(0);
 
@@ -546,8 +548,7 @@ struct Tokenizer::PieceMerger {
         else merge_long(piece, ids);
     }
 
-    // O(n^2) for n bytes: finds the lowest rank by looking at all, closes the gap by moving the
-    // rest.
+    // O(n^2) for n bytes: finds the lowest rank by looking at all, and moves the rest up.
     void merge_short(std::string_view piece, std::vector<int>& ids) const {
         const PairTable& ranks_of = tokenizer.merge_ranks_;
         int token[kShort];
@@ -663,8 +664,7 @@ class BpeTrainer {
         push_fresh();
     }
 
-    // Joins the best pair everywhere as `new_id`, and returns its two ids; {-1, -1} if no pair is
-    // left.
+    // Joins the best pair everywhere as `new_id`; returns its two ids, {-1, -1} if none is left.
     std::pair<int, int> merge_best(int new_id) {
         uint32_t best = pop_best();
         if (best == kEnd) return {-1, -1};
@@ -761,8 +761,7 @@ class BpeTrainer {
         pairs_[index_.find(left, right)].count -= weight;
     }
 
-    // Joins the symbol at `position` with the next one, and moves the counts of the pairs around
-    // them.
+    // Joins the symbol at `position` with the next, and moves the counts of the pairs around them.
     void join(uint32_t position, int new_id) {
         Symbol& symbol = symbols_[position];
         Symbol& gone = symbols_[symbol.next];
@@ -803,9 +802,8 @@ class BpeTrainer {
             heap_.pop();
             uint64_t count = pairs_[top.pair].count;
             if (count == 0) continue;
-            uint32_t position = first_position(top.pair);
-            if (count == top.count && position == top.position) return top.pair;
-            heap_.push({count, position, top.pair});
+            if (count == top.count) return top.pair;  // no occurrence lost: its position holds too
+            heap_.push({count, first_position(top.pair), top.pair});
         }
         return kEnd;
     }
@@ -847,18 +845,19 @@ inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size) {
 // ==== saving =====================================================================================
 
 // A token as tokenizer.json spells it.
-inline std::string Tokenizer::spell(int id) const {
+inline std::string Tokenizer::spell(int id, const ByteAlphabet& alphabet) const {
     std::string_view bytes = token_bytes(id);
     if (is_special(id)) return std::string(bytes);
-    if (kind_ != Kind::chars) return ByteAlphabet().spell(bytes);
+    if (kind_ != Kind::chars) return alphabet.spell(bytes);
     int symbol = character_at(bytes, 0).symbol;
     if (symbol < kInvalidByte) return std::string(bytes);
     return format("<0x%02X>", unsigned(symbol - kInvalidByte));
 }
 
 inline void Tokenizer::save(const std::string& folder, int context) const {
+    ByteAlphabet alphabet;
     std::vector<std::string> spelling;
-    for (int id = 0; id < vocab_size(); id++) spelling.push_back(spell(id));
+    for (int id = 0; id < vocab_size(); id++) spelling.push_back(spell(id, alphabet));
     ordered_json::object_t vocabulary;
     for (int id = 0; id < vocab_size(); id++)  // emplace_back: the keys are known to differ
         vocabulary.emplace_back(spelling[size_t(id)], id);
@@ -1122,8 +1121,10 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
             refuse("model.vocab",
                    "token " + quoted(spelling) + " is not of this kind of vocabulary");
         tokenizer.add_token(special ? spelling : bytes);
+        // A special token of one character is that character too, as in tokenizers.
         bool in_model = vocabulary->contains(spelling);
-        if (tokenizer.kind_ == Tokenizer::Kind::chars && in_model && !bytes.empty())
+        bool encodable = special ? in_model && bytes == spelling : true;
+        if (tokenizer.kind_ == Tokenizer::Kind::chars && encodable)
             tokenizer.index_character(character_at(bytes, 0).symbol, id);
     }
     auto end = id_of.find(std::string(kEndOfText));
