@@ -29,10 +29,12 @@
 // A name out of a file, fit for an error message: one line, not without end.
 inline std::string one_line(std::string_view text) {
     constexpr size_t kLongest = 120;
-    std::string line(text.substr(0, kLongest));
+    size_t length = std::min(text.size(), kLongest);
+    while (length > 0 && length < text.size() && (text[length] & 0xC0) == 0x80) length--;
+    std::string line(text.substr(0, length));
     for (char& c : line)
         if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-    return text.size() > kLongest ? line + "..." : line;
+    return length < text.size() ? line + "..." : line;
 }
 
 inline std::string join_path(const std::string& folder, const std::string& name) {
@@ -309,6 +311,24 @@ struct FileDigest {
     bool operator==(const FileDigest&) const = default;
 };
 
+// An XXH3 that is fed in parts.
+class StreamingHash {
+  public:
+    StreamingHash() : state_(XXH3_createState(), XXH3_freeState) {
+        if (state_ == nullptr) throw std::bad_alloc();
+        XXH3_64bits_reset(state_.get());
+    }
+    void add(const void* data, size_t size) {
+        XXH3_64bits_update(state_.get(), data, size);
+        bytes_ += size;
+    }
+    FileDigest digest() const { return {bytes_, XXH3_64bits_digest(state_.get())}; }
+
+  private:
+    std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state_;
+    size_t bytes_ = 0;
+};
+
 // Writes a safetensors file. Tensors are announced with add(), and commit() writes the header and
 // then asks each source for its numbers in turn, so that no more than one tensor is in memory
 // twice. As in the reference implementation, the data starts at a multiple of 8 bytes (spaces
@@ -342,24 +362,18 @@ class SafetensorsWriter {
         std::string length(8, '\0');
         for (int i = 0; i < 8; i++) length[size_t(i)] = char(uint64_t(header.size()) >> 8 * i);
 
-        std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(),
-                                                                              XXH3_freeState);
-        if (state == nullptr) throw std::bad_alloc();
-        XXH3_64bits_reset(state.get());
         AtomicFile file(path_);
-        FileDigest digest;
+        StreamingHash hash;
         auto write = [&](const void* data, size_t size) {
             file.write(data, size);
-            XXH3_64bits_update(state.get(), data, size);
-            digest.bytes += size;
+            hash.add(data, size);
         };
         write(length.data(), length.size());
         write(header.data(), header.size());
         for (const Tensor& tensor : tensors_)
             if (tensor.bytes > 0) write(tensor.source(), tensor.bytes);
         file.commit();
-        digest.hash = XXH3_64bits_digest(state.get());
-        return digest;
+        return hash.digest();
     }
 
   private:
@@ -791,17 +805,24 @@ inline std::string hash_text(uint64_t hash) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
-// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy.
+// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy. Read in
+// parts, so that verifying a large model takes no memory.
 inline FileDigest digest_file(const std::string& path) {
-#ifdef POSIX_FADV_DONTNEED
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) {
-        posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-        close(fd);
-    }
+    if (fd < 0) fail_errno(path, "open");
+#ifdef POSIX_FADV_DONTNEED
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
-    MappedFile file(path);
-    return {file.size(), hash_bytes(file.data(), file.size())};
+    StreamingHash hash;
+    std::vector<char> part(1 << 20);
+    ssize_t size = 0;
+    while ((size = read(fd, part.data(), part.size())) > 0 || (size < 0 && errno == EINTR))
+        if (size > 0) hash.add(part.data(), size_t(size));
+    int code = errno;
+    close(fd);
+    errno = code;
+    if (size < 0) fail_errno(path, "read");
+    return hash.digest();
 }
 
 // The hash of trainer.json's content but for the hash itself.

@@ -388,7 +388,7 @@ const GPT2Shape& gpt2_shape(const GPT2* model);
 void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
                   const GPT2Pass& pass);
 void gpt2_backward(GPT2* model);  // of the last forward, which was a training pass; gradients +=
-void gpt2_zero_gradients(GPT2* model);  // and the loss
+void gpt2_zero_gradients(GPT2* model);  // where there are any; and the loss
 void gpt2_update(GPT2* model,
                  const AdamW& adamw);  // nothing changes when loss or norm is not finite
 GPT2Stats gpt2_stats(GPT2* model);     // waits for the device

@@ -938,10 +938,11 @@ void gpt2_backward(GPT2* model) {
 // ==== gpt2_update ================================================================================
 
 void gpt2_zero_gradients(GPT2* model) {
+    model->loss = 0;
+    if (!model->shape.training) return;
     real* gradients = model->groups[size_t(Group::gradients)];
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < model->parameters; i++) gradients[i] = 0;
-    model->loss = 0;
 }
 
 void gpt2_update(GPT2* model, const AdamW& adamw) {

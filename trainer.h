@@ -117,7 +117,7 @@ struct TrainOptions {
 };
 
 struct SampleOptions {
-    std::string model, tokenizer, prompt, out;
+    std::string model, tokenizer, prompt = "\n", out;
     size_t max_new_tokens = 200, num_samples = 1;
     uint64_t seed = 42;
     SamplerOptions sampler;
@@ -317,7 +317,9 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
 inline void add_sample_options(CLI::App* app, SampleOptions& o) {
     add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
-    add_text(app, "--prompt", o.prompt, "TEXT", "what the text begins with")->default_str("none");
+    add_text(app, "--prompt", o.prompt, "TEXT",
+             "what the text begins with; empty: the token <|endoftext|>")
+        ->default_str("a new line");
     add_number(app, "--max-new-tokens", o.max_new_tokens, 1, 1e9, "N", "tokens to add");
     add_number(app, "--temperature", o.sampler.temperature, 0, 1000, "X",
                "divides the logits; 0: always the likeliest token");
@@ -593,6 +595,19 @@ inline std::vector<MemoryRow> memory_plan(const GPT2Config& config, const GPT2Sh
     return rows;
 }
 
+// What the whole process will take: the tables; a copy of one tensor at a time, through which
+// initialisation and files go; and the program with its libraries and their buffers, as measured.
+inline std::vector<MemoryRow> process_plan(const GPT2Config& config, const GPT2Shape& shape) {
+    constexpr size_t kProgramBytes = size_t(40) << 20;
+    std::vector<MemoryRow> rows = memory_plan(config, shape);
+    size_t largest = 0;
+    for (const ParameterRow& row : parameter_table(config))
+        largest = std::max(largest, row.file_size());
+    rows.push_back({"copy of a tensor", largest * sizeof(real)});
+    rows.push_back({"program, libraries", kProgramBytes});
+    return rows;
+}
+
 inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
     size_t total = 0;
     for (const MemoryRow& row : rows) total += row.bytes;
@@ -612,7 +627,7 @@ inline std::vector<std::string> size_report(const GPT2Config& config, const GPT2
     }
     left.push_back(
         format("  %-9s%18s%14s", "total", "", with_commas(count_parameters(config)).c_str()));
-    std::vector<MemoryRow> rows = memory_plan(config, shape);
+    std::vector<MemoryRow> rows = process_plan(config, shape);
     rows.push_back({"total", total_bytes(rows)});
     for (const MemoryRow& row : rows)
         right.push_back(
@@ -1719,11 +1734,12 @@ inline bool Training::evaluate(ordered_json* record, bool* last) {
 inline void Training::sample() {
     if (!data_.tokenizer) return;
     constexpr size_t kTokens = 100;
+    int context = choice_.config.context;
     Sampler sampler({0.8, 0, 1.0}, o_.seed + state_.step);
     std::string text;
     generate_text(model_.get(), *data_.tokenizer,
-                  starting_tokens({}, *data_.tokenizer, choice_.config.context), kTokens, sampler,
-                  [&](std::string_view bytes) { return text += bytes, true; });
+                  starting_tokens(data_.tokenizer->encode("\n"), *data_.tokenizer, context),
+                  kTokens, sampler, [&](std::string_view bytes) { return text += bytes, true; });
     screen_.heading(format("-- sample at step %zu --", state_.step));
     screen_.line(text);
 }
