@@ -1,0 +1,5097 @@
+// The tests: one source for both twins, built against the object that the program itself is made
+// of.
+//
+// It is built twice: in float, where it holds every part to its contract, and in double
+// (GPT2_REAL), where gradients are checked by central differences and the whole model against
+// PyTorch's float64. Buffers stand between guard bytes and are full of NaN until written;
+// comparisons are written so that NaN fails. A tolerance says where it comes from. Tests that read
+// ../shared/data skip, counted, where it is missing.
+//
+// ./build/.../test_gpt2 [--gtest_filter=Suite.Test] ends with `N passed, N failed, N skipped`.
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "trainer.h"
+
+// ==== tools =========================================================================================
+
+namespace {
+
+constexpr bool kDouble = sizeof(real) == 8;
+constexpr real kNaN = std::numeric_limits<real>::quiet_NaN();
+
+// Numbers between guard bytes, full of NaN at first; a write outside fails the test when the buffer
+// goes.
+class Buffer {
+  public:
+    explicit Buffer(size_t size) : bytes_(size * sizeof(real) + 2 * kGuard, kMark), size_(size) {
+        std::fill(begin(), end(), kNaN);
+    }
+    explicit Buffer(int size) : Buffer(size_t(size)) {}
+    Buffer(const Buffer& other) = default;
+    ~Buffer() {
+        auto intact = [](uint8_t byte) { return byte == kMark; };
+        EXPECT_TRUE(std::all_of(bytes_.begin(), bytes_.begin() + kGuard, intact))
+            << "written before its start";
+        EXPECT_TRUE(std::all_of(bytes_.end() - kGuard, bytes_.end(), intact))
+            << "written behind its end";
+    }
+    Buffer& operator=(const Buffer&) = delete;
+
+    real* begin() { return reinterpret_cast<real*>(bytes_.data() + kGuard); }
+    real* end() { return begin() + size_; }
+    const real* begin() const { return reinterpret_cast<const real*>(bytes_.data() + kGuard); }
+    const real* end() const { return begin() + size_; }
+    operator real*() { return begin(); }
+    operator const real*() const { return begin(); }
+    real& operator[](size_t i) { return begin()[i]; }
+    real operator[](size_t i) const { return begin()[i]; }
+    real& operator[](int i) { return begin()[i]; }
+    real operator[](int i) const { return begin()[i]; }
+    size_t size() const { return size_; }
+
+    Buffer& fill(real value) {
+        std::fill(begin(), end(), value);
+        return *this;
+    }
+    Buffer& normal(unsigned seed, double scale = 1) {
+        std::mt19937 generator(seed);
+        std::normal_distribution<double> draw(0, scale);
+        for (real& value : *this) value = real(draw(generator));
+        return *this;
+    }
+
+  private:
+    static constexpr size_t kGuard = 64;
+    static constexpr uint8_t kMark = 0xA5;
+    std::vector<uint8_t> bytes_;
+    size_t size_;
+};
+
+std::vector<int> random_ids(size_t count, int below, unsigned seed) {
+    std::mt19937 generator(seed);
+    std::uniform_int_distribution<int> draw(0, below - 1);
+    std::vector<int> ids(count);
+    for (int& id : ids) id = draw(generator);
+    return ids;
+}
+
+// The largest |a - b|; NaN anywhere gives NaN, which fails every `<=`.
+double largest_difference(const real* a, const real* b, size_t size) {
+    double largest = 0;
+    for (size_t i = 0; i < size; i++) {
+        double difference = std::abs(double(a[i]) - double(b[i]));
+        if (!(difference <= largest)) largest = difference;
+    }
+    return largest;
+}
+
+double largest_magnitude(const real* a, size_t size) {
+    double largest = 0;
+    for (size_t i = 0; i < size; i++) largest = std::max(largest, std::abs(double(a[i])));
+    return largest;
+}
+
+#define EXPECT_AT_MOST(value, bound) \
+    EXPECT_TRUE((value) <= (bound)) << #value " is " << (value) << ", more than " << (bound)
+
+// A new empty folder for the running test; all of them go when the program ends.
+[[maybe_unused]] std::string test_folder() {
+    static struct Root {
+        std::string path;
+        int count = 0;
+        Root() {
+            std::string pattern = (fs::temp_directory_path() / "test_gpt2_XXXXXX").string();
+            path = mkdtemp(pattern.data()) != nullptr ? pattern : "";
+        }
+        ~Root() {
+            std::error_code ignored;
+            fs::remove_all(path, ignored);
+        }
+    } root;
+    std::string folder = root.path + "/" + std::to_string(root.count++);
+    fs::create_directories(folder);
+    return folder;
+}
+
+// "CODE message" of the Error that f throws, "" when it throws none.
+template <typename F>
+std::string error_of(F f) {
+    try {
+        f();
+    } catch (const Error& error) { return std::to_string(error.exit_code) + " " + error.what(); }
+    return "";
+}
+
+}  // namespace
+
+// ==== layers: gradients by central differences ======================================================
+
+namespace {
+
+// The gradient of `objective` with respect to x, by (f(x+h) - f(x-h)) / 2h in double with h = 1e-5:
+// its own error is about h^2 f'''/6 + 1e-16 |f| / h, some 1e-10 of the numbers here; the bound
+// leaves a factor of 100.
+void expect_gradient(const char* name, Buffer& x, const real* analytic,
+                     const std::function<double()>& objective) {
+    constexpr double kStep = 1e-5;
+    double scale = std::max(1.0, largest_magnitude(analytic, x.size()));
+    size_t stride = x.size() / 300 + 1;
+    for (size_t i = 0; i < x.size(); i += stride) {
+        real saved = x[i];
+        x[i] = real(saved + kStep);
+        double above = objective();
+        x[i] = real(saved - kStep);
+        double below = objective();
+        x[i] = saved;
+        double numeric = (above - below) / (2 * kStep);
+        EXPECT_TRUE(std::abs(numeric - double(analytic[i])) <= 1e-8 * scale)
+            << name << "[" << i << "]: central difference " << numeric << ", backward "
+            << analytic[i];
+    }
+}
+
+double dot(const Buffer& a, const Buffer& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); i++) sum += double(a[i]) * double(b[i]);
+    return sum;
+}
+
+// Gradients that accumulate start at 1, so that an overwrite is seen; this takes the 1 away again.
+void subtract_one(Buffer& gradient) {
+    for (real& value : gradient) value -= 1;
+}
+
+struct Sizes {
+    int B, T, C, NH;
+};
+constexpr Sizes kOddSizes[] = {{3, 17, 15, 3}, {1, 1, 1, 1}, {2, 130, 10, 2}, {1, 65, 7, 1}};
+
+TEST(Gradient, Encoder) {
+    for (auto [B, T, C, NH] : kOddSizes) {
+        int V = 13;
+        std::vector<int> inputs = random_ids(size_t(B * T), V, 1);
+        Buffer wte(V * C), wpe(T * C), out(B * T * C), dout(out.size());
+        Buffer dwte(wte.size()), dwpe(wpe.size());
+        wte.normal(2), wpe.normal(3), dout.normal(4), dwte.fill(1), dwpe.fill(1);
+        encoder_backward(dwte, dwpe, dout, inputs.data(), B, T, C);
+        subtract_one(dwte), subtract_one(dwpe);
+        auto objective = [&] {
+            encoder_forward(out, inputs.data(), wte, wpe, B, T, C);
+            return dot(out, dout);
+        };
+        expect_gradient("wte", wte, dwte, objective);
+        expect_gradient("wpe", wpe, dwpe, objective);
+    }
+}
+
+TEST(Gradient, LayerNorm) {
+    for (auto [B, T, C, NH] : kOddSizes) {
+        for (bool with_bias : {true, false}) {
+            size_t BT = size_t(B * T), N = BT * size_t(C), c = size_t(C);
+            Buffer inp(N), weight(c), bias(c), out(N), mean(BT), rstd(BT), dout(N);
+            Buffer dinp(N), dweight(c), dbias(c), scratch(2 * kReduceRows * c);
+            inp.normal(1), weight.normal(2), bias.normal(3), dout.normal(4);
+            dinp.fill(1), dweight.fill(1), dbias.fill(1);
+            auto objective = [&] {
+                layernorm_forward(out, mean, rstd, inp, weight, with_bias ? bias.begin() : nullptr,
+                                  1e-5, B, T, C);
+                return dot(out, dout);
+            };
+            objective();
+            layernorm_backward(dinp, dweight, with_bias ? dbias.begin() : nullptr, dout, inp,
+                               weight, mean, rstd, scratch, B, T, C);
+            subtract_one(dinp), subtract_one(dweight), subtract_one(dbias);
+            expect_gradient("inp", inp, dinp, objective);
+            expect_gradient("weight", weight, dweight, objective);
+            expect_gradient("bias", bias, dbias, objective);  // 0 where it takes no part
+        }
+    }
+}
+
+TEST(Gradient, Matmul) {
+    constexpr int kShapes[][3] = {{51, 15, 45}, {1, 1, 1}, {7, 33, 2}, {130, 3, 17}};
+    for (auto [BT, C, OC] : kShapes) {
+        Buffer inp(BT * C), weight(OC * C), bias(OC), out(BT * OC), dout(out.size());
+        Buffer dinp(inp.size()), dweight(weight.size()), dbias(bias.size()),
+            scratch(kReduceRows * bias.size());
+        inp.normal(1), weight.normal(2), bias.normal(3), dout.normal(4), dweight.fill(1),
+            dbias.fill(1);
+        matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
+        subtract_one(dweight), subtract_one(dbias);
+        auto objective = [&] {
+            matmul_forward(out, inp, weight, bias, BT, C, OC);
+            return dot(out, dout);
+        };
+        expect_gradient("inp", inp, dinp, objective);
+        expect_gradient("weight", weight, dweight, objective);
+        expect_gradient("bias", bias, dbias, objective);
+    }
+}
+
+TEST(Gradient, Attention) {
+    for (auto [B, T, C, NH] : kOddSizes) {
+        for (double probability : {0.0, 0.3}) {
+            size_t N = size_t(B * T * C);
+            Dropout dropout{probability, 7, 3, 5, RandomUse::attention, 2};
+            Buffer qkv(3 * N), out(N), logsumexp(B * NH * T), dout(N), dqkv(3 * N);
+            Buffer scratch(size_t(omp_get_max_threads()) * 2 * kAttentionRows * size_t(T));
+            qkv.normal(1), dout.normal(2);
+            auto objective = [&] {
+                attention_forward(out, logsumexp, qkv, scratch, dropout, B, T, C, NH);
+                return dot(out, dout);
+            };
+            objective();
+            attention_backward(dqkv, dout, qkv, out, logsumexp, scratch, dropout, B, T, C, NH);
+            expect_gradient("qkv", qkv, dqkv, objective);
+        }
+    }
+}
+
+TEST(Gradient, Gelu) {
+    Buffer inp(101), out(101), dout(101), dinp(101);
+    inp.normal(1, 3), dout.normal(2);
+    inp[0] = 0, inp[1] = 12, inp[2] = -12;
+    gelu_backward(dinp, dout, inp, inp.size());
+    expect_gradient("inp", inp, dinp, [&] {
+        gelu_forward(out, inp, inp.size());
+        return dot(out, dout);
+    });
+}
+
+TEST(Gradient, DropoutAndResidual) {
+    int B = 3, T = 5, C = 7;
+    size_t N = size_t(B * T * C);
+    Dropout dropout{0.4, 11, 2, 9, RandomUse::mlp_projection, 1};
+    Buffer inp(N), dropped(N), other(N), out(N), dout(N), dinp(N);
+    inp.normal(1), other.normal(2), dout.normal(3);
+    dropout_forward(dinp, dout, dropout, B, T, C);
+    expect_gradient("inp", inp, dinp, [&] {
+        dropout_forward(dropped, inp, dropout, B, T, C);
+        residual_forward(out, other, dropped, N);
+        return dot(out, dout);
+    });
+}
+
+TEST(Gradient, Classifier) {
+    int BT = 6, V = 131, Vp = 256;
+    std::vector<int> targets = random_ids(size_t(BT), V, 1);
+    targets[2] = kIgnore;
+    Buffer logits(BT * Vp), work(logits.size()), losses(BT);
+    logits.normal(2, 3);
+    auto objective = [&] {
+        std::copy(logits.begin(), logits.end(), work.begin());
+        classifier_forward(losses, work, targets.data(), 0.2, false, BT, V, Vp);
+        return 0.2 * double(std::accumulate(losses.begin(), losses.end(), real(0)));
+    };
+    Buffer dlogits(logits);
+    classifier_forward(losses, dlogits, targets.data(), 0.2, true, BT, V, Vp);
+    expect_gradient("logits", logits, dlogits, objective);
+    for (int j = V; j < Vp; j++) EXPECT_EQ(dlogits[j], 0) << "padding " << j;
+}
+
+// A model with every parameter random, so that nothing is 0 or 1 by its initialisation.
+GPT2Ptr random_model(const GPT2Config& config, const GPT2Shape& shape, unsigned seed = 1) {
+    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        for (int layer = 0; row.present && layer < int(row.count); layer++) {
+            Buffer values(row.file_size());
+            values.normal(seed++, 0.3);
+            gpt2_copy_in(model.get(), Group::parameters, index, layer, values);
+        }
+    }
+    return model;
+}
+
+GPT2Shape training_shape(int B, int T, int generate = 0) {
+    return {B, T, true, generate, omp_get_max_threads()};
+}
+
+struct Batch {
+    std::vector<int> inputs, targets;
+    double scale;
+    Batch(int B, int T, int V, unsigned seed, bool ignore_some = false)
+        : inputs(random_ids(size_t(B * T), V, seed)),
+          targets(random_ids(size_t(B * T), V, seed + 1)) {
+        if (ignore_some)
+            for (size_t i = 0; i < targets.size(); i += 3) targets[i] = kIgnore;
+        scale = 1.0 / double(targets.size() -
+                             size_t(std::count(targets.begin(), targets.end(), kIgnore)));
+    }
+};
+
+double forward_loss(GPT2* model, const Batch& batch, int B, int T, GPT2Pass pass) {
+    pass.loss_scale = batch.scale;
+    gpt2_zero_gradients(model);
+    gpt2_forward(model, batch.inputs.data(), batch.targets.data(), B, T, pass);
+    return gpt2_stats(model).loss;
+}
+
+GPT2Config odd_config() {
+    GPT2Config config;
+    config.vocab_size = 61, config.context = 19, config.layers = 2, config.heads = 3,
+    config.channels = 15;
+    return config;
+}
+
+// Every tensor of the table, through the whole model: dropout, ignored targets, heads tied and not,
+// no biases, a batch smaller than the model was made for.
+TEST(Gradient, WholeModelByTableRow) {
+    constexpr int B = 3, T = 17;
+    for (int variant = 0; variant < 4; variant++) {
+        GPT2Config config = odd_config();
+        config.dropout = variant == 1 ? 0.2 : 0;
+        config.tied = variant != 2, config.bias = variant != 3;
+        if (variant == 3) config.hidden = 22;
+        GPT2Ptr model = random_model(config, training_shape(B + 1, T + 2));
+        Batch batch(B, T, config.vocab_size, 5, variant > 0);
+        GPT2Pass pass{true, 0, 3, 4, 8, nullptr};
+        forward_loss(model.get(), batch, B, T, pass);
+        gpt2_backward(model.get());
+        ParameterTable table = parameter_table(config);
+        std::vector<Buffer> gradients;
+        for (int index = 0; index < kParameterRows; index++) {
+            const ParameterRow& row = table[size_t(index)];
+            gradients.emplace_back(row.file_size());
+            if (row.present)
+                gpt2_copy_out(model.get(), Group::gradients, index, int(row.count) - 1,
+                              gradients.back());
+        }
+        for (int index = 0; index < kParameterRows; index++) {
+            const ParameterRow& row = table[size_t(index)];
+            if (!row.present) continue;
+            int layer = int(row.count) - 1;
+            const Buffer& gradient = gradients[size_t(index)];
+            Buffer values(row.file_size());
+            gpt2_copy_out(model.get(), Group::parameters, index, layer, values);
+            for (size_t i = 0; i < values.size(); i += values.size() / 7 + 1) {
+                real saved = values[i];
+                double loss[2];
+                for (int side : {0, 1}) {
+                    values[i] = real(saved + (side == 0 ? 1e-5 : -1e-5));
+                    gpt2_copy_in(model.get(), Group::parameters, index, layer, values);
+                    loss[side] = forward_loss(model.get(), batch, B, T, pass);
+                }
+                values[i] = saved;
+                gpt2_copy_in(model.get(), Group::parameters, index, layer, values);
+                EXPECT_TRUE(std::abs((loss[0] - loss[1]) / 2e-5 - double(gradient[i])) <= 1e-9)
+                    << hf_name(row, layer) << "[" << i << "], variant " << variant
+                    << ": central difference " << (loss[0] - loss[1]) / 2e-5 << ", backward "
+                    << gradient[i];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// ==== layers: against plain definitions =============================================================
+
+namespace {
+
+// eps of `real`; a sum of n products of numbers near 1 is within about sqrt(n) to n of it.
+constexpr double kEps = std::numeric_limits<real>::epsilon();
+
+TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
+    constexpr int kShapes[][3] = {
+        {1, 1, 1}, {17, 13, 5}, {64, 65, 33}, {3, 130, 257}, {129, 1, 40}};
+    for (auto [M, N, K] : kShapes) {
+        for (int mode = 0; mode < 8; mode++) {
+            bool trans_a = mode & 1, trans_b = mode & 2;
+            real beta = mode & 4 ? real(1) : real(0);
+            int lda = (trans_a ? M : K) + 3, ldb = (trans_b ? K : N) + 1, ldc = N + 2;
+            Buffer A(size_t(lda * (trans_a ? K : M))), B(size_t(ldb * (trans_b ? N : K)));
+            Buffer C(ldc * M), D(ldc * M);
+            A.normal(1), B.normal(2);
+            if (beta != 0) C.normal(3), D.normal(3);
+            gemm(trans_a, trans_b, M, N, K, A, lda, B, ldb, beta, C, ldc);
+            gemm_plain(trans_a, trans_b, M, N, K, A, lda, B, ldb, beta, D, ldc);
+            for (int m = 0; m < M; m++) {
+                double exact_bound = 8 * kEps * std::sqrt(double(K) + 1) * 4;
+                EXPECT_AT_MOST(largest_difference(C + m * ldc, D + m * ldc, size_t(N)),
+                               exact_bound);
+                EXPECT_EQ(std::isnan(C[m * ldc + N]), beta == 0) << "written between the rows";
+            }
+        }
+    }
+}
+
+// Attention by its definition, in double, one query at a time.
+void plain_attention(std::vector<double>& out, const Buffer& qkv, int B, int T, int C, int NH) {
+    int HS = C / NH;
+    out.assign(size_t(B * T * C), 0);
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < NH; h++)
+            for (int t = 0; t < T; t++) {
+                std::vector<double> weight(size_t(t + 1));
+                double largest = -INFINITY, sum = 0;
+                const real* q = qkv + size_t((b * T + t) * 3 * C + h * HS);
+                for (int j = 0; j <= t; j++) {
+                    const real* k = qkv + size_t((b * T + j) * 3 * C + C + h * HS);
+                    double s = 0;
+                    for (int i = 0; i < HS; i++) s += double(q[i]) * double(k[i]);
+                    weight[size_t(j)] = s / std::sqrt(HS);
+                    largest = std::max(largest, weight[size_t(j)]);
+                }
+                for (double& w : weight) sum += w = std::exp(w - largest);
+                for (int j = 0; j <= t; j++)
+                    for (int i = 0; i < HS; i++)
+                        out[size_t((b * T + t) * C + h * HS + i)] +=
+                            weight[size_t(j)] / sum *
+                            double(qkv[(b * T + j) * 3 * C + 2 * C + h * HS + i]);
+            }
+}
+
+TEST(Layer, AttentionAgreesWithItsDefinition) {
+    for (auto [B, T, C, NH] :
+         {Sizes{3, 17, 15, 3}, {2, 129, 32, 2}, {1, 64, 40, 1}, {1, 1, 4, 4}}) {
+        Buffer qkv(B * T * 3 * C), out(B * T * C), logsumexp(B * NH * T);
+        Buffer scratch(size_t(omp_get_max_threads()) * 2 * kAttentionRows * size_t(T));
+        qkv.normal(1, 2);
+        attention_forward(out, logsumexp, qkv, scratch, Dropout{}, B, T, C, NH);
+        std::vector<double> expected;
+        plain_attention(expected, qkv, B, T, C, NH);
+        for (size_t i = 0; i < expected.size();
+             i++)  // scores near 10, so their rounding is 10 eps of a weight
+            EXPECT_TRUE(std::abs(double(out[i]) - expected[i]) <= 60 * kEps) << "at " << i;
+        for (real value : logsumexp) EXPECT_TRUE(std::isfinite(value));
+    }
+}
+
+TEST(Layer, GeluKeepsItsDigitsFromEndToEnd) {
+    std::vector<double> points = {0, -0.0, 1e-30, -1e-30, 1e-4, -1e-4, 100, -100, 1e5, -1e5};
+    for (double x = -9; x <= 9; x += 0.0137) points.push_back(x);
+    Buffer inp(points.size()), out(points.size());
+    std::transform(points.begin(), points.end(), inp.begin(), [](double x) { return real(x); });
+    gelu_forward(out, inp, inp.size());
+    for (size_t i = 0; i < inp.size(); i++) {
+        double x = double(inp[i]), u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
+        double expected = x / (1 + std::exp(-2 * u));
+        // relative: 4 roundings of u reach the result times |2u|
+        double bound = std::abs(expected) * kEps * (4 + 8 * std::abs(u)) + 1e-30;
+        EXPECT_TRUE(std::abs(double(out[i]) - expected) <= bound)
+            << "gelu(" << x << ") = " << out[i];
+    }
+}
+
+TEST(Layer, SoftmaxOfExtremeLogitsIsFinite) {
+    int V = 5, Vp = 128;
+    for (double size : {1e3, 1e6, 1e30}) {
+        Buffer logits(Vp), losses(1);
+        logits.fill(kNaN);  // the padding must not be read
+        for (int j = 0; j < V; j++) logits[j] = real(j == 3 ? size : -size);
+        int target = 3;
+        classifier_forward(losses, logits, &target, 1, true, 1, V, Vp);
+        EXPECT_EQ(losses[0], 0);
+        for (int j = 0; j < Vp; j++) EXPECT_TRUE(std::abs(logits[j]) <= 1e-37) << j;
+    }
+}
+
+TEST(Layer, NaNGoesThroughEveryLayer) {
+    Buffer inp(4), out(4), mean(1), rstd(1), weight(4), logits(128), losses(1);
+    weight.fill(1), inp.fill(1), logits.fill(0);
+    inp[2] = kNaN, logits[2] = kNaN;
+    gelu_forward(out, inp, 4);
+    EXPECT_TRUE(std::isnan(out[2]));
+    layernorm_forward(out, mean, rstd, inp, weight, nullptr, 1e-5, 1, 1, 4);
+    EXPECT_TRUE(std::isnan(out[0]));
+    int target = 1;
+    classifier_forward(losses, logits, &target, 1, false, 1, 100, 128);
+    EXPECT_TRUE(std::isnan(losses[0]));
+    EXPECT_TRUE(std::isnan(global_norm(inp, 4)));
+}
+
+// Dropout keeps 1 - p of the elements and their mean, and decides by place alone: the same for a
+// sequence wherever it stands in a micro-batch, different for another step, layer, use, seed or
+// sequence.
+TEST(Layer, DropoutDependsOnItsKeyAndPlaceAlone) {
+    int B = 4, T = 33, C = 61;
+    size_t row = size_t(T * C);
+    Dropout dropout{0.25, 1, 2, 0, RandomUse::encoder, 0};
+    Buffer ones(size_t(B) * row), whole(ones.size()), part(2 * row);
+    ones.fill(1);
+    dropout_forward(whole, ones, dropout, B, T, C);
+    double kept = 0;
+    for (real value : whole) {
+        EXPECT_TRUE(value == 0 || std::abs(double(value) - 4.0 / 3) <= kEps * 4);
+        kept += value != 0;
+    }
+    double deviation = std::sqrt(0.25 * 0.75 / double(whole.size()));
+    EXPECT_AT_MOST(std::abs(kept / double(whole.size()) - 0.75), 4 * deviation);
+
+    dropout.first_sequence = 2;
+    dropout_forward(part, ones, dropout, 2, T, C);
+    EXPECT_EQ(largest_difference(part, whole + 2 * row, 2 * row), 0);
+    auto differs = [&](Dropout other) {
+        dropout_forward(part, ones, other, 2, T, C);
+        EXPECT_GT(largest_difference(part, whole + 2 * row, 2 * row), 0);
+    };
+    Dropout other = dropout;
+    differs((other.seed = 9, other)), other = dropout;
+    differs((other.step = 9, other)), other = dropout;
+    differs((other.layer = 9, other)), other = dropout;
+    differs((other.use = RandomUse::mlp_projection, other)), other = dropout;
+    differs((other.first_sequence = 0, other));
+}
+
+TEST(Layer, PhiloxGivesThePublishedNumbers) {  // the known answers of Random123 1.09, philox4x32 10
+    Philox zero = philox(0, 0, 0, 0, 0);
+    EXPECT_EQ(zero.word[0], 0x6627e8d5u);
+    EXPECT_EQ(zero.word[1], 0xe169c58du);
+    EXPECT_EQ(zero.word[2], 0xbc57ac4cu);
+    EXPECT_EQ(zero.word[3], 0x9b00dbd8u);
+    Philox ones = philox(~0ull, ~0u, ~0u, ~0u, ~0u);
+    EXPECT_EQ(ones.word[0], 0x408f276du);
+    EXPECT_EQ(ones.word[1], 0x41c83b0eu);
+    EXPECT_EQ(ones.word[2], 0xa20bc7c6u);
+    EXPECT_EQ(ones.word[3], 0x6d5451fdu);
+}
+
+TEST(Layer, AdamWAgreesWithTheEquations) {
+    size_t N = 1001;
+    Buffer p(N), m(N), v(N), g(N);
+    p.normal(1), m.normal(2, 0.1), g.normal(3);
+    for (size_t i = 0; i < N; i++) v[i] = g[i] * g[i] + real(0.01);
+    AdamW adamw{0.01, 0.9, 0.95, 1e-8, 0.1, 1, 3};
+    Buffer p0(p), m0(m), v0(v);
+    adamw_update(p, m, v, g, N, adamw, 0.1, 0.5);
+    for (size_t i = 0; i < N; i++) {
+        double gradient = double(g[i]) * 0.5;
+        double mean = 0.9 * double(m0[i]) + 0.1 * gradient,
+               square = 0.95 * double(v0[i]) + 0.05 * gradient * gradient;
+        double step =
+            mean / (1 - std::pow(0.9, 3)) / (std::sqrt(square / (1 - std::pow(0.95, 3))) + 1e-8);
+        double expected = double(p0[i]) * (1 - 0.01 * 0.1) - 0.01 * step;
+        EXPECT_TRUE(std::abs(double(p[i]) - expected) <= 4 * kEps * (std::abs(expected) + 0.01))
+            << i;
+        EXPECT_TRUE(std::abs(double(m[i]) - mean) <= 4 * kEps) << i;
+        EXPECT_TRUE(std::abs(double(v[i]) - square) <= 4 * kEps * (1 + square)) << i;
+    }
+}
+
+}  // namespace
+
+// ==== the model =====================================================================================
+
+namespace {
+
+std::vector<real> all_of_group(const GPT2* model, Group group) {
+    std::vector<real> all;
+    ParameterTable table = parameter_table(gpt2_config(model));
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        for (int layer = 0; row.present && layer < int(row.count); layer++) {
+            std::vector<real> values(row.file_size());
+            gpt2_copy_out(model, group, index, layer, values.data());
+            all.insert(all.end(), values.begin(), values.end());
+        }
+    }
+    return all;
+}
+
+TEST(Model, NamedSizesAreTheFamily) {
+    constexpr std::pair<const char*, size_t> kPublished[] = {{"gpt2", 124439808},
+                                                             {"gpt2-medium", 354823168},
+                                                             {"gpt2-large", 774030080},
+                                                             {"gpt2-xl", 1557611200}};
+    for (auto [name, parameters] : kPublished) {
+        GPT2Config config;
+        ASSERT_TRUE(named_config(name, &config));
+        validate(config);
+        EXPECT_EQ(count_parameters(config), parameters) << name;
+    }
+    for (auto [name, layers] :
+         {std::pair("d12", "gpt2"), {"d24", "gpt2-medium"}, {"d36", "gpt2-large"}}) {
+        GPT2Config mine, family;
+        ASSERT_TRUE(named_config(name, &mine) && named_config(layers, &family));
+        EXPECT_EQ(mine.channels, family.channels) << name;
+    }
+    GPT2Config config;
+    ASSERT_TRUE(named_config("d48", &config));
+    EXPECT_EQ(config.channels, 1600);
+    EXPECT_EQ(config.heads, 25);
+    for (int layers = 1; layers <= 60; layers++) {
+        ASSERT_TRUE(named_config("d" + std::to_string(layers), &config));
+        validate(config);
+    }
+    for (const char* name : {"", "d", "d0", "dx", "gpt3", "d12x", "d12345"})
+        EXPECT_FALSE(named_config(name, &config)) << name;
+}
+
+TEST(Model, ConfigurationRefusalsSayWhatFits) {
+    GPT2Config config;
+    config.heads = 5, config.channels = 64;
+    EXPECT_EQ(error_of([&] { validate(config); }),
+              "2 --heads 5 --channels 64: heads must divide channels; 4 or 8 heads would fit, or "
+              "60 or 65 channels");
+    config = GPT2Config{}, config.heads = 800;
+    EXPECT_NE(error_of([&] { validate(config); }).find("768 heads would fit, or 800 channels"),
+              std::string::npos);
+    for (int GPT2Config::*field :
+         {&GPT2Config::vocab_size, &GPT2Config::context, &GPT2Config::layers, &GPT2Config::heads,
+          &GPT2Config::channels}) {
+        for (int value : {0, -1, INT32_MIN, INT32_MAX}) {
+            config = GPT2Config{}, config.*field = value;
+            EXPECT_EQ(error_of([&] { validate(config); }).substr(0, 2), "2 ");
+        }
+    }
+    for (double value : {-0.1, 1.0, double(NAN), double(INFINITY)}) {
+        config = GPT2Config{}, config.dropout = value;
+        EXPECT_EQ(error_of([&] { validate(config); }).substr(0, 2), "2 ");
+    }
+}
+
+TEST(Model, InitialisationFollowsTheTable) {
+    GPT2Config config;
+    named_config("tiny", &config);
+    config.vocab_size = 1000;
+    GPT2Ptr model(gpt2_create(config, training_shape(1, 8), 0, 1));
+    gpt2_initialise(model.get(), 42);
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!row.present) continue;
+        std::vector<real> values(row.file_size());
+        gpt2_copy_out(model.get(), Group::parameters, index, int(row.count) - 1, values.data());
+        double mean = 0, square = 0, n = double(values.size());
+        for (real value : values)
+            mean += double(value) / n, square += double(value) * double(value) / n;
+        double deviation = row.init == Init::normal     ? 0.02
+                           : row.init == Init::residual ? 0.02 / 2
+                                                        : 0;
+        if (deviation == 0) {
+            EXPECT_EQ(mean, row.init == Init::ones ? 1 : 0) << row.name;
+            continue;
+        }
+        EXPECT_AT_MOST(std::abs(mean), 5 * deviation / std::sqrt(n));
+        EXPECT_AT_MOST(std::abs(std::sqrt(square) / deviation - 1), 5 / std::sqrt(2 * n));
+    }
+    std::vector<real> first = all_of_group(model.get(), Group::parameters);
+    gpt2_initialise(model.get(), 42);
+    EXPECT_EQ(first, all_of_group(model.get(), Group::parameters));
+    gpt2_initialise(model.get(), 43);
+    EXPECT_NE(first, all_of_group(model.get(), Group::parameters));
+}
+
+// The loss of a fresh model is near that of a uniform guess.
+TEST(Model, FirstLossIsNearLogV) {
+    GPT2Config config = odd_config();
+    GPT2Ptr model(gpt2_create(config, training_shape(3, 17), 0, 1));
+    gpt2_initialise(model.get(), 1);
+    Batch batch(3, 17, config.vocab_size, 1);
+    EXPECT_NEAR(forward_loss(model.get(), batch, 3, 17, GPT2Pass{}), std::log(61), 0.1);
+}
+
+// Padding never takes part: a step leaves the padded rows of embedding, gradient and moments zero,
+// and logits end at V. Seen through the loss: the same model in a vocabulary that needs no padding
+// gives the same numbers.
+TEST(Model, PaddedVocabularyChangesNothing) {
+    GPT2Config config = odd_config();
+    config.vocab_size = 127;  // padded to 128
+    GPT2Ptr model = random_model(config, training_shape(2, 9));
+    Batch batch(2, 9, config.vocab_size, 3);
+    Buffer logits(size_t(2 * 9 * config.vocab_size));
+    GPT2Pass pass;
+    pass.logits = logits;
+    pass.training = true;
+    for (int step = 1; step <= 5; step++) {
+        forward_loss(model.get(), batch, 2, 9, pass);
+        gpt2_backward(model.get());
+        gpt2_update(model.get(), AdamW{0.1, 0.9, 0.95, 1e-8, 0.1, 1, uint64_t(step)});
+    }
+    double loss = forward_loss(model.get(), batch, 2, 9, pass), expected = 0;
+    for (size_t bt = 0; bt < 18; bt++) {
+        double sum = 0;
+        for (int j = 0; j < 127; j++) sum += std::exp(double(logits[bt * 127 + size_t(j)]));
+        expected += (std::log(sum) - double(logits[bt * 127 + size_t(batch.targets[bt])])) / 18;
+    }
+    EXPECT_AT_MOST(std::abs(loss - expected), 20 * kEps * std::max(1.0, std::abs(expected)));
+}
+
+TEST(Model, SameBitsEveryTime) {
+    GPT2Config config = odd_config();
+    config.dropout = 0.1;
+    std::vector<real> first;
+    for (int run = 0; run < 4; run++) {
+        GPT2Ptr model = random_model(config, training_shape(3, 17));
+        for (int step = 1; step <= 3; step++) {
+            Batch batch(3, 17, config.vocab_size, unsigned(step));
+            forward_loss(model.get(), batch, 3, 17,
+                         GPT2Pass{true, 0, 1, uint64_t(step), 0, nullptr});
+            gpt2_backward(model.get());
+            gpt2_update(model.get(), AdamW{0.01, 0.9, 0.95, 1e-8, 0.1, 1, uint64_t(step)});
+        }
+        std::vector<real> result = all_of_group(model.get(), Group::parameters);
+        if (run == 0) first = result;
+        EXPECT_EQ(first, result) << "run " << run;
+    }
+}
+
+// Four sequences in one pass, in four, or in pieces of unequal size: one gradient, with dropout and
+// ignored targets.
+TEST(Model, AccumulationIsTheMeanHoweverCut) {
+    constexpr int B = 4, T = 11;
+    GPT2Config config = odd_config();
+    config.dropout = 0.2;
+    Batch batch(B, T, config.vocab_size, 1, true);
+    std::vector<real> whole;
+    double whole_loss = 0;
+    for (const std::vector<int>& cut : {std::vector<int>{4}, {1, 1, 1, 1}, {3, 1}, {1, 2, 1}}) {
+        GPT2Ptr model = random_model(config, training_shape(B, T));
+        gpt2_zero_gradients(model.get());
+        int first = 0;
+        for (int rows : cut) {
+            GPT2Pass pass{true, batch.scale, 1, 2, uint64_t(first), nullptr};
+            gpt2_forward(model.get(), batch.inputs.data() + first * T,
+                         batch.targets.data() + first * T, rows, T, pass);
+            gpt2_backward(model.get());
+            first += rows;
+        }
+        std::vector<real> gradients = all_of_group(model.get(), Group::gradients);
+        double loss = gpt2_stats(model.get()).loss;
+        if (whole.empty()) whole = gradients, whole_loss = loss;
+        double bound =
+            100 * kEps *
+            largest_magnitude(whole.data(), whole.size());  // sums of 44 terms, reordered
+        EXPECT_AT_MOST(largest_difference(gradients.data(), whole.data(), whole.size()), bound);
+        EXPECT_AT_MOST(std::abs(loss - whole_loss), 20 * kEps * whole_loss);
+    }
+}
+
+// More rows than the classifier holds at a time, and more queries than a block of attention.
+TEST(Model, LargeBatchesAreCutWithoutASeam) {
+    GPT2Config config = odd_config();
+    config.context = 150;
+    constexpr int B = 4, T = 150;
+    Batch batch(B, T, config.vocab_size, 1);
+    GPT2Ptr model = random_model(config, training_shape(B, T));
+    Buffer together(size_t(B * T * config.vocab_size)), apart(together.size());
+    GPT2Pass pass;
+    pass.logits = together;
+    gpt2_forward(model.get(), batch.inputs.data(), batch.targets.data(), B, T, pass);
+    for (int b = 0; b < B; b++) {
+        pass.logits = apart + size_t(b * T * config.vocab_size);
+        gpt2_forward(model.get(), batch.inputs.data() + b * T, nullptr, 1, T, pass);
+    }
+    double bound = 200 * kEps * largest_magnitude(together, together.size());
+    EXPECT_AT_MOST(largest_difference(together, apart, together.size()), bound);
+}
+
+// A token changes no logits before it.
+TEST(Model, AttentionIsCausal) {
+    GPT2Config config = odd_config();
+    config.context = 140;
+    constexpr int T = 140;
+    Batch batch(1, T, config.vocab_size, 1);
+    GPT2Ptr model = random_model(config, {1, T, false, 0, omp_get_max_threads()});
+    size_t V = size_t(config.vocab_size);
+    Buffer before(T * V), after(T * V);
+    GPT2Pass pass;
+    for (int changed : {0, 1, 63, 64, 65, 127, 139}) {
+        pass.logits = before;
+        gpt2_forward(model.get(), batch.inputs.data(), nullptr, 1, T, pass);
+        batch.inputs[size_t(changed)] ^= 1;
+        pass.logits = after;
+        gpt2_forward(model.get(), batch.inputs.data(), nullptr, 1, T, pass);
+        EXPECT_EQ(largest_difference(before, after, size_t(changed) * V), 0) << changed;
+        EXPECT_GT(largest_difference(before + size_t(changed) * V, after + size_t(changed) * V, V),
+                  0)
+            << changed;
+    }
+}
+
+// The key-value cache: any way of feeding a sequence gives the logits of the whole forward pass.
+TEST(Model, GenerationAgreesWithForward) {
+    GPT2Config config = odd_config();
+    constexpr int B = 3, T = 19;
+    Batch batch(B, T, config.vocab_size, 1);
+    for (bool tied : {true, false}) {
+        config.tied = tied;
+        GPT2Ptr model = random_model(config, {B, 7, false, B, omp_get_max_threads()});
+        GPT2Ptr whole = random_model(config, {B, T, false, 0, omp_get_max_threads()});
+        size_t V = size_t(config.vocab_size);
+        Buffer expected(B * T * V);
+        GPT2Pass pass;
+        pass.logits = expected;
+        gpt2_forward(whole.get(), batch.inputs.data(), nullptr, B, T, pass);
+        for (const std::vector<int>& cut :
+             {std::vector<int>{19}, {1, 1, 1, 16}, {5, 14}, {18, 1}}) {
+            int position = 0;
+            for (int n : cut) {
+                std::vector<int> tokens;
+                for (int b = 0; b < B; b++)
+                    tokens.insert(tokens.end(), batch.inputs.begin() + b * T + position,
+                                  batch.inputs.begin() + b * T + position + n);
+                Buffer logits(B * V);
+                gpt2_generate(model.get(), tokens.data(), B, n, position, logits);
+                position += n;
+                for (int b = 0; b < B; b++)
+                    EXPECT_AT_MOST(
+                        largest_difference(logits + size_t(b) * V,
+                                           expected + size_t(b * T + position - 1) * V, V),
+                        200 * kEps * largest_magnitude(expected, expected.size()));
+            }
+        }
+    }
+}
+
+// Sampling between a forward and a backward pass of other steps must not disturb training.
+TEST(Model, GenerationLeavesTrainingAlone) {
+    GPT2Config config = odd_config();
+    std::vector<real> gradients[2];
+    for (int generates : {0, 1}) {
+        GPT2Ptr model = random_model(config, training_shape(2, 9, 1));
+        Batch batch(2, 9, config.vocab_size, 1);
+        Buffer logits(size_t(config.vocab_size));
+        std::vector<int> prompt = random_ids(12, config.vocab_size, 4);
+        if (generates) gpt2_generate(model.get(), prompt.data(), 1, 12, 0, logits);
+        forward_loss(model.get(), batch, 2, 9, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+        gpt2_backward(model.get());
+        gradients[generates] = all_of_group(model.get(), Group::gradients);
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+}
+
+TEST(Model, OverfitsOneBatch) {
+    GPT2Config config;
+    named_config("tiny", &config);
+    config.vocab_size = 257, config.context = 16, config.channels = 64;
+    GPT2Ptr model(gpt2_create(config, training_shape(2, 16), 0, 1));
+    gpt2_initialise(model.get(), 1);
+    Batch batch(2, 16, config.vocab_size, 1);
+    double loss = 0;
+    for (int step = 1; step <= 150; step++) {
+        loss = forward_loss(model.get(), batch, 2, 16, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+        gpt2_backward(model.get());
+        gpt2_update(model.get(), AdamW{3e-3, 0.9, 0.95, 1e-8, 0, 1, uint64_t(step)});
+    }
+    EXPECT_AT_MOST(loss, 0.01);
+}
+
+TEST(Model, UpdateOfABadStepChangesNothing) {
+    GPT2Config config = odd_config();
+    GPT2Ptr model = random_model(config, training_shape(2, 9));
+    Buffer bias(size_t(config.channels));
+    bias.fill(0);
+    bias[1] = kNaN;
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfb, 0, bias);
+    Batch batch(2, 9, config.vocab_size, 1);
+    forward_loss(model.get(), batch, 2, 9, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+    gpt2_backward(model.get());
+    auto bits = [&] {
+        std::vector<real> all = all_of_group(model.get(), Group::parameters);
+        return hash_bytes(all.data(), all.size() * sizeof(real));
+    };
+    uint64_t before = bits();
+    gpt2_update(model.get(), AdamW{});
+    EXPECT_FALSE(std::isfinite(gpt2_stats(model.get()).loss));
+    EXPECT_EQ(before, bits());
+    for (real value : all_of_group(model.get(), Group::first_moments)) EXPECT_EQ(value, 0);
+}
+
+TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
+    GPT2Config config;
+    named_config("gpt2-xl", &config);
+    config.layers = 900, config.channels = 6400, config.heads = 100;
+    std::string error =
+        error_of([&] { gpt2_destroy(gpt2_create(config, training_shape(8, 1024), 0, 1)); });
+    EXPECT_EQ(error.substr(0, 18), "1 out of memory: p") << error;
+    EXPECT_NE(error.find("a smaller --model would fit"), std::string::npos) << error;
+}
+
+}  // namespace
+
+// ==== golden: PyTorch's results for small models ================================================
+
+namespace {
+
+// What dev/reference/make_fixtures.py wrote: a small GPT-2, a batch, and PyTorch's float64 results
+// for them, each with the error that PyTorch itself makes in float32 and in float64
+// (dev/reference/README.md).
+constexpr const char* kFixtureFolder = "dev/reference/fixtures/";
+constexpr const char* kFixtures[] = {"odd", "least", "masked", "untied", "long"};
+
+struct Fixture {
+    explicit Fixture(const std::string& name) : file(kFixtureFolder + name + ".safetensors") {
+        json facts = parse_json(file.metadata().at("fixture"), file.path());
+        const json& sizes = facts.at("config");
+        config.vocab_size = sizes.at("vocab_size");
+        config.context = sizes.at("n_positions");
+        config.layers = sizes.at("n_layer");
+        config.heads = sizes.at("n_head");
+        config.channels = sizes.at("n_embd");
+        config.hidden = sizes.at("n_inner").is_null() ? 0 : int(sizes.at("n_inner"));
+        config.tied = sizes.at("tie_word_embeddings");
+        config.layer_norm_epsilon = sizes.at("layer_norm_epsilon");
+        const json& recipe = facts.at("adamw");
+        steps = recipe.at("steps");
+        adamw.learning_rate = recipe.at("learning_rate");
+        adamw.beta1 = recipe.at("beta1");
+        adamw.beta2 = recipe.at("beta2");
+        adamw.epsilon = recipe.at("epsilon");
+        adamw.weight_decay = recipe.at("weight_decay");
+        adamw.grad_clip = recipe.at("grad_clip");
+        read_tokens();
+    }
+
+    // (B, T+1) ids are inputs and, one place on, targets; -1 is no target, and 0 where it is an
+    // input.
+    void read_tokens() {
+        const auto& shape = file.entry("tokens").shape;
+        B = int(shape.at(0)), T = int(shape.at(1)) - 1;
+        std::vector<int> ids(file.entry("tokens").count());
+        file.read("tokens", ids.data());
+        for (int b = 0; b < B; b++) {
+            for (int t = 0; t < T; t++) {
+                const int* id = &ids[size_t(b) * size_t(T + 1) + size_t(t)];
+                inputs.push_back(std::max(id[0], 0));
+                targets.push_back(id[1]);
+                counted += id[1] >= 0;
+            }
+        }
+    }
+
+    std::vector<double> read(const std::string& name) const {
+        std::vector<double> values(file.entry(name).count());
+        file.read(name, values.data());
+        return values;
+    }
+
+    SafetensorsFile file;
+    GPT2Config config;
+    AdamW adamw;
+    int steps = 0, B = 0, T = 0, counted = 0;
+    std::vector<int> inputs, targets;
+};
+
+// Calls f(index, row, layer, name) for each tensor of the model, with its Hugging Face name.
+template <typename F>
+void for_each_tensor(const GPT2Config& config, F f) {
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        for (int layer = 0; row.present && layer < int(row.count); layer++)
+            f(index, row, layer, hf_name(row, layer));
+    }
+}
+
+// Between our order, (outputs, inputs), and the file's, (inputs, outputs), where they differ.
+void to_file_order(const ParameterRow& row, const std::vector<real>& ours,
+                   std::vector<real>* file) {
+    *file = ours;
+    if (!row.transposed) return;
+    for (size_t r = 0; r < row.file_rows; r++)
+        for (size_t c = 0; c < row.cols; c++)
+            (*file)[c * row.file_rows + r] = ours[r * row.cols + c];
+}
+
+void from_file_order(const ParameterRow& row, const std::vector<double>& file,
+                     std::vector<real>* ours) {
+    ours->assign(file.begin(), file.end());
+    if (!row.transposed) return;
+    for (size_t r = 0; r < row.file_rows; r++)
+        for (size_t c = 0; c < row.cols; c++)
+            (*ours)[r * row.cols + c] = real(file[c * row.file_rows + r]);
+}
+
+// A model that trains, with the fixture's parameters, for `rows` sequences at a time.
+GPT2Ptr fixture_model(const Fixture& fixture, int rows) {
+    GPT2Shape shape;
+    shape.B = rows, shape.T = fixture.T, shape.training = true,
+    shape.threads = omp_get_max_threads();
+    GPT2Ptr model(gpt2_create(fixture.config, shape, 0, 1));
+    for_each_tensor(fixture.config,
+                    [&](int index, const ParameterRow& row, int layer, std::string name) {
+                        std::vector<real> host;
+                        from_file_order(row, fixture.read("start." + name), &host);
+                        gpt2_copy_in(model.get(), Group::parameters, index, layer, host.data());
+                    });
+    return model;
+}
+
+// Gradients and loss of the whole batch, `rows` sequences a pass; logits (B,T,V) when asked. `rows`
+// divides B.
+void fixture_gradients(GPT2* model, const Fixture& fixture, int rows, real* logits = nullptr) {
+    gpt2_zero_gradients(model);
+    GPT2Pass pass;
+    pass.training = true;
+    pass.loss_scale = 1.0 / fixture.counted;
+    for (int b = 0; b < fixture.B; b += rows) {
+        size_t first = size_t(b) * size_t(fixture.T);
+        pass.first_sequence = uint64_t(b);
+        pass.logits =
+            logits == nullptr ? nullptr : logits + first * size_t(fixture.config.vocab_size);
+        gpt2_forward(model, &fixture.inputs[first], &fixture.targets[first], rows, fixture.T, pass);
+        gpt2_backward(model);
+    }
+}
+
+// The bound of every golden test. In float each tensor is at most twice as far from PyTorch's
+// float64 as PyTorch's float32 is. PyTorch can be right by luck where a tensor is small, so its
+// error counts as at least one unit roundoff of the tensor's largest element. c_attn is judged as
+// the query, key and value that it holds. The double build is there to see wrong formulas and
+// constants that float's rounding hides; its reference is itself only a float64 result, of which
+// the fixtures know the spread. It is given four bits of that, which is some 1e-15 to 1e-13 of the
+// largest element, where a constant rounded to float would show as 1e-8.
+constexpr double kTimesPyTorch = kDouble ? 16 : 2;
+
+void expect_golden(const Fixture& fixture, const std::string& name, const real* ours) {
+    std::vector<double> reference = fixture.read(name);
+    std::vector<double> error = fixture.read((kDouble ? "error64." : "error32.") + name);
+    double roundoff = std::numeric_limits<real>::epsilon() / 2, largest = 0;
+    for (double value : reference) largest = std::max(largest, std::abs(value));
+    size_t columns = fixture.file.entry(name).shape.back(), width = columns / error.size();
+    ASSERT_EQ(width * error.size(), columns) << name;
+    for (size_t part = 0; part < error.size(); part++) {
+        double distance = 0;
+        for (size_t i = part * width; i < reference.size();
+             i += (i + 1) % width == 0 ? columns - width + 1 : 1) {
+            double difference = std::abs(double(ours[i]) - reference[i]);
+            if (!(difference <= distance)) distance = difference;
+        }
+        double bound = kTimesPyTorch * std::max(error[part], roundoff * largest);
+        EXPECT_TRUE(distance <= bound)
+            << name << ", part " << part << ": off by " << distance << ", at most " << bound
+            << " (largest element " << largest << ")";
+    }
+}
+
+// Every tensor of a group against PREFIX.NAME of the fixture, and none of the fixture's is left
+// out.
+void expect_golden_group(const Fixture& fixture, const GPT2* model, Group group,
+                         const std::string& prefix) {
+    size_t compared = 0, stored = 0;
+    for_each_tensor(
+        fixture.config, [&](int index, const ParameterRow& row, int layer, std::string name) {
+            std::vector<real> ours(row.file_size()), in_order;
+            gpt2_copy_out(model, group, index, layer, ours.data());
+            to_file_order(row, ours, &in_order);
+            ASSERT_EQ(fixture.file.entry(prefix + name).count(), in_order.size()) << name;
+            expect_golden(fixture, prefix + name, in_order.data());
+            compared++;
+        });
+    for (const auto& [name, entry] : fixture.file.entries()) stored += name.rfind(prefix, 0) == 0;
+    EXPECT_EQ(compared, stored);
+}
+
+// Ten losses, each before its update, and the parameters after the last.
+void expect_golden_training(const Fixture& fixture, int rows) {
+    GPT2Ptr model = fixture_model(fixture, rows);
+    std::vector<real> losses;
+    AdamW adamw = fixture.adamw;
+    for (int step = 0; step < fixture.steps; step++) {
+        fixture_gradients(model.get(), fixture, rows);
+        losses.push_back(real(gpt2_stats(model.get()).loss));
+        adamw.step = uint64_t(step) + 1;
+        gpt2_update(model.get(), adamw);
+    }
+    ASSERT_EQ(fixture.file.entry("losses").count(), losses.size());
+    expect_golden(fixture, "losses", losses.data());
+    expect_golden_group(fixture, model.get(), Group::parameters, "param.");
+}
+
+TEST(Golden, LossAndLogitsAreAtMostTwicePyTorchsErrorOff) {
+    for (const char* name : kFixtures) {
+        SCOPED_TRACE(name);
+        Fixture fixture(name);
+        GPT2Ptr model = fixture_model(fixture, fixture.B);
+        Buffer logits(fixture.B * fixture.T * fixture.config.vocab_size);
+        ASSERT_EQ(fixture.file.entry("logits").count(), logits.size());
+        fixture_gradients(model.get(), fixture, fixture.B, logits);
+        real loss = real(gpt2_stats(model.get()).loss);
+        expect_golden(fixture, "loss", &loss);
+        expect_golden(fixture, "logits", logits);
+    }
+}
+
+TEST(Golden, GradientsAreAtMostTwicePyTorchsErrorOff) {
+    for (const char* name : kFixtures) {
+        SCOPED_TRACE(name);
+        Fixture fixture(name);
+        GPT2Ptr model = fixture_model(fixture, fixture.B);
+        fixture_gradients(model.get(), fixture, fixture.B);
+        expect_golden_group(fixture, model.get(), Group::gradients, "grad.");
+    }
+}
+
+TEST(Golden, TenStepsOfAdamWAreAtMostTwicePyTorchsErrorOff) {
+    for (const char* name : kFixtures) {
+        SCOPED_TRACE(name);
+        Fixture fixture(name);
+        ASSERT_EQ(fixture.steps, 10);
+        expect_golden_training(fixture, fixture.B);
+    }
+}
+
+// The mean is over all targets that count, however they are cut: with ignored ones spread unevenly,
+// a mean of the passes' means would be another number.
+TEST(Golden, AccumulationOverSequencesHoldsTheSameBounds) {
+    for (const char* name : {"odd", "masked", "long"}) {
+        SCOPED_TRACE(name);
+        Fixture fixture(name);
+        for (int rows = 1; rows < fixture.B; rows++) {
+            if (fixture.B % rows != 0) continue;
+            SCOPED_TRACE(rows);
+            GPT2Ptr model = fixture_model(fixture, rows);
+            fixture_gradients(model.get(), fixture, rows);
+            real loss = real(gpt2_stats(model.get()).loss);
+            expect_golden(fixture, "loss", &loss);
+            expect_golden_group(fixture, model.get(), Group::gradients, "grad.");
+            expect_golden_training(fixture, rows);
+        }
+    }
+}
+
+TEST(Golden, TheFixturesHoldIgnoredTargetsUnevenly) {
+    Fixture fixture("masked");
+    std::set<int> counts;
+    for (int b = 0; b < fixture.B; b++) {
+        auto first = fixture.targets.begin() + b * fixture.T;
+        counts.insert(int(std::count(first, first + fixture.T, -1)));
+    }
+    EXPECT_GT(counts.size(), 1u);
+    EXPECT_LT(fixture.counted, fixture.B * fixture.T);
+}
+
+}  // namespace
+
+// ==== tokenizer ==================================================================================
+
+namespace tokenizer_test {
+
+using namespace std::string_view_literals;
+using Kind = Tokenizer::Kind;
+
+const char* const kShakespeare = "../shared/data/tinyshakespeare.txt";
+const char* const kGpt2Merges = "../shared/data/gpt2_vocab.bpe";
+const char* const kGpt2Ids = "../shared/data/gpt2_encoder.json";
+
+std::string every_byte() {
+    std::string text;
+    for (int byte = 0; byte < 256; byte++) text.push_back(char(byte));
+    return text;
+}
+
+std::string random_bytes(std::mt19937& random, size_t size) {
+    std::string text(size, '\0');
+    for (char& c : text) c = char(random() & 0xff);
+    return text;
+}
+
+// Text drawn from strings that meet the cases of the split pattern and make many equal counts.
+std::string random_text(std::mt19937& random, size_t strings) {
+    static const std::vector<std::string_view> kStrings = {"a"sv,
+                                                           "a"sv,
+                                                           "b"sv,
+                                                           "ab"sv,
+                                                           "aa"sv,
+                                                           " "sv,
+                                                           " "sv,
+                                                           "  "sv,
+                                                           "\n"sv,
+                                                           "'s"sv,
+                                                           "'"sv,
+                                                           "ll"sv,
+                                                           "1"sv,
+                                                           "."sv,
+                                                           "!!"sv,
+                                                           "\303\251"sv,
+                                                           "\346\227\245"sv,
+                                                           "\314\201"sv,
+                                                           "\302\240"sv,
+                                                           "\302\205"sv,
+                                                           "\360\237\230\200"sv,
+                                                           "\200"sv,
+                                                           "\377"sv,
+                                                           "\340\200"sv,
+                                                           "\000"sv};
+    std::string text;
+    for (size_t i = 0; i < strings; i++) text += kStrings[random() % kStrings.size()];
+    return text;
+}
+
+std::vector<std::string> pieces_of(std::string_view text) {
+    std::vector<std::string> pieces;
+    for (size_t begin = 0; begin < text.size();) {
+        size_t end = gpt2_piece_end(text, begin);
+        EXPECT_GT(end, begin);
+        EXPECT_LE(end, text.size());
+        pieces.emplace_back(text.substr(begin, end - begin));
+        begin = end;
+    }
+    return pieces;
+}
+
+// Byte-pair encoding as it is defined, on strings, without an index: what the fast ways must equal.
+using PlainMerge = std::pair<std::string, std::string>;
+using PlainPiece = std::vector<std::string>;
+
+PlainPiece plain_bytes(const std::string& piece) {
+    PlainPiece symbols;
+    for (char c : piece) symbols.emplace_back(1, c);
+    return symbols;
+}
+
+void plain_join(PlainPiece& symbols, const PlainMerge& merge) {
+    PlainPiece joined;
+    for (size_t i = 0; i < symbols.size(); i++) {
+        bool hit =
+            i + 1 < symbols.size() && symbols[i] == merge.first && symbols[i + 1] == merge.second;
+        joined.push_back(hit ? symbols[i] + symbols[i + 1] : symbols[i]);
+        if (hit) i++;
+    }
+    symbols = joined;
+}
+
+struct PlainTraining {
+    std::vector<PlainMerge> merges;
+    std::vector<PlainPiece> pieces;  // of the text, as they are cut at the end
+};
+
+PlainTraining plain_train(std::string_view text, size_t most_merges) {
+    PlainTraining training;
+    for (const std::string& piece : pieces_of(text)) training.pieces.push_back(plain_bytes(piece));
+    while (training.merges.size() < most_merges) {
+        std::map<PlainMerge, size_t> count;
+        std::vector<PlainMerge> order_seen;
+        for (const PlainPiece& piece : training.pieces)
+            for (size_t i = 0; i + 1 < piece.size(); i++)
+                if (count[{piece[i], piece[i + 1]}]++ == 0)
+                    order_seen.emplace_back(piece[i], piece[i + 1]);
+        if (order_seen.empty()) break;
+        PlainMerge best = order_seen[0];
+        for (const PlainMerge& pair : order_seen)
+            if (count[pair] > count[best]) best = pair;
+        for (PlainPiece& piece : training.pieces) plain_join(piece, best);
+        training.merges.push_back(best);
+    }
+    return training;
+}
+
+std::vector<std::string> bytes_of(const Tokenizer& tokenizer, const std::vector<int>& ids) {
+    std::vector<std::string> tokens;
+    for (int id : ids) tokens.emplace_back(tokenizer.token_bytes(id));
+    return tokens;
+}
+
+// Trains both ways and compares the merges and what the text becomes; returns the number of merges.
+size_t compare_training(const std::string& text, int vocab_size) {
+    Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size);
+    PlainTraining plain = plain_train(text, size_t(vocab_size) - 257);
+    EXPECT_EQ(size_t(tokenizer.vocab_size()), 257 + plain.merges.size());
+    for (size_t i = 0; i < plain.merges.size() && 257 + i < size_t(tokenizer.vocab_size()); i++)
+        EXPECT_EQ(tokenizer.token_bytes(256 + int(i)),
+                  plain.merges[i].first + plain.merges[i].second)
+            << "merge " << i;
+    std::vector<std::string> tokens;
+    for (const PlainPiece& piece : plain.pieces)
+        tokens.insert(tokens.end(), piece.begin(), piece.end());
+    EXPECT_EQ(bytes_of(tokenizer, tokenizer.encode(text)), tokens);
+    return plain.merges.size();
+}
+
+// A copy that went through files.
+Tokenizer reloaded(const Tokenizer& tokenizer) {
+    std::string folder = test_folder();
+    tokenizer.save(folder);
+    return Tokenizer::load(folder);
+}
+
+void expect_same(const Tokenizer& a, const Tokenizer& b) {
+    ASSERT_EQ(a.kind(), b.kind());
+    ASSERT_EQ(a.vocab_size(), b.vocab_size());
+    EXPECT_EQ(a.end_of_text(), b.end_of_text());
+    EXPECT_EQ(a.fingerprint(), b.fingerprint());
+    for (int id = 0; id < a.vocab_size(); id++)
+        ASSERT_EQ(a.token_bytes(id), b.token_bytes(id)) << id;
+    std::mt19937 random(7);
+    for (int i = 0; i < 20; i++) {
+        std::string text = random_text(random, 200);
+        ASSERT_EQ(a.encode(text), b.encode(text));
+    }
+}
+
+// A tokenizer.json as other programs write it: byte-level BPE with two merges.
+json small_json() {
+    ByteAlphabet alphabet;
+    json vocabulary, merges = json::array({"h e", json::array({"he", "y"})});
+    for (int rank = 0; rank < 256; rank++) {
+        char byte = char(alphabet.byte_of_rank[size_t(rank)]);
+        vocabulary[alphabet.spell({&byte, 1})] = rank;
+    }
+    vocabulary["he"] = 256;
+    vocabulary["hey"] = 257;
+    json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}};
+    return {{"version", "1.0"},
+            {"added_tokens", {{{"id", 258}, {"content", "<|endoftext|>"}, {"special", true}}}},
+            {"pre_tokenizer", byte_level},
+            {"post_processor", byte_level},
+            {"decoder", byte_level},
+            {"model", {{"type", "BPE"}, {"vocab", vocabulary}, {"merges", merges}}}};
+}
+
+void expect_start(const std::string& text, std::string_view start) {
+    EXPECT_EQ(text.substr(0, start.size()), start);
+}
+
+// Written without the syncs that files worth keeping get.
+void write_plainly(const std::string& path, std::string_view content) {
+    std::ofstream(path, std::ios::binary) << content;
+}
+
+// What load says of a file with this content, without the file's name.
+std::string load_error(std::string_view content) {
+    std::string path = test_folder() + "/tokenizer.json";
+    write_plainly(path, content);
+    std::string error = error_of([&] { Tokenizer::load(path); });
+    size_t at = error.find(path);
+    EXPECT_TRUE(error.empty() || at != std::string::npos) << "does not name the file: " << error;
+    EXPECT_EQ(error.find('\n'), std::string::npos) << "more than one line: " << error;
+    return at == std::string::npos ? error : error.erase(at, path.size() + 2);
+}
+
+}  // namespace tokenizer_test
+
+TEST(Tokenizer, SplitsAsGpt2) {
+    using namespace tokenizer_test;
+    // From tokenizers' Split and Python's regex, which agree.
+    const std::vector<std::vector<std::string_view>> expected = {
+        {"Hello"sv, " world"sv},
+        {"it"sv, "'s"sv, " don"sv, "'t"sv, " we"sv, "'re"sv, " I"sv, "'ve"sv, " I"sv, "'m"sv,
+         " we"sv, "'ll"sv, " he"sv, "'d"sv},
+        {"IT"sv, "'"sv, "S"sv, " DON"sv, "'"sv, "T"sv, " WE"sv, "'"sv, "RE"sv},
+        {"''"sv, "s"sv, " '"sv, "s"sv, "'"sv},
+        {"'"sv},
+        {"x"sv, "'"sv},
+        {"x"sv, "'re"sv},
+        {"x"sv, "'"sv, "r"sv},
+        {"x"sv, "'"sv, "l"sv, " ll"sv, "'"sv, "l"sv},
+        {" '"sv, "s"sv},
+        {"s"sv, "'s"sv, "'s"sv},
+        {"'ve"sv, "'ve"sv, "x"sv},
+        {"a"sv, " "sv, " b"sv},
+        {"a"sv, "  "sv, " b"sv},
+        {"a"sv, " \n"sv, " b"sv},
+        {"a"sv, "\n"sv, "\n"sv, "b"sv},
+        {"a"sv, "\n"sv},
+        {"a"sv, " "sv},
+        {"a"sv, "  "sv},
+        {"  "sv},
+        {" "sv},
+        {"\n"sv},
+        {"\t"sv, "\t"sv, "x"sv},
+        {" "sv, "\t"sv, "x"sv},
+        {"\t"sv, " x"sv},
+        {"a"sv, "\r"sv, "\n"sv, "b"sv},
+        {"x"sv, "\013"sv, "\014"sv, "y"sv},
+        {"a"sv, "\034"sv, "b"sv, "\037"sv},
+        {"a"sv, "\302\240"sv, "b"sv},
+        {"a"sv, " \302\240"sv, " b"sv},
+        {"\302\240"sv, "\302\240"sv, "b"sv},
+        {"a"sv, "\302\205"sv, "\302\205"sv, "b"sv},
+        {"a"sv, "\302\205"sv, "b"sv},
+        {"a"sv, "\342\200\213"sv, "b"sv},
+        {"a"sv, " \342\200\213"sv},
+        {"a"sv, "\341\240\216"sv, "b"sv},
+        {"a"sv, "\342\200\250"sv, "b"sv, " \342\200\251"sv},
+        {"a"sv, "\343\200\200"sv, "\343\200\200"sv, "b"sv},
+        {"\341\232\200"sv, "x"sv},
+        {"a"sv, "\342\200\257"sv, "b"sv, "\342\201\237"sv, "c"sv},
+        {"\357\273\277"sv, "a"sv},
+        {"abc"sv, "123"sv, "def"sv},
+        {"12"sv, " 345"sv},
+        {" 12"sv},
+        {"3"sv, "."sv, "14"sv},
+        {"x"sv, "\302\262"sv},
+        {"\302\275"sv, " \342\205\247"sv, " \331\243\331\244"sv, " \340\271\221\340\271\222"sv},
+        {"\346\227\245\346\234\254\350\252\236"sv, " \343\203\206\343\202\271\343\203\210"sv},
+        {"\346\227\245\346\234\254"sv, " \350\252\236"sv, "\343\200\202"sv},
+        {"\320\277\321\200\320\270\320\262\320\265\321\202"sv, " \320\274\320\270\321\200"sv},
+        {"a"sv, "\314\201"sv, " e"sv, "\314\201"sv, "x"sv},
+        {"\314\201"sv},
+        {" \314\201"sv, "a"sv},
+        {"\340\244\250\340\244\256\340\244\270"sv, "\340\245\215"sv, "\340\244\244"sv,
+         "\340\245\207"sv, " \340\244\246"sv, "\340\245\201"sv, "\340\244\250"sv, "\340\244\277"sv,
+         "\340\244\257"sv, "\340\244\276"sv},
+        {"\327\251\327\234\327\225\327\235"sv},
+        {"\360\237\230\200"sv, " \360\237\230\200\360\237\230\200"sv},
+        {"a"sv, "\360\237\230\200"sv, "b"sv},
+        {"\360\237\221\251\342\200\215\360\237\222\273"sv, " x"sv},
+        {"a"sv, "_"sv, "b"sv},
+        {"foo"sv, "("sv, "bar"sv, ","sv, " baz"sv, ");"sv},
+        {" "sv, " int"sv, " x"sv, " ="sv, " 0"sv, ";"sv, "\n\n   "sv, " return"sv, " x"sv, ";"sv,
+         "\n"sv},
+        {"$"sv, "5"sv, "."sv, "00"sv, " \342\202\254"sv, "7"sv},
+        {"\342\200\246\342\200\224\342\200\234"sv, "x"sv, "\342\200\235"sv},
+        {"don"sv, "\342\200\231"sv, "t"sv},
+        {"l"sv, "'"sv, "\303\251t\303\251"sv},
+        {"\307\205"sv, " \312\260"sv, " \302\252"sv, " \302\272"sv},
+        {"\000"sv, "a"sv, "\000"sv},
+        {"\177"sv},
+        {"\355\237\277\356\200\200"sv, " \357\277\277\364\217\277\277"sv},
+        {"\360\235\237\216"sv, "\360\235\220\200"sv},
+        {"\360\240\200\200"sv, " \360\256\257\260"sv},
+        {"\341\262\211"sv, " \360\220\265\200"sv},
+        {"<|"sv, "endoftext"sv, "|>"sv},
+        {"a"sv, " <|"sv, "endoftext"sv, "|>"sv, " b"sv},
+        {" "sv, " <|"sv, "endoftext"sv, "|>"sv, "  "sv}};
+    for (const auto& pieces : expected) {
+        std::string text;
+        for (std::string_view piece : pieces) text += piece;
+        std::vector<std::string> want(pieces.begin(), pieces.end());
+        EXPECT_EQ(pieces_of(text), want) << "in \"" << text << "\"";
+    }
+    EXPECT_TRUE(pieces_of("").empty());
+}
+
+TEST(Tokenizer, SplitsInvalidUtf8AsNeitherLetterNorNumberNorSpace) {
+    using namespace tokenizer_test;
+    using Pieces = std::vector<std::string>;
+    EXPECT_EQ(pieces_of("a\200b"), (Pieces{"a", "\200", "b"}));
+    EXPECT_EQ(pieces_of("a \200\377.1"), (Pieces{"a", " \200\377.", "1"}));
+    EXPECT_EQ(pieces_of("\303"), (Pieces{"\303"}));                      // cut short
+    EXPECT_EQ(pieces_of("a\303 \251"), (Pieces{"a", "\303", " \251"}));  // cut by a space
+    EXPECT_EQ(pieces_of("x\300\240y"), (Pieces{"x", "\300\240", "y"}));  // an overlong space
+    EXPECT_EQ(pieces_of("x\355\240\200y"), (Pieces{"x", "\355\240\200", "y"}));  // a surrogate
+    EXPECT_EQ(pieces_of("x\364\220\200\200y"), (Pieces{"x", "\364\220\200\200", "y"}));  // U+110000
+}
+
+TEST(Tokenizer, WhiteSpaceIsTheUnicodeProperty) {
+    std::set<int> expected = {0x9,    0xa,    0xb,    0xc,    0xd,    0x20,   0x85,
+                              0xa0,   0x1680, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000,
+                              0x2000, 0x2001, 0x2002, 0x2003, 0x2004, 0x2005, 0x2006,
+                              0x2007, 0x2008, 0x2009, 0x200a};
+    std::set<int> found;
+    size_t letters = 0, numbers = 0;
+    for (int code_point = 0; code_point < 0x110000; code_point++) {
+        if (code_point >= 0xd800 && code_point < 0xe000) continue;
+        utf8proc_uint8_t utf8[4];
+        auto length = utf8proc_encode_char(code_point, utf8);
+        auto [kind, size] = classify_at({reinterpret_cast<char*>(utf8), size_t(length)}, 0);
+        ASSERT_EQ(size, size_t(length));
+        if (kind == CharacterClass::space) found.insert(code_point);
+        letters += kind == CharacterClass::letter;
+        numbers += kind == CharacterClass::number;
+    }
+    EXPECT_EQ(found, expected);
+    // Unicode 16.0, counted through tiktoken; a library that knows a later Unicode finds more.
+    EXPECT_GE(letters, 141028u);
+    EXPECT_GE(numbers, 1911u);
+}
+
+TEST(Tokenizer, AnyBytesComeBack) {
+    using namespace tokenizer_test;
+    std::mt19937 random(1);
+    std::string learned = random_text(random, 3000) + random_bytes(random, 500) + every_byte();
+    const Tokenizer all[] = {Tokenizer::bytes(), Tokenizer::chars(learned),
+                             Tokenizer::train_bpe(learned, 257),
+                             Tokenizer::train_bpe(learned, 700)};
+    for (const Tokenizer& tokenizer : all) {
+        EXPECT_EQ(tokenizer.decode(tokenizer.encode("")), "");
+        EXPECT_EQ(tokenizer.decode(tokenizer.encode(learned)), learned);
+        for (int byte = 0; byte < 256; byte++) {
+            std::string text(1, char(byte));
+            EXPECT_EQ(tokenizer.decode(tokenizer.encode(text)), text) << byte;
+        }
+        for (size_t size = 0; size < 300; size++) {
+            std::string text = random_bytes(random, size) + random_text(random, size);
+            // With a token for every byte, a character vocabulary spells unknown characters in
+            // bytes.
+            ASSERT_EQ(tokenizer.decode(tokenizer.encode(text)), text) << size;
+        }
+    }
+}
+
+TEST(Tokenizer, BytesHaveTheirValueAsId) {
+    using namespace tokenizer_test;
+    Tokenizer tokenizer = Tokenizer::bytes();
+    EXPECT_EQ(tokenizer.kind(), Kind::bytes);
+    EXPECT_EQ(tokenizer.vocab_size(), 257);
+    EXPECT_EQ(tokenizer.end_of_text(), 256);
+    EXPECT_EQ(tokenizer.token_bytes(256), "<|endoftext|>");
+    std::vector<int> ids = tokenizer.encode(every_byte());
+    for (int byte = 0; byte < 256; byte++) EXPECT_EQ(ids[size_t(byte)], byte);
+}
+
+TEST(Tokenizer, CharactersAreSortedByCodePoint) {
+    using namespace tokenizer_test;
+    Tokenizer tokenizer = Tokenizer::chars("b\360\237\230\200a\377\303\251b\n\200");
+    std::vector<std::string_view> expected = {
+        "\n", "a", "b", "\303\251", "\360\237\230\200", "\200", "\377", "<|endoftext|>"};
+    ASSERT_EQ(tokenizer.vocab_size(), int(expected.size()));
+    EXPECT_EQ(tokenizer.end_of_text(), 7);
+    for (int id = 0; id < 8; id++) EXPECT_EQ(tokenizer.token_bytes(id), expected[size_t(id)]);
+    EXPECT_EQ(tokenizer.encode("ab\303\251\377"), (std::vector<int>{1, 2, 3, 6}));
+}
+
+TEST(Tokenizer, CharactersThatAreLackingAreDroppedAndSaid) {
+    Tokenizer tokenizer = Tokenizer::chars("abcd");
+    std::string missing;
+    std::vector<int> ids = tokenizer.encode("aXb\303\251YXc\200<\303\251\200", &missing);
+    EXPECT_EQ(ids, (std::vector<int>{0, 1, 2}));
+    EXPECT_EQ(missing, "X\303\251Y<0x80><");
+    missing.clear();
+    tokenizer.encode("a\n\x7f", &missing);
+    EXPECT_EQ(missing, "<0x0A><0x7F>");
+    missing.clear();
+    tokenizer.encode("abcabc", &missing);
+    EXPECT_EQ(missing, "");
+    EXPECT_EQ(tokenizer.encode("<|endoftext|>"),
+              (std::vector<int>{3}));  // plain text: the letter d
+    Tokenizer::bytes().encode("any \377", &missing);
+    Tokenizer::train_bpe("x", 300).encode("any \377", &missing);
+    EXPECT_EQ(missing, "");
+}
+
+TEST(Tokenizer, CharactersThatAreLackingAreSpeltInBytesWhereAllAreThere) {
+    Tokenizer tokenizer = Tokenizer::chars("a\251\200\303");
+    std::string missing;
+    std::vector<int> ids = tokenizer.encode("\303\251a\303\252", &missing);
+    EXPECT_EQ(tokenizer.decode(ids), "\303\251a");
+    EXPECT_EQ(missing, "\303\252");
+}
+
+TEST(Tokenizer, EncodeAppends) {
+    Tokenizer tokenizer = Tokenizer::train_bpe("ab ab ab", 259);
+    std::vector<int> ids = {7}, second = tokenizer.encode("ab ab ab");
+    tokenizer.encode("ab ab ab", ids);
+    second.insert(second.begin(), 7);
+    EXPECT_EQ(ids, second);
+}
+
+TEST(Tokenizer, SeveralThreadsMayEncodeAtOnce) {
+    using namespace tokenizer_test;
+    std::mt19937 random(3);
+    std::string text = random_text(random, 5000);
+    const Tokenizer tokenizer = Tokenizer::train_bpe(text, 400);
+    std::vector<int> expected = tokenizer.encode(text), ids[3];
+    std::vector<std::thread> threads;
+    for (auto& out : ids) threads.emplace_back([&] { out = tokenizer.encode(text); });
+    for (auto& thread : threads) thread.join();
+    for (auto& out : ids) EXPECT_EQ(out, expected);
+}
+
+TEST(Tokenizer, LearnsTheMostFrequentPairAndOfEqualsTheFirst) {
+    using namespace tokenizer_test;
+    // ab 3, bc 2; then (ab, c) 2 before ( , d) 1 ...
+    Tokenizer tokenizer = Tokenizer::train_bpe("abc abc ab d", 261);
+    EXPECT_EQ(tokenizer.vocab_size(), 261);
+    EXPECT_EQ(tokenizer.end_of_text(), 260);
+    EXPECT_EQ(tokenizer.token_bytes(256), "ab");
+    EXPECT_EQ(tokenizer.token_bytes(257),
+              "abc");  // (ab, c) and ( , ab) both 2: the former is first
+    EXPECT_EQ(tokenizer.token_bytes(258), " abc");
+    EXPECT_EQ(tokenizer.token_bytes(259), " ab");
+    // xy and zw both twice: the order in the text decides.
+    EXPECT_EQ(Tokenizer::train_bpe("zw xy zw xy", 258).token_bytes(256), "zw");
+    EXPECT_EQ(Tokenizer::train_bpe("xy zw xy zw", 258).token_bytes(256), "xy");
+    // All adjacent pairs count, overlapping ones too: aa 3 times in aaaa against bc twice.
+    EXPECT_EQ(Tokenizer::train_bpe("bc.bc.aaaa", 258).token_bytes(256), "aa");
+}
+
+TEST(Tokenizer, StopsWhereNoPairIsLeft) {
+    Tokenizer tokenizer = Tokenizer::train_bpe("abab ab", 1000);
+    // ab (3); then, each once: abab, " " + ab.
+    EXPECT_EQ(tokenizer.vocab_size(), 256 + 3 + 1);
+    EXPECT_EQ(tokenizer.end_of_text(), 259);
+    EXPECT_EQ(tokenizer.encode("abab ab"), (std::vector<int>{257, 258}));
+    EXPECT_EQ(Tokenizer::train_bpe("a", 1000).vocab_size(), 257);
+}
+
+TEST(Tokenizer, TrainingEqualsThePlainDefinition) {
+    using namespace tokenizer_test;
+    for (const char* text :
+         {"aaaaaaa", "aaa aaaa aaaaa aa", "abababab ababab", "abcabcabc bcabca cab",
+          "low low low lower lower newest newest newest widest widest",
+          "aabaab baabaa aabb bbaa abba baab", "mississippi missing sip"})
+        EXPECT_GT(compare_training(text, 400), 0u) << text;
+    std::mt19937 random(11);
+    for (int round = 0; round < 60; round++) {
+        std::string text = random_text(random, 20 + size_t(round) * 4);
+        EXPECT_GT(compare_training(text, 257 + 80), 0u) << "round " << round;
+    }
+    for (int round = 0; round < 60;
+         round++) {  // words without a space, of few letters: overlaps and ties
+        std::string text;
+        for (size_t i = 0; i < 150; i++) text += "aaabbc  "[random() % 8];
+        EXPECT_GT(compare_training(text, 257 + 60), 0u) << "round " << round;
+    }
+    EXPECT_GT(compare_training(random_bytes(random, 400), 257 + 60), 0u);
+}
+
+TEST(Tokenizer, LongPiecesAreMergedAsTheDefinitionSays) {
+    using namespace tokenizer_test;
+    std::mt19937 random(5);
+    std::string learned, letters = "aaabbc";
+    for (int i = 0; i < 3000; i++) learned += i % 9 == 0 ? ' ' : letters[random() % letters.size()];
+    Tokenizer tokenizer = Tokenizer::train_bpe(learned, 400);
+    std::vector<PlainMerge> merges = plain_train(learned, 400 - 257).merges;
+    for (size_t size = 1; size < 300; size += 1 + size / 20) {
+        std::string text;
+        for (size_t i = 0; i < size; i++) text += letters[random() % letters.size()];
+        if (size % 3 == 0) text.assign(size, 'a');
+        PlainPiece plain = plain_bytes(text);
+        for (const PlainMerge& merge : merges) plain_join(plain, merge);
+        EXPECT_EQ(bytes_of(tokenizer, tokenizer.encode(text)), plain) << text;
+    }
+    std::string run(1 << 18, 'a');  // would not end in a minute if it were quadratic
+    EXPECT_EQ(tokenizer.decode(tokenizer.encode(run)), run);
+}
+
+TEST(Tokenizer, ManyDifferentPiecesDoNotConfuseTheCache) {
+    using namespace tokenizer_test;
+    // More words than the cache has slots, twice over: the ids of the halves are equal, and so are
+    // those of each word alone.
+    std::string half;
+    for (int i = 0; i < 90000; i++)
+        half += " w" + std::string(1, char('a' + i % 26)) + format("x%d", i);
+    Tokenizer tokenizer = Tokenizer::train_bpe(half.substr(0, 20000), 400);
+    std::vector<int> once = tokenizer.encode(half), twice = tokenizer.encode(half + half);
+    ASSERT_EQ(twice.size(), 2 * once.size());
+    EXPECT_TRUE(std::equal(once.begin(), once.end(), twice.begin()));
+    EXPECT_TRUE(std::equal(once.begin(), once.end(), twice.begin() + ptrdiff_t(once.size())));
+    std::vector<int> singly;
+    for (const std::string& piece : pieces_of(half)) tokenizer.encode(piece, singly);
+    EXPECT_EQ(singly, once);
+}
+
+TEST(Tokenizer, TrainingRefusesWhatItCannotDo) {
+    EXPECT_EQ(
+        error_of([] { Tokenizer::train_bpe("abc", 256); }),
+        "2 a BPE vocabulary of 256 tokens: it takes 257 (256 bytes and <|endoftext|>) to 65536");
+    EXPECT_NE(error_of([] { Tokenizer::train_bpe("abc", -1); }), "");
+    EXPECT_NE(error_of([] { Tokenizer::train_bpe("abc", 65537); }), "");
+    EXPECT_EQ(error_of([] { Tokenizer::train_bpe("", 300); }),
+              "2 the text is empty: a BPE vocabulary needs text to learn from");
+    EXPECT_EQ(error_of([] { Tokenizer::chars(""); }),
+              "2 the text is empty: a character vocabulary needs at least one");
+    std::string everything;
+    for (int code_point = 0x4000; code_point < 0x4000 + 0x18000; code_point++) {
+        utf8proc_uint8_t utf8[4];
+        if (code_point >= 0xd800 && code_point < 0xe000) continue;
+        auto length = utf8proc_encode_char(code_point, utf8);
+        everything.append(reinterpret_cast<char*>(utf8), size_t(length));
+    }
+    EXPECT_NE(error_of([&] { Tokenizer::chars(everything); }).find("use a BPE"), std::string::npos);
+}
+
+TEST(Tokenizer, UnknownIdsAreNamed) {
+    Tokenizer tokenizer = Tokenizer::bytes();
+    EXPECT_EQ(error_of([&] {
+                  tokenizer.decode({65, 257});
+              }),
+              "2 token id 257: the vocabulary has ids 0 to 256");
+    EXPECT_EQ(error_of([&] { tokenizer.token_bytes(-1); }),
+              "2 token id -1: the vocabulary has ids 0 to 256");
+}
+
+TEST(Tokenizer, SavedAndLoadedItIsTheSame) {
+    using namespace tokenizer_test;
+    std::mt19937 random(9);
+    std::string text = random_text(random, 4000);
+    std::string ascii = "the quick brown fox jumps over the lazy dog";
+    const Tokenizer all[] = {Tokenizer::bytes(),
+                             Tokenizer::chars(text),
+                             Tokenizer::chars(ascii),
+                             Tokenizer::chars(every_byte()),
+                             Tokenizer::train_bpe(text, 257),
+                             Tokenizer::train_bpe(text, 600),
+                             Tokenizer::train_bpe(ascii, 300)};
+    std::set<uint64_t> fingerprints;
+    for (const Tokenizer& tokenizer : all) {
+        expect_same(tokenizer, reloaded(tokenizer));
+        Tokenizer copy = tokenizer;
+        expect_same(tokenizer, copy);
+        fingerprints.insert(tokenizer.fingerprint());
+    }
+    EXPECT_EQ(fingerprints.size(), std::size(all));
+    EXPECT_NE(Tokenizer::train_bpe("ab ab cd", 258).fingerprint(),
+              Tokenizer::train_bpe("cd cd ab", 258).fingerprint());
+}
+
+TEST(Tokenizer, SavedFilesSayWhatTransformersAsks) {
+    using namespace tokenizer_test;
+    std::string folder = test_folder();
+    Tokenizer::train_bpe("ab ab ab", 259).save(folder + "/new/folder", 128);
+    json config = parse_json(read_file(folder + "/new/folder/tokenizer_config.json"), "config");
+    EXPECT_EQ(config["tokenizer_class"], "PreTrainedTokenizerFast");
+    EXPECT_EQ(config["eos_token"], "<|endoftext|>");
+    EXPECT_EQ(config["bos_token"], "<|endoftext|>");
+    EXPECT_EQ(config["model_max_length"], 128);
+    EXPECT_EQ(config["add_prefix_space"], false);
+    EXPECT_EQ(config["clean_up_tokenization_spaces"], false);
+    json file = parse_json(read_file(folder + "/new/folder/tokenizer.json"), "tokenizer");
+    EXPECT_EQ(file["model"]["merges"], json({"a b", "\304\240 ab"}));
+    EXPECT_EQ(file["added_tokens"][0]["id"], 258);
+    EXPECT_EQ(file["pre_tokenizer"]["use_regex"], true);
+    Tokenizer::bytes().save(folder);
+    config = parse_json(read_file(folder + "/tokenizer_config.json"), "config");
+    EXPECT_FALSE(config.contains("model_max_length"));
+    write_file_atomic(folder + "/file", "x");
+    std::string error = error_of([&] { Tokenizer::bytes().save(folder + "/file/below"); });
+    expect_start(error, "1 ");
+}
+
+TEST(Tokenizer, ReadsHuggingFaceFiles) {
+    using namespace tokenizer_test;
+    json file = small_json();
+    std::string path = test_folder() + "/tokenizer.json";
+    auto load = [&] {
+        write_plainly(path, file.dump());
+        return Tokenizer::load(path);
+    };
+    Tokenizer plain = load();
+    EXPECT_EQ(plain.kind(), Kind::bpe);
+    EXPECT_EQ(plain.vocab_size(), 259);
+    EXPECT_EQ(plain.end_of_text(), 258);
+    EXPECT_EQ(plain.encode("hey he"), (std::vector<int>{257, 220, 256}));
+
+    file["model"].erase("type");  // as older files have it
+    file["model"]["unk_token"] = "<|endoftext|>";
+    file["model"]["continuing_subword_prefix"] = "";
+    file["post_processor"] = nullptr;
+    expect_same(load(), plain);
+    file["post_processor"] = {{"type", "TemplateProcessing"},
+                              {"single", {{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}}};
+    expect_same(load(), plain);
+    json split = {{"type", "Split"},
+                  {"pattern", {{"Regex", kGpt2Pattern}}},
+                  {"behavior", "Isolated"},
+                  {"invert", false}};
+    json bytes = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
+    file["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {split, bytes}}};
+    expect_same(load(), plain);
+
+    // A special token inside the vocabulary, others beside it; spelt as text, not in byte-level
+    // characters.
+    file["model"]["vocab"]["<|endoftext|>"] = 258;
+    file["added_tokens"].push_back({{"id", 259}, {"content", "\303\251 x"}, {"special", true}});
+    Tokenizer more = load();
+    EXPECT_EQ(more.vocab_size(), 260);
+    EXPECT_EQ(more.end_of_text(), 258);
+    EXPECT_EQ(more.decode({259, 257}), "\303\251 xhey");
+    EXPECT_NE(more.fingerprint(), plain.fingerprint());
+    expect_same(more, reloaded(more));
+
+    file["added_tokens"] = json::array();
+    file["model"]["vocab"].erase("<|endoftext|>");
+    EXPECT_EQ(load().end_of_text(), -1);
+    expect_same(load(), reloaded(load()));
+}
+
+TEST(Tokenizer, TwoWaysToOneTokenAreKept) {
+    using namespace tokenizer_test;
+    json file = small_json();  // "y" after "he", and "ey" after "h"
+    file["model"]["vocab"]["ey"] = 258;
+    file["model"]["merges"] = {"e y", "h ey", "h e", "he y"};
+    file["added_tokens"] = json::array();
+    std::string path = test_folder() + "/tokenizer.json";
+    write_plainly(path, file.dump());
+    Tokenizer tokenizer = Tokenizer::load(path);
+    EXPECT_EQ(tokenizer.encode("hey"), (std::vector<int>{257}));
+    expect_same(tokenizer, reloaded(tokenizer));
+}
+
+TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
+    using namespace tokenizer_test;
+    struct Case {
+        const char* pointer;
+        json value;
+        const char* expected;
+    };
+    const Case cases[] = {
+        {"/normalizer", {{"type", "NFC"}}, "2 normalizer: is not supported"},
+        {"/truncation", {{"max_length", 5}}, "2 truncation: is not supported"},
+        {"/padding", {{"length", 5}}, "2 padding: is not supported"},
+        {"/model", nullptr, "2 model: is missing"},
+        {"/model", "BPE", "2 model: is missing or not an object"},
+        {"/model/type", "WordPiece", "2 model: type \"WordPiece\" is not supported"},
+        {"/model/type", "Unigram", "2 model: type \"Unigram\" is not supported"},
+        {"/model/type", 5, "2 model: type \"\" is not supported"},
+        {"/model/dropout", 0.1, "2 model.dropout: is not supported"},
+        {"/model/ignore_merges", true, "2 model.ignore_merges: true is not supported"},
+        {"/model/ignore_merges", "no", "2 model.ignore_merges: is not true or false"},
+        {"/model/continuing_subword_prefix", "##", "2 model.continuing_subword_prefix"},
+        {"/model/end_of_word_suffix", "</w>", "2 model.end_of_word_suffix"},
+        {"/pre_tokenizer/type", "Whitespace",
+         "2 pre_tokenizer: type \"Whitespace\" is not supported"},
+        {"/pre_tokenizer/add_prefix_space", true, "2 pre_tokenizer.add_prefix_space: true"},
+        {"/pre_tokenizer/use_regex", false, "2 model.merges: is not empty"},
+        {"/pre_tokenizer/use_regex", 1, "2 pre_tokenizer.use_regex: is not true or false"},
+        {"/pre_tokenizer", {{"type", "Sequence"}}, "2 pre_tokenizer: type \"Sequence\""},
+        {"/pre_tokenizer",
+         {{"type", "Sequence"}, {"pretokenizers", {1, 2}}},
+         "2 pre_tokenizer.pretok"},
+        {"/pre_tokenizer", nullptr, "2 decoder: is neither Fuse nor"},
+        {"/pre_tokenizer", 3, "2 pre_tokenizer: type \"\""},
+        {"/post_processor/type", "BertProcessing", "2 post_processor: type \"BertProcessing\""},
+        {"/post_processor",
+         {{"type", "TemplateProcessing"}, {"single", {1, 2}}},
+         "2 post_processor.single: adds tokens"},
+        {"/decoder", nullptr, "2 decoder: is not ByteLevel"},
+        {"/decoder/type", "WordPiece", "2 decoder: is not ByteLevel"},
+        {"/added_tokens", 1, "2 added_tokens: is not a list"},
+        {"/added_tokens/0", 1, "2 added_tokens[0]: has no content or no id"},
+        {"/added_tokens/0/content", "", "2 added_tokens[0]: has no content"},
+        {"/added_tokens/0/special", false, "2 added_tokens[0].special: false is not supported"},
+        {"/added_tokens/0/id", 259, "2 model.vocab: id 259 in a vocabulary of 259 tokens"},
+        {"/added_tokens/0/id", 7, "2 model.vocab: two tokens have the id 7"},
+        {"/added_tokens/0/content", "he", "2 added_tokens[0]: id 258, but model.vocab gives"},
+        {"/model/vocab", nullptr, "2 model.vocab: is missing or not an object"},
+        {"/model/vocab", json::array(), "2 model.vocab: is missing or not an object"},
+        {"/model/vocab", json::object(), "2 model.vocab: id 258 in a vocabulary of 1 tokens"},
+        {"/model/vocab/he", 255, "2 model.vocab: two tokens have the id 255"},
+        {"/model/vocab/he", -1, "2 model.vocab: token \"he\": id -1 is not within 0 to 65535"},
+        {"/model/vocab/he", 65536, "2 model.vocab: token \"he\": id 65536 is not within"},
+        {"/model/vocab/he", 18446744073709551615u,
+         "2 model.vocab: token \"he\": id 18446744073709551615"},
+        {"/model/vocab/he", 1.5, "2 model.vocab: token \"he\": the id is not an integer"},
+        {"/model/vocab/he", "5", "2 model.vocab: token \"he\": the id is not an integer"},
+        {"/model/vocab/h\n", 259, "2 model.vocab: token \"h\\n\" is not of this kind"},
+        {"/model/vocab/", 259, "2 model.vocab: token \"\" is not of this kind"},
+        {"/model/merges", nullptr, "2 model.merges: is missing or not a list"},
+        {"/model/merges/1", "he z", "2 model.merges[1]: token \"hez\" is not in the vocabulary"},
+        {"/model/merges/1", "hey y", "2 model.merges[1]: token \"heyy\" is not in the vocabulary"},
+        {"/model/merges/1", "h e", "2 model.merges[1]: the pair \"h e\" stands there twice"},
+        {"/model/merges/1", "hey", "2 model.merges[1]: is not two tokens"},
+        {"/model/merges/1", "h e y", "2 model.merges[1]: is not two tokens"},
+        {"/model/merges/1", " hey", "2 model.merges[1]: token \"\" is not in the vocabulary"},
+        {"/model/merges/1", json::array({"h"}), "2 model.merges[1]: is not two tokens"},
+        {"/model/merges/1", json::array({"h", 1}), "2 model.merges[1]: is not two tokens"},
+        {"/model/merges/1", 1, "2 model.merges[1]: is not two tokens"},
+    };
+    ASSERT_EQ(load_error(small_json().dump()), "");
+    for (const Case& c : cases) {
+        json file = small_json();
+        json::json_pointer pointer(c.pointer);
+        if (pointer.back().empty()) file["model"]["vocab"][""] = c.value;
+        else file[pointer] = c.value;
+        std::string error = load_error(file.dump());
+        EXPECT_EQ(error.substr(0, strlen(c.expected)), c.expected) << c.pointer << " = " << c.value;
+    }
+}
+
+TEST(Tokenizer, RefusesVocabulariesThatAreNotWhole) {
+    using namespace tokenizer_test;
+    json file = small_json();  // the byte 'A' is no longer there
+    file["model"]["vocab"].erase("A");
+    file["model"]["vocab"]["AA"] = 32;
+    expect_start(load_error(file.dump()), "2 model.vocab: no token for the byte 0x41; a");
+    file = small_json();
+    for (int id = 259; id <= 65536; id++) file["model"]["vocab"][format("a%d", id)] = id;
+    expect_start(load_error(file.dump()), "2 model.vocab: token \"a65536\": id 655");
+    file["model"]["vocab"]["b"] = file["model"]["vocab"]["c"] = 1;
+    file["model"]["vocab"]["bb"] = file["model"]["vocab"]["cc"] = 1;
+    EXPECT_EQ(load_error(file.dump()), "2 model.vocab: 65538 tokens; at most 65536 are supported");
+    file = small_json();  // a merge that would turn plain text into a special token
+    file["added_tokens"].push_back({{"id", 257}, {"content", "hey"}, {"special", true}});
+    expect_start(load_error(file.dump()), "2 model.merges[1]: token \"hey\" is special");
+}
+
+TEST(Tokenizer, RefusesCharacterFilesItDoesNotSupport) {
+    using namespace tokenizer_test;
+    std::string folder = test_folder();
+    Tokenizer::chars("ab\200").save(folder);
+    const json good = parse_json(read_file(folder + "/tokenizer.json"), "good");
+    auto error_with = [&](const char* pointer, const json& value) {
+        json file = good;
+        file[json::json_pointer(pointer)] = value;
+        return load_error(file.dump());
+    };
+    EXPECT_EQ(error_with("/version", "1.0"), "");
+    json file = good;  // special tokens: one character, and one that looks like a byte
+    file["added_tokens"].push_back({{"id", 0}, {"content", "a"}, {"special", true}});
+    file["added_tokens"].push_back({{"id", 2}, {"content", "<0x80>"}, {"special", true}});
+    write_plainly(folder + "/tokenizer.json", file.dump());
+    std::string missing;
+    Tokenizer special = Tokenizer::load(folder);
+    EXPECT_EQ(special.encode("ab\200", &missing), (std::vector<int>{0, 1}));
+    EXPECT_EQ(missing, "<0x80>");
+    EXPECT_EQ(special.token_bytes(2), "<0x80>");
+    expect_start(error_with("/model/unk_token", "a"), "2 model.unk_token:");
+    expect_start(error_with("/model/byte_fallback", false), "2 model.vocab: token \"<0x80>\" ");
+    expect_start(error_with("/model/vocab/ab", 4), "2 model.vocab: token \"ab\" ");
+    expect_start(error_with("/model/merges", {"a b"}), "2 model.merges:");
+    expect_start(error_with("/decoder", {{"type", "ByteLevel"}}), "2 decoder:");
+    expect_start(error_with("/decoder", {{"type", "Sequence"}, {"decoders", {1}}}), "2 decoder:");
+}
+
+TEST(Tokenizer, RefusesEveryTruncation) {
+    using namespace tokenizer_test;
+    std::string folder = test_folder();
+    Tokenizer::chars("ab\200").save(folder);
+    std::string whole = read_file(folder + "/tokenizer.json"), path = folder + "/cut.json";
+    ASSERT_EQ(whole.substr(whole.size() - 2), "}\n");
+    write_plainly(path, whole);
+    for (size_t size = whole.size() - 2; size != size_t(-1); size--) {
+        fs::resize_file(path, size);
+        std::string error = error_of([&] { Tokenizer::load(path); });
+        ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << size;
+    }
+}
+
+TEST(Tokenizer, RefusesFilesThatAreSomethingElse) {
+    using namespace tokenizer_test;
+    for (std::string_view content :
+         {""sv, "hello"sv, "[1]"sv, "\000\000"sv, "version: 0.2\na b\n"sv})
+        EXPECT_EQ(load_error(content),
+                  "2 neither a tokenizer.json nor GPT-2 merges (first line `#version`)");
+    expect_start(load_error("{}"), "2 model:");
+    std::string folder = test_folder();
+    EXPECT_EQ(error_of([&] { Tokenizer::load(folder); }),
+              "2 " + folder + ": the folder holds no tokenizer.json");
+    EXPECT_EQ(error_of([&] { Tokenizer::load(folder + "/none"); }).substr(0, 2), "2 ");
+}
+
+TEST(Tokenizer, ReadsAndRefusesMergesFiles) {
+    using namespace tokenizer_test;
+    std::string path = test_folder() + "/merges.txt";
+    write_plainly(path, "#version: 0.2\nh e\nhe y\n\304\240 hey");
+    Tokenizer tokenizer = Tokenizer::load(path);
+    EXPECT_EQ(tokenizer.vocab_size(), 260);
+    EXPECT_EQ(tokenizer.end_of_text(), 259);
+    EXPECT_EQ(tokenizer.encode("hey hey he"), (std::vector<int>{257, 258, 220, 256}));
+    expect_same(tokenizer, reloaded(tokenizer));
+    for (const char* empty : {"#version: 0.2", "#version: 0.2\n"}) {
+        write_plainly(path, empty);
+        EXPECT_EQ(Tokenizer::load(path).vocab_size(), 257);
+    }
+    auto error = [&](const std::string& lines) { return load_error("#version: 0.2\n" + lines); };
+    expect_start(error("h e\n\nhe y\n"), "2 line 3: is not two tok");
+    expect_start(error("h e y\n"), "2 line 2: is not two tok");
+    EXPECT_EQ(error("he y\n"), "2 line 2: token \"he\" is not in the vocabulary");
+    EXPECT_EQ(error("h e\nh e\n"), "2 line 3: makes the token \"he\" a second time");
+    expect_start(error("h e\nh \n"), "2 line 3:");
+    EXPECT_EQ(error("h\t e\n"), "2 line 2: is not spelt in byte-level characters");
+    EXPECT_EQ(error("h \200\n"), "2 line 2: is not spelt in byte-level characters");
+    std::string many;
+    for (int i = 0; i < 65536; i++) {
+        std::string digits = format("%05d", i);
+        for (size_t n = 1; n < 5; n++)
+            if (i % int(pow(10, double(5 - n - 1))) == 0)
+                many += digits.substr(0, n) + " " + digits.substr(n, 1) + "\n";
+    }
+    expect_start(error(many), "2 line 65281: makes more than 65536 t");
+}
+
+TEST(Tokenizer, GivesGpt2Ids) {
+    using namespace tokenizer_test;
+    if (!fs::exists(kGpt2Merges)) GTEST_SKIP() << kGpt2Merges << " is missing";
+    Tokenizer tokenizer = Tokenizer::load(kGpt2Merges);
+    EXPECT_EQ(tokenizer.vocab_size(), 50257);
+    EXPECT_EQ(tokenizer.end_of_text(), 50256);
+    struct Case {
+        std::string_view text;
+        std::vector<int> ids;
+    };
+    const Case cases[] = {
+        // from tokenizers and tiktoken, which agree
+        {"Hello, world! It's 2024."sv, {15496, 11, 995, 0, 632, 338, 48609, 13}},
+        {"The quick brown fox jumps over the lazy dog.\n"sv,
+         {464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13, 198}},
+        {"    def f(x):\n        return x * 2\n"sv,
+         {220, 220, 220, 825, 277, 7,    87,   2599, 198, 220, 220,
+          220, 220, 220, 220, 220, 1441, 2124, 1635, 362, 198}},
+        {"na\303\257ve caf\303\251 \342\200\224 \342\200\234quotes\342\200\235\342\200\246"sv,
+         {2616, 38776, 40304, 851, 564, 250, 421, 6421, 447, 251, 1399}},
+        {"\346\227\245\346\234\254\350\252\236\343\201\256"
+         "\343\203\206\343\202\255\343\202\271\343\203\210"sv,
+         {33768, 98, 17312, 105, 45739, 252, 5641, 24336, 25084, 43302}},
+        {"\320\277\321\200\320\270\320\262\320\265\321\202, \320\274\320\270\321\200"sv,
+         {140, 123, 21169, 18849, 38857, 16843, 20375, 11, 12466, 120, 18849, 21169}},
+        {"\360\237\230\200\360\237\221\251\342\200\215\360\237\222\273"sv,
+         {47249, 222, 41840, 102, 447, 235, 8582, 240, 119}},
+        {"antidisestablishmentarianism"sv, {415, 29207, 44390, 3699, 1042}},
+        {"SolidGoldMagikarp petertodd"sv, {46933, 42202, 37444}},
+        {"\302\240\343\200\200\342\200\213 \342\200\250x"sv,
+         {1849, 5099, 222, 9525, 220, 447, 101, 87}},
+        {"                                        x"sv,
+         {220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220,
+          220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220,
+          220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 220, 2124}},
+        {"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"sv,
+         {24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794, 24794,
+          24794, 24794, 24794, 24794, 64, 397}},
+        {"1234567890 3.14159"sv, {10163, 2231, 30924, 3829, 513, 13, 1415, 19707}},
+        {"<|endoftext|>"sv, {27, 91, 437, 1659, 5239, 91, 29}},
+        {"https://example.com/?q=a%20b&c=d#e"sv,
+         {5450, 1378, 20688, 13, 785, 20924, 80, 28, 64, 4, 1238, 65, 5, 66, 28, 67, 2, 68}},
+        {"\r\n\t\000\177"sv, {201, 198, 197, 188, 221}}};
+    for (const Case& c : cases) {
+        EXPECT_EQ(tokenizer.encode(c.text), c.ids) << c.text;
+        EXPECT_EQ(tokenizer.decode(c.ids), c.text);
+    }
+    if (!fs::exists(kGpt2Ids)) GTEST_SKIP() << kGpt2Ids << " is missing";
+    json ids = parse_json(read_file(kGpt2Ids), kGpt2Ids);
+    ByteAlphabet alphabet;
+    ASSERT_EQ(ids.size(), 50257u);
+    for (const auto& [spelling, id] : ids.items()) {
+        if (id == 50256) continue;
+        ASSERT_EQ(alphabet.spell(tokenizer.token_bytes(id.get<int>())), spelling);
+    }
+    expect_same(tokenizer, reloaded(tokenizer));
+}
+
+TEST(Tokenizer, ShakespeareComesBack) {
+    using namespace tokenizer_test;
+    if (!fs::exists(kShakespeare)) GTEST_SKIP() << kShakespeare << " is missing";
+    std::string text = read_file(kShakespeare);
+    Tokenizer bpe = Tokenizer::train_bpe(text, 1024), chars = Tokenizer::chars(text);
+    EXPECT_EQ(bpe.vocab_size(), 1024);
+    EXPECT_EQ(chars.vocab_size(), 66);
+    EXPECT_EQ(bpe.decode(bpe.encode(text)), text);
+    EXPECT_EQ(chars.decode(chars.encode(text)), text);
+    EXPECT_EQ(bpe.encode(text).size(), 459881u);  // as the plain definition gives it
+}
+
+// ==== data =======================================================================================
+
+namespace {
+
+// A shard of `count` tokens that count up from `first`: a token tells where it came from.
+std::string data_counting_shard(const std::string& folder, const std::string& name, int count,
+                                int first = 0) {
+    std::vector<int> ids(static_cast<size_t>(count));
+    std::iota(ids.begin(), ids.end(), first);
+    std::string path = folder + "/" + name;
+    write_shard(path, ids);
+    return path;
+}
+
+std::vector<Shard> data_open(const std::vector<std::string>& paths) {
+    std::vector<Shard> shards;
+    for (const std::string& path : paths) shards.emplace_back(path, 65536);
+    return shards;
+}
+
+// Lays out the file that a test damages.
+std::string data_put(const std::string& path, std::string_view content) {
+    std::ofstream(path, std::ios::binary) << content;
+    return path;
+}
+
+std::string data_with_int32(std::string bytes, size_t at, int32_t value) {
+    memcpy(bytes.data() + at, &value, sizeof value);
+    return bytes;
+}
+
+// The next `batches` batches as rows: T inputs and after them T targets.
+using DataRows = std::vector<std::vector<int>>;
+DataRows data_rows(DataLoader& loader, int batches, int B, int T) {
+    DataRows rows;
+    std::vector<int> inputs(size_t(B) * size_t(T)), targets(inputs.size());
+    for (int k = 0; k < batches; k++) {
+        loader.next_batch(inputs.data(), targets.data());
+        for (int b = 0; b < B; b++) {
+            std::vector<int> row(inputs.begin() + b * T, inputs.begin() + (b + 1) * T);
+            row.insert(row.end(), targets.begin() + b * T, targets.begin() + (b + 1) * T);
+            rows.push_back(row);
+        }
+    }
+    return rows;
+}
+
+// Every test of a file that must be refused: exit code 2, and a line that has `expected` in it.
+void data_expect_refused(const std::string& error, const std::string& expected) {
+    EXPECT_EQ(error.substr(0, 2), "2 ") << error;
+    EXPECT_NE(error.find(expected), std::string::npos) << error << "\nlacks: " << expected;
+    EXPECT_EQ(error.find('\n'), std::string::npos) << error;
+}
+
+}  // namespace
+
+// ---- .npy ----
+
+namespace {
+
+std::string data_npy(const std::string& header, std::string_view items, int version = 1) {
+    std::string bytes = "\x93NUMPY";
+    bytes += char(version);
+    bytes += '\0';
+    uint32_t length = uint32_t(header.size());
+    bytes.append(reinterpret_cast<const char*>(&length), version == 1 ? 2 : 4);
+    return bytes + header + std::string(items);
+}
+
+std::string data_npy_error(const std::string& bytes) {
+    std::string path = data_put(test_folder() + "/a.npy", bytes);
+    return error_of([&] { read_npy(path); });
+}
+
+}  // namespace
+
+TEST(Npy, RoundTripsEveryShape) {
+    std::string folder = test_folder();
+    std::vector<std::vector<size_t>> shapes = {{}, {1}, {7}, {2, 3}, {3, 1, 2}, {0}, {4, 0}};
+    for (const std::vector<size_t>& shape : shapes) {
+        size_t count = 1;
+        for (size_t extent : shape) count *= extent;
+        std::vector<int> values(count);
+        for (size_t i = 0; i < count; i++)
+            values[i] = i % 2 == 0 ? INT_MAX - int(i) : INT_MIN + int(i);
+        write_npy(folder + "/a.npy", values, shape);
+        NpyArray read = read_npy(folder + "/a.npy");
+        EXPECT_EQ(read.shape, shape);
+        EXPECT_EQ(read.values, values);
+    }
+}
+
+TEST(Npy, WritesTheBytesThatNumPyWrites) {
+    std::string path = test_folder() + "/a.npy";
+    write_npy(path, {1, 2, 3, 4, 5, -6}, {2, 3});
+    std::string header = "{'descr': '<i4', 'fortran_order': False, 'shape': (2, 3), }";
+    header.resize(117, ' ');
+    header += '\n';
+    std::string items("\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\5\0\0\0\xfa\xff\xff\xff", 24);
+    EXPECT_EQ(read_file(path), data_npy(header, items));
+    for (size_t count :
+         {1, 10, 1000, 100000}) {  // headers of several lengths keep the data aligned
+        write_npy(path, std::vector<int>(count), {count});
+        EXPECT_EQ((read_file(path).size() - count * 4) % 64, 0u);
+    }
+}
+
+TEST(Npy, ReadsOtherTypesVersionsAndSpellings) {
+    std::string folder = test_folder();
+    std::string u2 = "{'descr': '<u2', 'fortran_order': False, 'shape': (2,), }\n";
+    std::string i8 = "{\"shape\":(1,2),\"fortran_order\":False,\"descr\":\"<i8\"}";
+    for (int version : {1, 2, 3}) {
+        data_put(folder + "/a.npy", data_npy(u2, std::string_view("\1\0\xff\xff", 4), version));
+        EXPECT_EQ(read_npy(folder + "/a.npy").values, (std::vector<int>{1, 65535}));
+    }
+    int64_t fits[] = {INT_MIN, INT_MAX};
+    data_put(folder + "/a.npy", data_npy(i8, {reinterpret_cast<char*>(fits), sizeof fits}));
+    NpyArray array = read_npy(folder + "/a.npy");
+    EXPECT_EQ(array.values, (std::vector<int>{INT_MIN, INT_MAX}));
+    EXPECT_EQ(array.shape, (std::vector<size_t>{1, 2}));
+    for (int64_t large : {int64_t(INT_MAX) + 1, int64_t(INT_MIN) - 1, INT64_MAX, INT64_MIN}) {
+        int64_t values[] = {0, large};
+        std::string bytes = data_npy(i8, {reinterpret_cast<char*>(values), sizeof values});
+        data_expect_refused(data_npy_error(bytes),
+                            std::to_string(large) + " is not a 32-bit integer");
+    }
+}
+
+TEST(Npy, RefusesHostileHeaders) {
+    auto error = [](const std::string& header) {
+        return data_npy_error(data_npy(header, "12345678"));
+    };
+    std::string tail = "'fortran_order': False, 'shape': (2,)}";
+    ASSERT_EQ(error("{'descr': '<i4', " + tail), "");
+    data_expect_refused(error("{'descr': '>i4', " + tail), "neither <i4");
+    data_expect_refused(error("{'descr': '<f4', " + tail), "neither <i4");
+    data_expect_refused(error("{'descr': [('a', '<i4')], " + tail), "quoted string expected");
+    std::string head = "{'descr': '<i4', 'fortran_order': ";
+    data_expect_refused(error(head + "True, 'shape': (2,)}"), "Fortran order");
+    data_expect_refused(error(head + "Maybe, 'shape': (2,)}"), "True or False");
+    for (const char* shape : {"(3,)", "(1,)", "(0,)", "(2, 2)", "()"})
+        data_expect_refused(error(head + "False, 'shape': " + shape + "}"), "the shape needs");
+    for (const char* shape : {"(-2,)", "(2.0,)", "2", "(2", "(,)", "(2 2)", "((2,),)"})
+        data_expect_refused(error(head + "False, 'shape': " + shape + "}"), "not a NumPy header");
+    // 2^62 items of 4 bytes are 0 bytes modulo 2^64, and 2^32 * 2^32 items are none.
+    data_expect_refused(error(head + "False, 'shape': (4611686018427387906,)}"), "the shape needs");
+    data_expect_refused(error(head + "False, 'shape': (4294967296, 4294967296)}"), "too large");
+    data_expect_refused(error(head + "False, 'shape': (18446744073709551618,)}"), "too large");
+    data_expect_refused(error(head + "False}"), "expected once each");
+    data_expect_refused(error("{'descr': '<i4', 'descr': '<i4', " + tail), "expected once each");
+    data_expect_refused(error("{'order': 'C', " + tail), "unknown key");
+    data_expect_refused(error("{'descr': '<i4', " + tail + "}"), "follows the dictionary");
+    for (const char* text : {"", "{", "{}", "[]", "{'descr", "{'descr'", "{'descr':", "{'a': 1}"})
+        data_expect_refused(error(text), "not a NumPy header");
+    std::string nul = "{'descr': '<i4', " + tail;
+    nul[9] = '\0';
+    data_expect_refused(error(nul), "not a NumPy header");
+}
+
+TEST(Npy, RefusesEveryTruncationAndAnExtraByte) {
+    std::string path = test_folder() + "/a.npy";
+    write_npy(path, {1, 2, 3}, {3});
+    std::string whole = read_file(path);
+    for (size_t size = 0; size < whole.size(); size++) {
+        data_put(path, whole.substr(0, size));
+        ASSERT_EQ(error_of([&] { read_npy(path); }).substr(0, 2), "2 ") << size;
+        ASSERT_EQ(error_of([&] { Shard(path, 10); }).substr(0, 2), "2 ") << size;
+    }
+    data_expect_refused(data_npy_error(whole + "x"), "the file has 13 bytes");
+    for (int version : {0, 4, 255}) {
+        std::string other = whole;
+        other[6] = char(version);
+        data_expect_refused(data_npy_error(other), ".npy version");
+    }
+    std::string long_header = whole;
+    long_header[8] = long_header[9] = '\xff';
+    data_expect_refused(data_npy_error(long_header), "said to take 65535 bytes");
+    data_expect_refused(error_of([&] { read_npy(path + "x"); }), "No such file");
+}
+
+// ---- shards ----
+
+TEST(Shards, RoundTrip) {
+    std::string path = test_folder() + "/a.bin";
+    std::vector<int> ids = {0, 65535, 1, 256, 50256};
+    for (int i = 0; i < 10000; i++) ids.push_back(i * 7919 % 65536);
+    for (bool checksummed : {false, true}) {
+        write_shard(path, ids, checksummed);
+        Shard shard(path, 65536);
+        ASSERT_EQ(shard.size(), ids.size());
+        for (size_t i = 0; i < ids.size(); i++) ASSERT_EQ(shard[i], ids[i]);
+        std::vector<int> part(100, -7);
+        shard.copy(50, 99, part.data());
+        EXPECT_TRUE(std::equal(part.begin(), part.end() - 1, ids.begin() + 50));
+        EXPECT_EQ(part.back(), -7) << "copy wrote past its end";
+        EXPECT_EQ(shard.checksum(), checksummed ? shard.hash() : 0);
+        EXPECT_EQ(shard.path(), path);
+    }
+}
+
+TEST(Shards, HaveTheBytesOfTheFormat) {
+    std::string path = test_folder() + "/a.bin";
+    write_shard(path, {1, 513, 65535});
+    std::string expected(1024, '\0');
+    expected = data_with_int32(expected, 0, 20240520);
+    expected = data_with_int32(expected, 4, 1);
+    expected = data_with_int32(expected, 8, 3);
+    EXPECT_EQ(read_file(path), expected + std::string("\1\0\1\2\xff\xff", 6));
+    EXPECT_FALSE(fs::exists(path + ".tmp"));
+}
+
+TEST(Shards, AreNotWrittenFromWhatDoesNotFit) {
+    std::string path = test_folder() + "/a.bin";
+    data_expect_refused(error_of([&] { write_shard(path, {}); }), "no tokens");
+    data_expect_refused(error_of([&] { write_shard(path, {1, 65536}); }), "token 1 has id 65536");
+    data_expect_refused(error_of([&] { write_shard(path, {-1}); }), "token 0 has id -1");
+    EXPECT_FALSE(fs::exists(path));
+}
+
+TEST(Shards, AreRefusedCutAtAnyByte) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 9);
+    std::string whole = read_file(path);
+    ASSERT_EQ(whole.size(), 1024u + 18);
+    for (size_t size = 0; size < whole.size(); size++) {
+        data_put(path, whole.substr(0, size));
+        std::string error = error_of([&] { Shard(path, 9); });
+        ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << size;
+    }
+    data_expect_refused(error_of([&] { Shard(path, 9); }),
+                        "says 9 tokens, the file holds 8 and one byte");
+    data_put(path, whole + "x");
+    data_expect_refused(error_of([&] { Shard(path, 9); }),
+                        "says 9 tokens, the file holds 9 and one byte");
+    data_put(path, whole + "xy");
+    data_expect_refused(error_of([&] { Shard(path, 9); }),
+                        "byte 8: header says 9 tokens, the file holds 10");
+    data_put(path, whole);
+    EXPECT_EQ(error_of([&] { Shard(path, 9); }), "");
+}
+
+TEST(Shards, AreRefusedWithAWrongHeader) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 9);
+    std::string whole = read_file(path);
+    auto error = [&](size_t at, int32_t value) {
+        data_put(path, data_with_int32(whole, at, value));
+        return error_of([&] { Shard(path, 9); });
+    };
+    data_expect_refused(error(0, 20240801),
+                        "byte 0: magic is 20240801; a token shard has 20240520");
+    data_expect_refused(error(4, 2), "byte 4: version 2");
+    for (int32_t count : {0, 8, 10, -1, -9, INT32_MAX, INT32_MIN, INT32_MIN + 9, 9 << 16})
+        data_expect_refused(error(8, count), format("byte 8: header says %d tokens", count));
+    data_put(path, data_with_int32(whole, 8, 0).substr(0, 1024));
+    data_expect_refused(error_of([&] { Shard(path, 9); }), "holds no tokens");
+    data_expect_refused(error_of([&] { Shard(path + "x", 9); }), "No such file");
+    data_expect_refused(error_of([&] { Shard(test_folder(), 9); }), "not a regular file");
+}
+
+TEST(Shards, AreRefusedWithIdsPastTheVocabulary) {
+    std::string path = test_folder() + "/a.bin";
+    for (size_t at : {size_t(0), size_t(4095), size_t(4096), size_t(9999)}) {
+        std::vector<int> ids(10000, 99);
+        ids[at] = 60000;
+        write_shard(path, ids);
+        EXPECT_EQ(error_of([&] { Shard(path, 60001); }), "");
+        data_expect_refused(
+            error_of([&] { Shard(path, 60000); }),
+            format("byte %zu: token id 60000, the vocabulary has 60000", 1024 + 2 * at));
+        data_expect_refused(error_of([&] { Shard(path, 99); }), "byte 1024: token id");
+    }
+}
+
+TEST(Shards, CanBeNpyFiles) {
+    std::string path = test_folder() + "/a.npy";
+    write_npy(path, {5, 70000, 3}, {3});
+    Shard shard(path, 70001);
+    EXPECT_EQ(shard.size(), 3u);
+    EXPECT_EQ(shard[1], 70000);
+    data_expect_refused(error_of([&] { Shard(path, 70000); }), "byte 132: token id 70000");
+    write_npy(path, {5, -1, 3}, {3});
+    data_expect_refused(error_of([&] { Shard(path, INT_MAX); }), "byte 132: token id -1,");
+    write_npy(path, {5, 1, 3, 4}, {2, 2});
+    data_expect_refused(error_of([&] { Shard(path, 10); }), "2 dimensions");
+    write_npy(path, {}, {0});
+    data_expect_refused(error_of([&] { Shard(path, 10); }), "holds no tokens");
+
+    // Items of 2 and 8 bytes, at an address that is odd.
+    std::string u2 = "{'descr': '<u2', 'fortran_order': False, 'shape': (2,)}";
+    data_put(path,
+             data_npy(u2 + (u2.size() % 2 == 0 ? " " : ""), std::string_view("\1\0\xff\xff", 4)));
+    EXPECT_EQ(Shard(path, 65536)[1], 65535);
+    int64_t large[] = {7, int64_t(1) << 32};
+    std::string i8 = "{'descr': '<i8', 'fortran_order': False, 'shape': (2,)}";
+    data_put(path,
+             data_npy(i8 + (i8.size() % 2 == 0 ? " " : ""), {reinterpret_cast<char*>(large), 16}));
+    data_expect_refused(error_of([&] { Shard(path, 10); }), "token id 4294967296");
+    large[1] = 9;
+    data_put(path, data_npy(i8, {reinterpret_cast<char*>(large), 16}));
+    EXPECT_EQ(Shard(path, 10)[1], 9);
+}
+
+TEST(Shards, SlicesShareTheFile) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 100);
+    std::vector<Shard> slices;
+    {
+        Shard whole(path, 100);
+        slices.push_back(whole.slice(0, 90));
+        slices.push_back(whole.slice(90, 100));
+        slices.push_back(slices[1].slice(3, 4));
+    }
+    EXPECT_EQ(slices[0].size(), 90u);
+    EXPECT_EQ(slices[0][89], 89);
+    EXPECT_EQ(slices[1].size(), 10u);
+    EXPECT_EQ(slices[1][0], 90);
+    EXPECT_EQ(slices[2].size(), 1u);
+    EXPECT_EQ(slices[2][0], 93);
+    EXPECT_NE(slices[0].hash(), slices[1].hash());
+}
+
+// ---- paths ----
+
+TEST(Paths, ExpandFilesFoldersAndPatterns) {
+    std::string folder = test_folder();
+    fs::create_directories(folder + "/in/b/c");
+    fs::create_directories(folder + "/in/.hidden");
+    for (const char* name :
+         {"z.txt", "a.txt", "b/m.txt", "b/c/n.txt", "b.txt", ".secret", ".hidden/x.txt"})
+        data_put(folder + "/in/" + name, "text");
+    data_put(folder + "/in/picture", std::string_view("PNG\0\1", 5));
+    data_counting_shard(folder + "/in", "s.bin", 3);
+    data_counting_shard(folder + "/in", "shard_without_extension", 3);
+    fs::create_symlink(folder + "/in", folder + "/in/b/loop");
+    std::string in = folder + "/in/";
+
+    std::vector<std::string> all = {in + "a.txt",   in + "b.txt", in + "b/c/n.txt",
+                                    in + "b/m.txt", in + "s.bin", in + "shard_without_extension",
+                                    in + "z.txt"};
+    std::sort(all.begin(), all.end());
+    EXPECT_EQ(expand_paths({folder + "/in"}), all);
+    EXPECT_EQ(expand_paths({in + "z.txt", in + "a.txt"}),
+              (std::vector<std::string>{in + "z.txt", in + "a.txt"}))
+        << "files keep the order in which they were given";
+    EXPECT_EQ(expand_paths({in + "?.txt"}),
+              (std::vector<std::string>{in + "a.txt", in + "b.txt", in + "z.txt"}));
+    EXPECT_EQ(expand_paths({in + "[b]"}),
+              (std::vector<std::string>{in + "b/c/n.txt", in + "b/m.txt"}))
+        << "a pattern may name folders";
+    EXPECT_EQ(expand_paths({in + ".secret", in + "picture"}).size(), 2u)
+        << "what is named outright is taken";
+    EXPECT_EQ(expand_paths(expand_paths({folder + "/in"})), all);
+    data_put(in + "*.txt", "a name that looks like a pattern");
+    EXPECT_EQ(expand_paths({in + "*.txt"}), std::vector<std::string>{in + "*.txt"});
+    EXPECT_TRUE(expand_paths({}).empty());
+}
+
+TEST(Paths, ThatStandForNothingAreRefused) {
+    std::string folder = test_folder();
+    auto error = [](const std::string& path) { return error_of([&] { expand_paths({path}); }); };
+    data_expect_refused(error(folder + "/none"), folder + "/none: no such file or folder");
+    data_expect_refused(error(""), "no such file or folder");
+    data_expect_refused(error(folder + "/*.bin"), "no file matches this pattern");
+    data_expect_refused(error("/dev/null"), "neither a file nor a folder");
+    data_expect_refused(error(folder), "no files in this folder");
+    data_put(folder + "/.hidden", "text");
+    data_expect_refused(error(folder), "no files in this folder");
+    data_put(folder + "/a.o", std::string_view("\x7f"
+                                               "ELF\0",
+                                               5));
+    data_expect_refused(error(folder), "only 1 binary files");
+}
+
+TEST(Paths, ShardsAreKnownByContentOrName) {
+    std::string folder = test_folder();
+    std::string shard = data_counting_shard(folder, "a", 3);
+    EXPECT_TRUE(is_shard(shard));
+    write_npy(folder + "/b", {1}, {1});
+    EXPECT_TRUE(is_shard(folder + "/b"));
+    EXPECT_TRUE(is_shard(data_put(folder + "/cut.bin", "x"))) << "damaged, but no text";
+    EXPECT_FALSE(is_shard(data_put(folder + "/empty", "")));
+    EXPECT_FALSE(is_shard(data_put(folder + "/c.txt", "once upon a time")));
+}
+
+// ---- text ----
+
+TEST(Text, IsReadByteForByte) {
+    std::string folder = test_folder();
+    std::string odd("\xff\xfe\0\r\n\xc3", 6);
+    data_put(folder + "/1.txt", "first\n");
+    data_put(folder + "/2.txt", "");
+    data_put(folder + "/3.txt", odd);
+    TextCorpus corpus = read_text({folder + "/1.txt", folder + "/2.txt", folder + "/3.txt"});
+    EXPECT_EQ(corpus.text, "first\n" + odd);
+    EXPECT_EQ(corpus.document_ends, (std::vector<size_t>{6, 12})) << "an empty file is no document";
+}
+
+TEST(Text, ThatIsNotThereIsRefused) {
+    std::string folder = test_folder();
+    data_expect_refused(error_of([&] { read_text({}); }), "no text files");
+    std::string empty = data_put(folder + "/e.txt", "");
+    data_expect_refused(error_of([&] { read_text({empty}); }), empty + ": empty");
+    data_expect_refused(error_of([&] { read_text({empty, empty}); }), "so are the other 1 files");
+    std::string shard = data_counting_shard(folder, "a.bin", 3);
+    data_expect_refused(error_of([&] { read_text({shard}); }), shard + ": a token shard");
+    data_expect_refused(error_of([&] { read_text({folder + "/none.txt"}); }), "no such file");
+}
+
+TEST(Text, LastTenthBeginsAtACharacter) {
+    EXPECT_EQ(validation_start(""), 0u);
+    EXPECT_EQ(validation_start("a"), 0u);
+    EXPECT_EQ(validation_start(std::string(9, 'a')), 8u);
+    EXPECT_EQ(validation_start(std::string(10, 'a')), 9u);
+    EXPECT_EQ(validation_start(std::string(1115394, 'a')), 1003854u);
+    for (std::string character :
+         {"\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"})  // 2, 3 and 4 bytes
+        for (size_t before = 0; before < 8; before++) {
+            std::string text(before, 'a');
+            for (int i = 0; i < 40; i++) text += character;
+            size_t start = validation_start(text), exact = text.size() * 9 / 10;
+            EXPECT_GE(start, exact);
+            EXPECT_LT(start, exact + character.size());
+            EXPECT_EQ((start - before) % character.size(), 0u);
+        }
+    EXPECT_EQ(validation_start(std::string(100, '\x80')), 93u) << "invalid text is not eaten up";
+}
+
+// ---- token cache ----
+
+namespace {
+
+struct DataCacheTest {
+    std::string folder = test_folder();
+    Tokenizer tokenizer = Tokenizer::bytes();
+    TextCorpus corpus;
+
+    explicit DataCacheTest(const std::vector<std::string>& documents) {
+        for (const std::string& document : documents) {
+            corpus.text += document;
+            corpus.document_ends.push_back(corpus.text.size());
+        }
+    }
+    TokenizedText run(size_t begin, size_t end) {
+        return tokenize_cached(corpus, begin, end, tokenizer, folder + "/cache");
+    }
+    TokenizedText run() { return run(0, corpus.text.size()); }
+    std::vector<int> ids(const TokenizedText& result) {
+        Shard shard(result.path, tokenizer.vocab_size());
+        std::vector<int> ids(shard.size());
+        shard.copy(0, ids.size(), ids.data());
+        return ids;
+    }
+    // The text of a shard, with | for the end of text.
+    std::string shown(const TokenizedText& result) {
+        std::string text;
+        for (int id : ids(result))
+            text += id == tokenizer.end_of_text() ? "|" : std::string(tokenizer.token_bytes(id));
+        return text;
+    }
+};
+
+}  // namespace
+
+TEST(TokenCache, GivesTheTokensOfTheText) {
+    DataCacheTest test({"hello world\n"});
+    TokenizedText result = test.run();
+    EXPECT_FALSE(result.from_cache);
+    EXPECT_EQ(test.ids(result), test.tokenizer.encode(test.corpus.text));
+    EXPECT_EQ(result.tokens, 12u);
+    EXPECT_EQ(result.bytes, 12u);
+}
+
+TEST(TokenCache, PutsTheEndOfTextBetweenDocuments) {
+    DataCacheTest test({"one", "two", "three"});
+    EXPECT_EQ(test.shown(test.run()), "one|two|three");
+    EXPECT_EQ(test.shown(test.run(0, 6)), "one|two|") << "the third document follows elsewhere";
+    EXPECT_EQ(test.shown(test.run(6, 11)), "three");
+    EXPECT_EQ(test.shown(test.run(0, 5)), "one|tw") << "not inside a document";
+    EXPECT_EQ(test.shown(test.run(5, 11)), "o|three");
+    EXPECT_EQ(test.shown(test.run(4, 5)), "w");
+    TokenizedText result = test.run();
+    EXPECT_EQ(result.tokens, 13u);
+    EXPECT_EQ(result.bytes, 11u) << "the end of text stands for no bytes";
+}
+
+TEST(TokenCache, IsUsedTheSecondTime) {
+    DataCacheTest test({"one", "two"});
+    TokenizedText first = test.run(), second = test.run();
+    EXPECT_FALSE(first.from_cache);
+    EXPECT_TRUE(second.from_cache);
+    EXPECT_EQ(first.path, second.path);
+    EXPECT_EQ(first.tokens, second.tokens);
+    EXPECT_EQ(first.bytes, second.bytes);
+}
+
+TEST(TokenCache, IsNotUsedForAnythingElse) {
+    DataCacheTest test({"one", "two"});
+    std::set<std::string> paths = {test.run().path};
+    auto expect_new = [&](const TokenizedText& result, const char* why) {
+        EXPECT_FALSE(result.from_cache) << why;
+        EXPECT_TRUE(paths.insert(result.path).second) << why;
+    };
+    expect_new(test.run(0, 5), "another end");
+    expect_new(test.run(1, 6), "another beginning");
+    test.corpus.text[4] = 'x';
+    expect_new(test.run(), "a changed byte");
+    test.corpus.document_ends = {2, 6};
+    expect_new(test.run(), "documents that end elsewhere");
+    test.tokenizer = Tokenizer::chars(test.corpus.text);
+    expect_new(test.run(), "another tokenizer");
+
+    DataCacheTest twice({"ab", "ab"});
+    EXPECT_EQ(twice.shown(twice.run(0, 2)), "ab|");
+    EXPECT_EQ(twice.shown(twice.run(2, 4)), "ab") << "the same bytes at the end of the text";
+}
+
+TEST(TokenCache, IsWrittenAnewWhenDamaged) {
+    DataCacheTest test({"a text that is long enough", "and another"});
+    TokenizedText first = test.run();
+    std::string whole = read_file(first.path);
+    std::vector<std::string> damaged = {"",
+                                        "x",
+                                        whole.substr(0, 1000),
+                                        whole.substr(0, whole.size() - 1),
+                                        whole.substr(0, whole.size() - 2),
+                                        whole + "xx"};
+    for (size_t at : {size_t(0), size_t(4), size_t(8), size_t(12), size_t(19), size_t(1024),
+                      whole.size() - 2}) {
+        damaged.push_back(whole);
+        damaged.back()[at] ^= 1;  // the last two are ids that are still in the vocabulary
+    }
+    for (const std::string& content : damaged) {
+        data_put(first.path, content);
+        TokenizedText again = test.run();
+        EXPECT_FALSE(again.from_cache);
+        EXPECT_EQ(again.tokens, first.tokens);
+        EXPECT_EQ(again.bytes, first.bytes);
+        EXPECT_EQ(read_file(first.path), whole);
+        EXPECT_TRUE(test.run().from_cache);
+    }
+}
+
+TEST(TokenCache, CountsTheBytesThatAVocabularyLacks) {
+    DataCacheTest test({"abc\xc3\xa9xyz"});
+    test.tokenizer = Tokenizer::chars("abc\xc3\xa9");
+    TokenizedText result = test.run();
+    EXPECT_EQ(result.tokens, 4u);
+    EXPECT_EQ(result.bytes, 5u);
+    EXPECT_EQ(test.run().bytes, 5u) << "from the cache";
+    data_expect_refused(error_of([&] { test.run(5, 8); }),
+                        "bytes 5 to 8 of the text hold no tokens");
+    data_expect_refused(error_of([&] { test.run(3, 3); }), "no tokens");
+}
+
+TEST(TokenCache, ThatCannotBeWrittenIsTheMachinesFault) {
+    DataCacheTest test({"text"});
+    std::string file = data_put(test.folder + "/file", "in the way");
+    std::string error =
+        error_of([&] { tokenize_cached(test.corpus, 0, 4, test.tokenizer, file + "/cache"); });
+    EXPECT_EQ(error.substr(0, 2), "1 ") << error;
+}
+
+TEST(TokenCache, KnowsTheBytesOfATokenFromItsId) {
+    Tokenizer tokenizer = Tokenizer::chars("a\xe2\x82\xac");
+    std::vector<int> bytes = bytes_per_token(tokenizer);
+    ASSERT_EQ(int(bytes.size()), tokenizer.vocab_size());
+    EXPECT_EQ(bytes[size_t(tokenizer.encode("a")[0])], 1);
+    EXPECT_EQ(bytes[size_t(tokenizer.encode("\xe2\x82\xac")[0])], 3);
+    EXPECT_EQ(bytes[size_t(tokenizer.end_of_text())], 0);
+}
+
+// ---- training batches ----
+
+TEST(Permutation, GivesEveryNumberOnce) {
+    std::vector<uint64_t> counts = {1,  2,  3,  4,   5,   15,  16,   17,
+                                    63, 64, 65, 255, 256, 257, 1000, 4097};
+    for (uint64_t count : counts)
+        for (uint64_t key = 0; key < 5; key++) {
+            Permutation order(count, key);
+            std::vector<bool> seen(count);
+            for (uint64_t i = 0; i < count; i++) {
+                uint64_t to = order(i);
+                ASSERT_LT(to, count);
+                ASSERT_FALSE(seen[to]);
+                seen[to] = true;
+            }
+        }
+    Permutation huge(UINT64_MAX, 1);  // computed, so that size costs nothing
+    EXPECT_NE(huge(0), huge(1));
+    EXPECT_LT(huge(UINT64_MAX - 1), UINT64_MAX);
+}
+
+TEST(Permutation, PutsEachNumberInEachPlaceEquallyOften) {
+    for (uint64_t count : {2u, 3u, 5u, 16u, 20u}) {
+        constexpr int kKeys = 20000;
+        std::vector<int> hits(count * count);
+        for (uint64_t key = 0; key < kKeys; key++) {
+            Permutation order(count, key);
+            for (uint64_t i = 0; i < count; i++) hits[i * count + order(i)]++;
+        }
+        double expected = double(kKeys) / double(count);
+        for (int hit : hits) EXPECT_NEAR(hit, expected, 5 * std::sqrt(expected));
+    }
+    // Neighbours: all orders of three numbers.
+    std::map<std::vector<uint64_t>, int> orders;
+    for (uint64_t key = 0; key < 6000; key++) {
+        Permutation order(3, key);
+        orders[{order(0), order(1), order(2)}]++;
+    }
+    EXPECT_EQ(orders.size(), 6u);
+    for (const auto& [order, hits] : orders) EXPECT_NEAR(hits, 1000, 160);
+}
+
+TEST(DataLoader, DealsEveryWindowOnceAnEpoch) {
+    std::string folder = test_folder();
+    std::vector<std::string> paths = {data_counting_shard(folder, "a.bin", 100),
+                                      data_counting_shard(folder, "short.bin", 7, 1000),
+                                      data_counting_shard(folder, "least.bin", 8, 2000),
+                                      data_counting_shard(folder, "b.bin", 59, 3000)};
+    constexpr int T = 7;
+    DataLoader loader(data_open(paths), 1, T, 0, 1, 5);
+    EXPECT_EQ(loader.total_tokens(), 174u);
+    std::set<std::vector<int>> orders, offsets;
+    for (uint64_t epoch = 0; epoch < 20; epoch++) {
+        ASSERT_EQ(loader.epoch(), epoch);
+        size_t windows = loader.windows_per_epoch();
+        ASSERT_EQ(windows, loader.windows_in_epoch(epoch));
+        std::map<int, std::vector<int>> starts_of_shard;
+        std::vector<int> order;
+        for (const std::vector<int>& row : data_rows(loader, int(windows), 1, T)) {
+            for (int t = 0; t < T; t++) {
+                ASSERT_EQ(row[size_t(t)], row[0] + t);
+                ASSERT_EQ(row[size_t(T + t)], row[0] + t + 1);
+            }
+            starts_of_shard[row[0] / 1000].push_back(row[0] % 1000);
+            order.push_back(row[0]);
+        }
+        std::vector<int> offsets_now;
+        std::map<int, int> tokens = {{0, 100}, {2, 8}, {3, 59}};
+        ASSERT_EQ(starts_of_shard.size(), tokens.size());
+        for (auto& [shard, starts] : starts_of_shard) {
+            std::sort(starts.begin(), starts.end());
+            ASSERT_LT(starts[0], T);
+            for (size_t i = 1; i < starts.size(); i++) ASSERT_EQ(starts[i], starts[i - 1] + T);
+            int end = starts.back() + T + 1;  // no room for one more
+            ASSERT_LE(end, tokens[shard]);
+            ASSERT_GT(end + T, tokens[shard]);
+            offsets_now.push_back(starts[0]);
+        }
+        orders.insert(order);
+        offsets.insert(offsets_now);
+        ASSERT_EQ(loader.position().window, 0u);
+    }
+    EXPECT_EQ(orders.size(), 20u) << "every epoch has an order of its own";
+    EXPECT_GT(offsets.size(), 12u) << "offsets differ between epochs";
+}
+
+TEST(DataLoader, ReachesEveryTokenOfAShortShard) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 14);
+    for (int T : {1, 5, 9, 13}) {
+        DataLoader loader(data_open({path}), 1, T, 0, 1, 1);
+        std::set<int> seen;
+        for (const std::vector<int>& row : data_rows(loader, 400, 1, T))
+            seen.insert(row.begin(), row.end());
+        EXPECT_EQ(seen.size(), 14u) << T;
+    }
+}
+
+TEST(DataLoader, SeedsGiveOtherOrders) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 500);
+    std::set<DataRows> runs;
+    for (uint64_t seed : {0, 1, 2, 3}) {
+        DataLoader one(data_open({path}), 2, 8, 0, 1, seed),
+            two(data_open({path}), 2, 8, 0, 1, seed);
+        DataRows rows = data_rows(one, 40, 2, 8);
+        EXPECT_EQ(rows, data_rows(two, 40, 2, 8));
+        runs.insert(rows);
+    }
+    EXPECT_EQ(runs.size(), 4u);
+}
+
+TEST(DataLoader, RanksAndMicroBatchesShareOneOrder) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 300);
+    constexpr int T = 9, kSequences = 240;  // more than seven epochs; batches lie across their ends
+    DataLoader plain(data_open({path}), 1, T, 0, 1, 3);
+    DataRows expected = data_rows(plain, kSequences, 1, T);
+    for (int world : {1, 2, 3})
+        for (int B : {1, 2, 4, 5}) {
+            DataRows rows(kSequences);
+            for (int rank = 0; rank < world; rank++) {
+                DataLoader loader(data_open({path}), B, T, rank, world, 3);
+                int batches = kSequences / (B * world);
+                DataRows own = data_rows(loader, batches, B, T);
+                for (int k = 0; k < batches; k++)
+                    for (int b = 0; b < B; b++)
+                        rows[size_t((k * world + rank) * B + b)] = own[size_t(k * B + b)];
+                EXPECT_EQ(loader.epoch(), plain.epoch());
+                EXPECT_EQ(loader.position().window, plain.position().window)
+                    << "equal on every rank";
+            }
+            EXPECT_EQ(rows, expected) << "world " << world << ", B " << B;
+        }
+}
+
+TEST(DataLoader, GoesOnFromAnyPosition) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 120);
+    constexpr int B = 3, T = 5, kBatches = 30;
+    for (int rank : {0, 1}) {
+        DataLoader whole(data_open({path}), B, T, rank, 2, 11);
+        std::vector<DataLoader::Position> positions;
+        DataRows rows;
+        for (int k = 0; k < kBatches; k++) {
+            positions.push_back(whole.position());
+            for (std::vector<int>& row : data_rows(whole, 1, B, T)) rows.push_back(row);
+        }
+        EXPECT_GT(whole.epoch(), 5u);
+        for (int k = 0; k < kBatches; k++) {
+            DataLoader resumed(data_open({path}), B, T, rank, 2, 11);
+            data_rows(resumed, k % 3, B, T);  // wherever it stands
+            resumed.seek(positions[size_t(k)]);
+            DataRows rest(rows.begin() + k * B, rows.end());
+            ASSERT_EQ(data_rows(resumed, kBatches - k, B, T), rest) << k;
+        }
+    }
+}
+
+TEST(DataLoader, RefusesAPositionThatTheDataDoesNotHave) {
+    std::string path = data_counting_shard(test_folder(), "a.bin", 101);
+    DataLoader loader(data_open({path}), 1, 10, 0, 1, 0);
+    loader.seek({0, loader.windows_per_epoch() - 1});
+    EXPECT_NEAR(loader.epoch_fraction(), 1 - 1.0 / double(loader.windows_per_epoch()), 1e-12);
+    size_t past = loader.windows_in_epoch(3);
+    data_expect_refused(error_of([&] {
+                            loader.seek({3, past});
+                        }),
+                        format("window %zu of epoch 3, which has only %zu here", past, past));
+    data_expect_refused(error_of([&] { loader.seek({0, UINT64_MAX}); }), "has the data");
+    loader.seek({UINT64_MAX - 1, 0});
+    EXPECT_EQ(loader.epoch(), UINT64_MAX - 1);
+}
+
+TEST(DataLoader, RefusesTextShorterThanAWindow) {
+    std::string folder = test_folder();
+    std::string ten = data_counting_shard(folder, "ten.bin", 10);
+    std::string nine = data_counting_shard(folder, "nine.bin", 9);
+    std::string one = data_counting_shard(folder, "one.bin", 1);
+    auto error = [](const std::vector<std::string>& paths, int B, int T) {
+        return error_of([&] { DataLoader(data_open(paths), B, T, 0, 1, 0); });
+    };
+    EXPECT_EQ(error({ten}, 1, 9), "");
+    data_expect_refused(error({ten}, 1, 10), ten + ": 10 tokens are less than a window of 10 + 1");
+    data_expect_refused(error({nine, ten}, 1, INT_MAX), "--sequence-length 9");
+    EXPECT_EQ(error({nine, ten}, 1, 9), "") << "the shard that is long enough is used";
+    data_expect_refused(error({one}, 1, 1), one + ": 1 token");
+    data_expect_refused(error({}, 1, 1), "no training data");
+    data_expect_refused(error({ten}, 0, 1), "--batch-size 0");
+    data_expect_refused(error({ten}, 1, 0), "--sequence-length 0");
+    data_expect_refused(error({ten}, -1, 1), "--batch-size -1");
+}
+
+TEST(DataLoader, KnowsChangedData) {
+    std::string folder = test_folder();
+    std::string a = data_counting_shard(folder, "a.bin", 50),
+                b = data_counting_shard(folder, "b.bin", 50, 1);
+    auto hash = [](const std::vector<std::string>& paths) {
+        return DataLoader(data_open(paths), 1, 4, 0, 1, 0).data_hash();
+    };
+    EXPECT_EQ(hash({a, b}), hash({a, b}));
+    std::set<uint64_t> hashes = {hash({a, b}), hash({b, a}), hash({a}), hash({b}), hash({a, a})};
+    EXPECT_EQ(hashes.size(), 5u);
+}
+
+// ---- evaluation batches ----
+
+TEST(EvalLoader, PredictsEveryTokenButTheFirstOnce) {
+    std::string folder = test_folder();
+    std::vector<int> sizes = {30, 1, 2, 31, 8, 9, 10};
+    std::vector<std::string> paths;
+    for (size_t s = 0; s < sizes.size(); s++)
+        paths.push_back(data_counting_shard(folder, std::to_string(s), sizes[s], int(s) * 1000));
+    std::vector<Shard> shards = data_open(paths);
+    for (int T : {1, 3, 8, 29, 64})
+        for (int B : {1, 2, 5, 100}) {
+            EvalLoader loader(shards, B, T);
+            for (int turn = 0; turn < 2; turn++, loader.reset()) {
+                std::vector<int> inputs(size_t(B * T), -9), targets(size_t(B * T), -9), predicted;
+                size_t windows = 0, batches = 0;
+                for (int rows = -9; loader.next_batch(inputs.data(), targets.data(), &rows);
+                     batches++) {
+                    windows += size_t(rows);
+                    for (int i = 0; i < B * T; i++) {
+                        int input = inputs[size_t(i)], target = targets[size_t(i)];
+                        if (target == kIgnore) {
+                            ASSERT_EQ(input, 0);
+                        } else {
+                            ASSERT_LT(i / T, rows);
+                            ASSERT_EQ(target, input + 1);
+                            predicted.push_back(target);
+                        }
+                    }
+                }
+                std::vector<int> expected;
+                for (size_t s = 0; s < sizes.size(); s++)
+                    for (int i = 1; i < sizes[s]; i++) expected.push_back(int(s) * 1000 + i);
+                ASSERT_EQ(predicted, expected) << "in order; T " << T << ", B " << B;
+                ASSERT_EQ(windows, loader.windows());
+                ASSERT_EQ(batches, loader.batches());
+                int rows = -9;
+                inputs.assign(inputs.size(), -9);
+                EXPECT_FALSE(loader.next_batch(inputs.data(), targets.data(), &rows));
+                EXPECT_EQ(rows, -9);
+                EXPECT_EQ(inputs[0], -9);
+            }
+        }
+}
+
+TEST(EvalLoader, SpreadsALimitOverTheSet) {
+    std::vector<Shard> shards = data_open({data_counting_shard(test_folder(), "a.bin", 101)});
+    EXPECT_EQ(EvalLoader(shards, 2, 10).windows(), 10u);
+    EXPECT_EQ(EvalLoader(shards, 2, 10, 1000).windows(), 10u);
+    EvalLoader loader(shards, 2, 10, 4);
+    EXPECT_EQ(loader.windows(), 4u);
+    EXPECT_EQ(loader.batches(), 2u);
+    std::vector<int> inputs(20), targets(20), starts;
+    int rows = 0;
+    while (loader.next_batch(inputs.data(), targets.data(), &rows))
+        for (int row = 0; row < rows; row++) starts.push_back(inputs[size_t(row) * 10]);
+    EXPECT_EQ(starts, (std::vector<int>{0, 20, 50, 70}));
+}
+
+TEST(EvalLoader, RefusesWhatHasNothingToPredict) {
+    std::string one = data_counting_shard(test_folder(), "one.bin", 1);
+    std::vector<Shard> shards = data_open({one}), none;
+    data_expect_refused(error_of([&] { EvalLoader(shards, 1, 4); }), one + ": a single token");
+    data_expect_refused(error_of([&] { EvalLoader(none, 1, 4); }), "no evaluation data");
+    data_expect_refused(error_of([&] { EvalLoader(shards, 0, 4); }), "--batch-size 0");
+    data_expect_refused(error_of([&] { EvalLoader(shards, 1, -4); }), "--sequence-length -4");
+}
+
+// ==== sampler ====================================================================================
+
+namespace {
+
+// The tokens that come up in many draws, and how often.
+std::map<int, int> data_draws(Sampler sampler, const std::vector<float>& logits, int draws) {
+    std::map<int, int> hits;
+    for (int i = 0; i < draws; i++) hits[sampler.sample(logits.data(), int(logits.size())).token]++;
+    return hits;
+}
+
+std::set<int> data_drawn(SamplerOptions options, const std::vector<float>& logits) {
+    std::set<int> tokens;
+    for (const auto& [token, hits] : data_draws(Sampler(options, 1), logits, 4000))
+        tokens.insert(token);
+    return tokens;
+}
+
+std::vector<float> data_logits_of(const std::vector<double>& probabilities) {
+    std::vector<float> logits;
+    for (double p : probabilities) logits.push_back(float(std::log(p)));
+    return logits;
+}
+
+const float kDataInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+TEST(Sampler, DrawsAsOftenAsProbabilitySays) {
+    std::vector<double> p = {0.4, 0.05, 0.3, 0.01, 0.24};
+    constexpr int kDraws = 100000;
+    double chi_square = 0;
+    std::map<int, int> hits = data_draws(Sampler({}, 42), data_logits_of(p), kDraws);
+    for (size_t i = 0; i < p.size(); i++) {
+        double expected = p[i] * kDraws, error = hits[int(i)] - expected;
+        chi_square += error * error / expected;
+    }
+    EXPECT_LT(chi_square, 18.5) << "4 degrees of freedom: one seed in a thousand is above";
+    for (double temperature : {0.5, 2.0}) {  // p^(1/temperature), renormalised
+        double Z = 0;
+        for (double each : p) Z += std::pow(each, 1 / temperature);
+        hits = data_draws(Sampler({temperature, 0, 1}, 43), data_logits_of(p), kDraws);
+        for (size_t i = 0; i < p.size(); i++) {
+            double q = std::pow(p[i], 1 / temperature) / Z;
+            EXPECT_NEAR(hits[int(i)], q * kDraws, 4 * std::sqrt(q * kDraws));
+        }
+    }
+}
+
+TEST(Sampler, SuccessiveDrawsAreIndependent) {
+    for (uint64_t seed : {0, 1, 2}) {
+        std::vector<float> logits(4);
+        Sampler sampler({}, seed);
+        std::vector<int> pairs(16);
+        int last = 0;
+        for (int i = 0; i < 64000; i++) {
+            int token = sampler.sample(logits.data(), 4).token;
+            pairs[size_t(last * 4 + token)]++;
+            last = token;
+        }
+        for (int hits : pairs) EXPECT_NEAR(hits, 4000, 300);
+    }
+    std::vector<float> logits(1000);  // near seeds are not near in what they draw
+    std::set<int> first;
+    for (uint64_t seed = 0; seed < 50; seed++)
+        first.insert(Sampler({}, seed).sample(logits.data(), 1000).token);
+    EXPECT_GT(first.size(), 40u);
+}
+
+TEST(Sampler, TopKKeepsExactlyTheMostProbable) {
+    std::vector<float> logits = {1, 5, 3, 5, 2, 3};
+    EXPECT_EQ(data_drawn({3, 1, 1}, logits), (std::set<int>{1})) << "the lower id among equals";
+    EXPECT_EQ(data_drawn({3, 2, 1}, logits), (std::set<int>{1, 3}));
+    EXPECT_EQ(data_drawn({3, 3, 1}, logits), (std::set<int>{1, 2, 3}));
+    EXPECT_EQ(data_drawn({3, 4, 1}, logits), (std::set<int>{1, 2, 3, 5}));
+    for (int k : {0, 6, 7, INT_MAX}) EXPECT_EQ(data_drawn({3, k, 1}, logits).size(), 6u);
+    EXPECT_EQ(data_drawn({1, 3, 1}, {0, -kDataInfinity, -kDataInfinity, 0}), (std::set<int>{0, 3}));
+}
+
+TEST(Sampler, TopPKeepsTheTokenThatCrosses) {
+    std::vector<float> logits = data_logits_of({0.1, 0.4, 0.2, 0.3});
+    EXPECT_EQ(data_drawn({1, 0, 0}, logits), (std::set<int>{1})) << "at least one stays";
+    EXPECT_EQ(data_drawn({1, 0, 0.39}, logits), (std::set<int>{1}));
+    EXPECT_EQ(data_drawn({1, 0, 0.41}, logits), (std::set<int>{1, 3}));
+    EXPECT_EQ(data_drawn({1, 0, 0.69}, logits), (std::set<int>{1, 3}));
+    EXPECT_EQ(data_drawn({1, 0, 0.71}, logits), (std::set<int>{1, 2, 3}));
+    EXPECT_EQ(data_drawn({1, 0, 0.91}, logits), (std::set<int>{0, 1, 2, 3}));
+    EXPECT_EQ(data_drawn({1, 0, 0.75}, {0, 0, 0, 0}), (std::set<int>{0, 1, 2}))
+        << "p itself is enough";
+    EXPECT_EQ(data_drawn({1, 0, 0.4}, {0, 0, 0, 0}), (std::set<int>{0, 1}));
+}
+
+TEST(Sampler, TopPComesAfterTemperatureAndTopK) {
+    std::vector<float> logits = data_logits_of({0.1, 0.4, 0.2, 0.3});
+    // Of the top two, 4/7 and 3/7: 0.6 needs both; of all four it would need 0.4 and 0.3 as well,
+    // 0.5 not.
+    EXPECT_EQ(data_drawn({1, 2, 0.5}, logits), (std::set<int>{1}));
+    EXPECT_EQ(data_drawn({1, 0, 0.5}, logits), (std::set<int>{1, 3}));
+    EXPECT_EQ(data_drawn({1, 2, 0.6}, logits), (std::set<int>{1, 3}));
+    EXPECT_EQ(data_drawn({0.1, 0, 0.9}, logits), (std::set<int>{1}))
+        << "0.4^10 is 95% of the powers";
+    EXPECT_EQ(data_drawn({1e6, 0, 0.51}, logits), (std::set<int>{1, 2, 3})) << "nearly uniform";
+}
+
+TEST(Sampler, TemperatureZeroIsGreedy) {
+    std::vector<float> logits = {1, 7, -kDataInfinity, 7, 6.999f};
+    Sampler sampler({0, 3, 0.5}, 9);
+    SampledToken sampled = sampler.sample(logits.data(), 5);
+    EXPECT_EQ(sampled.token, 1) << "the lowest id among equals";
+    EXPECT_EQ(sampled.probability, 1);
+    EXPECT_EQ(sampled.entropy, 0);
+    logits[1] = 0;
+    EXPECT_EQ(sampler.sample(logits.data(), 5).token, 3);
+}
+
+TEST(Sampler, TemperatureHasItsLimits) {
+    std::vector<float> logits = {1, 7, -kDataInfinity, 6, 5};
+    for (double cold : {1e-3, 1e-300, std::numeric_limits<double>::denorm_min()}) {
+        EXPECT_EQ(data_drawn({cold, 0, 1}, logits), (std::set<int>{1}));
+        SampledToken sampled = Sampler({cold, 0, 0.9}, 1).sample(logits.data(), 5);
+        EXPECT_EQ(sampled.probability, 1);
+        EXPECT_EQ(sampled.entropy, 0);
+    }
+    SampledToken hot = Sampler({1e300, 0, 1}, 1).sample(logits.data(), 5);
+    EXPECT_DOUBLE_EQ(hot.entropy, std::log(4.0)) << "all equal but the impossible one";
+    EXPECT_DOUBLE_EQ(hot.probability, 0.25);
+    EXPECT_EQ(data_drawn({1e300, 0, 1}, logits), (std::set<int>{0, 1, 3, 4}));
+    std::vector<float> extreme = {std::numeric_limits<float>::max(),
+                                  std::numeric_limits<float>::lowest()};
+    EXPECT_EQ(data_drawn({1, 0, 1}, extreme), (std::set<int>{0}));
+    std::vector<double> wide = {std::numeric_limits<double>::max(),
+                                std::numeric_limits<double>::lowest()};
+    EXPECT_EQ(Sampler({}, 0).sample(wide.data(), 2).token, 0);
+}
+
+TEST(Sampler, EntropyIsThatOfTheDistribution) {
+    for (int V : {1, 2, 3, 17, 50257}) {
+        std::vector<float> logits(size_t(V), -3.5f);
+        EXPECT_DOUBLE_EQ(Sampler({}, 0).sample(logits.data(), V).entropy, std::log(double(V)));
+    }
+    std::vector<double> p = {0.5, 0.25, 0.125, 0.125}, logits;
+    for (double each : p) logits.push_back(std::log(each) + 100);
+    Sampler sampler({}, 3);
+    for (int i = 0; i < 20; i++) {
+        SampledToken sampled = sampler.sample(logits.data(), 4);
+        EXPECT_NEAR(sampled.entropy, 1.75 * std::log(2.0), 1e-12);
+        EXPECT_NEAR(sampled.probability, p[size_t(sampled.token)], 1e-12);
+    }
+    SampledToken cut = Sampler({1, 2, 1}, 3).sample(logits.data(), 4);
+    double third = 1.0 / 3;
+    EXPECT_NEAR(cut.entropy, -2 * third * std::log(2 * third) - third * std::log(third), 1e-12);
+    EXPECT_NEAR(cut.probability, cut.token == 0 ? 2 * third : third, 1e-12);
+}
+
+TEST(Sampler, IsDeterministic) {
+    std::vector<float> logits;
+    for (int i = 0; i < 100; i++) logits.push_back(float(i * 37 % 101) / 16);
+    auto tokens = [&](Sampler sampler, int count) {
+        std::vector<int> drawn;
+        for (int i = 0; i < count; i++) drawn.push_back(sampler.sample(logits.data(), 100).token);
+        return drawn;
+    };
+    // Whoever changes these changes what every seed gives.
+    EXPECT_EQ(tokens(Sampler({}, 1337), 8), (std::vector<int>{19, 35, 70, 38, 79, 92, 13, 67}));
+    EXPECT_EQ(tokens(Sampler({0.8, 10, 1}, 1337), 8),
+              (std::vector<int>{60, 90, 8, 19, 38, 98, 30, 79}));
+    EXPECT_EQ(tokens(Sampler({1, 0, 0.5}, 1337), 8),
+              (std::vector<int>{68, 8, 90, 79, 60, 30, 98, 90}));
+
+    std::vector<int> whole = tokens(Sampler({1, 20, 0.9}, 7), 30);
+    Sampler sampler({1, 20, 0.9}, 7);
+    for (int i = 0; i < 10; i++) sampler.sample(logits.data(), 100);
+    Sampler resumed({1, 20, 0.9}, 0);
+    resumed.restore(sampler.state());
+    EXPECT_EQ(tokens(resumed, 20), std::vector<int>(whole.begin() + 10, whole.end()));
+    EXPECT_EQ(sampler.state().seed, 7u);
+    EXPECT_EQ(sampler.state().draws, 10u);
+}
+
+TEST(Sampler, RefusesLogitsThatAreNoNumbers) {
+    for (double temperature : {0.0, 1.0})
+        for (size_t at : {0, 1, 2}) {
+            Sampler sampler({temperature, 2, 0.9}, 0);
+            std::vector<float> logits = {1, 2, 3};
+            logits[at] = std::numeric_limits<float>::quiet_NaN();
+            std::string where = "1 token " + std::to_string(at) + " of 3 has logit ";
+            EXPECT_EQ(error_of([&] { sampler.sample(logits.data(), 3); }).substr(0, where.size()),
+                      where);
+            logits[at] = kDataInfinity;
+            EXPECT_EQ(error_of([&] { sampler.sample(logits.data(), 3); }).substr(0, where.size()),
+                      where);
+            logits.assign(3, -kDataInfinity);
+            EXPECT_EQ(error_of([&] { sampler.sample(logits.data(), 3); }).substr(0, 28),
+                      "1 all 3 logits are -inf; the");
+            logits[at] = -5;
+            EXPECT_EQ(sampler.sample(logits.data(), 3).token, int(at))
+                << "one that is possible is enough";
+        }
+}
+
+TEST(Sampler, RefusesOptionsOutOfRange) {
+    double nan = std::numeric_limits<double>::quiet_NaN(),
+           inf = std::numeric_limits<double>::infinity();
+    auto error = [](SamplerOptions options) { return error_of([&] { Sampler(options, 0); }); };
+    for (double bad : {-1.0, -1e-9, nan, inf, -inf})
+        data_expect_refused(error({bad, 0, 1}), "--temperature");
+    for (double bad : {-0.1, 1.0001, nan, inf}) data_expect_refused(error({1, 0, bad}), "--top-p");
+    for (int bad : {-1, INT_MIN}) data_expect_refused(error({1, bad, 1}), "--top-k");
+    EXPECT_EQ(error({0, 0, 0}), "");
+    EXPECT_EQ(error({100, INT_MAX, 1}), "");
+}
+
+// ==== checkpoint =================================================================================
+
+namespace checkpoint_test {
+
+using Strings = std::vector<std::string>;
+
+// One line, exit code `code`, and `part` in it.
+template <typename F>
+void expect_failure(F action, int code, const std::string& part) {
+    std::string error = error_of(action);
+    EXPECT_EQ(error.substr(0, 2), std::to_string(code) + " ") << error << "\nexpected: " << part;
+    EXPECT_NE(error.find(part), std::string::npos) << error << "\nexpected: " << part;
+    EXPECT_EQ(error.find('\n'), std::string::npos) << error;
+    EXPECT_LT(error.size(), 1000u) << error;
+}
+
+// Without the syncs of write_file_atomic, of which there would be thousands (and a file that is cut
+// to nothing and written again is synced by some file systems too, hence the removal).
+void put_file(const std::string& path, std::string_view content) {
+    fs::remove(path);
+    FILE* file = fopen(path.c_str(), "wb");
+    ASSERT_NE(file, nullptr) << path;
+    EXPECT_EQ(fwrite(content.data(), 1, content.size(), file), content.size());
+    EXPECT_EQ(fclose(file), 0);
+}
+
+// What Python's safetensors 0.8.0 wrote for tensors of six formats, a scalar and an empty one.
+const char* const kReferenceHeader =
+    R"({"__metadata__":{"format":"pt","note":"a \"quoted\" line"},)"
+    R"("i64":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},)"
+    R"("f64":{"dtype":"F64","shape":[2,2],"data_offsets":[16,48]},)"
+    R"("empty":{"dtype":"F32","shape":[2,0],"data_offsets":[48,48]},)"
+    R"("f32":{"dtype":"F32","shape":[4],"data_offsets":[48,64]},)"
+    R"("scalar":{"dtype":"F32","shape":[],"data_offsets":[64,68]},)"
+    R"("i32":{"dtype":"I32","shape":[2],"data_offsets":[68,76]},)"
+    R"("bf16":{"dtype":"BF16","shape":[5],"data_offsets":[76,86]},)"
+    R"("f16":{"dtype":"F16","shape":[6],"data_offsets":[86,98]}}    )";
+const char* const kReferenceData =
+    "ffffff7f0000000000000080ffffffff000000000000f83f9a9999999999b9bf9c7500883ce4377e010000000000"
+    "0000cdcccc3d0000008001000000ffff7f7f000020400000008007000000803f01007f7f80ffcd3d003c0100ff7b"
+    "007c0080662e";
+
+std::string from_hex(const std::string& hex) {
+    std::string bytes;
+    for (size_t i = 0; i < hex.size(); i += 2)
+        bytes += char(std::stoi(hex.substr(i, 2), nullptr, 16));
+    return bytes;
+}
+
+std::string with_length(const std::string& header, const std::string& data) {
+    std::string length(8, '\0');
+    for (int i = 0; i < 8; i++) length[size_t(i)] = char(uint64_t(header.size()) >> 8 * i);
+    return length + header + data;
+}
+
+std::string reference_file() { return with_length(kReferenceHeader, from_hex(kReferenceData)); }
+
+template <typename To>
+std::vector<To> read_all(const SafetensorsFile& file, const std::string& name) {
+    std::vector<To> values(file.entry(name).count());
+    file.read(name, values.data());
+    return values;
+}
+
+std::string reference_path() {
+    std::string path = join_path(test_folder(), "reference.safetensors");
+    put_file(path, reference_file());
+    return path;
+}
+
+TEST(Safetensors, ReadsWhatTheReferenceImplementationWrote) {
+    SafetensorsFile file(reference_path());
+    double infinity = std::numeric_limits<double>::infinity();
+    EXPECT_EQ(read_all<double>(file, "f64"),
+              (std::vector<double>{1.5, -0.1, 0x1.7e43c8800759cp+996, 0x1p-1074}));
+    EXPECT_EQ(read_all<double>(file, "f32"),
+              (std::vector<double>{0x1.99999ap-4, -0.0, 0x1p-149, 0x1.fffffep+127}));
+    EXPECT_EQ(read_all<double>(file, "f16"),
+              (std::vector<double>{1, 0x1p-24, 0x1.ffcp+15, infinity, -0.0, 0x1.998p-4}));
+    EXPECT_EQ(read_all<double>(file, "bf16"),
+              (std::vector<double>{1, 0x1p-133, 0x1.fep+127, -infinity, 0x1.9ap-4}));
+    EXPECT_EQ(read_all<float>(file, "bf16")[1], 0x1p-133f);
+    EXPECT_EQ(read_all<float>(file, "f64")[1], -0.1f);
+    EXPECT_TRUE(std::signbit(read_all<float>(file, "f32")[1]));
+    EXPECT_TRUE(std::signbit(read_all<float>(file, "f16")[4]));
+    EXPECT_EQ(read_all<int>(file, "i32"), (std::vector<int>{INT_MIN, 7}));
+    EXPECT_EQ(read_all<int>(file, "i64"), (std::vector<int>{INT_MAX, INT_MIN}));
+    EXPECT_EQ(read_all<float>(file, "scalar"), std::vector<float>{2.5});
+    EXPECT_EQ(file.entry("scalar").shape, std::vector<size_t>{});
+    EXPECT_EQ(read_all<float>(file, "empty"), std::vector<float>{});
+    EXPECT_EQ(file.entry("f64").shape, (std::vector<size_t>{2, 2}));
+    EXPECT_EQ(file.metadata().at("note"), "a \"quoted\" line");
+    EXPECT_EQ(file.entries().size(), 8u);
+    EXPECT_FALSE(file.has("__metadata__"));
+}
+
+TEST(Safetensors, WritesTheBytesThatTheReferenceImplementationWrites) {
+    std::string path = join_path(test_folder(), "ours.safetensors"),
+                data = from_hex(kReferenceData);
+    SafetensorsWriter writer(path, {{"note", "a \"quoted\" line"}, {"format", "pt"}});
+    writer.add("i64", "I64", {2}, data.data());
+    writer.add("empty", "F32", {2, 0}, nullptr);
+    writer.add("f32", "F32", {4}, data.data() + 48);
+    writer.add("bf16", "BF16", {5}, data.data() + 76);
+    writer.add("f16", "F16", {6}, [&] { return static_cast<const void*>(data.data() + 86); });
+    writer.add("f64", "F64", {2, 2}, data.data() + 16);
+    writer.add("scalar", "F32", {}, data.data() + 64);
+    writer.add("i32", "I32", {2}, data.data() + 68);
+    FileDigest digest = writer.commit();
+    EXPECT_EQ(read_file(path), reference_file());
+    EXPECT_EQ(digest, digest_file(path));
+    EXPECT_EQ(digest.bytes, reference_file().size());
+}
+
+TEST(Safetensors, EveryHalfAndEveryBfloat16HasItsValue) {
+    for (int bits = 0; bits < 65536; bits++) {
+        int sign = bits & 0x8000 ? -1 : 1;
+        auto expected = [&](int exponent_bits, int fraction_bits, int bias) -> double {
+            int exponent = bits >> fraction_bits & ((1 << exponent_bits) - 1);
+            int fraction = bits & ((1 << fraction_bits) - 1);
+            if (exponent == (1 << exponent_bits) - 1) return fraction != 0 ? NAN : sign * INFINITY;
+            int whole = exponent == 0 ? 0 : 1 << fraction_bits;
+            return sign *
+                   std::ldexp(whole + fraction, std::max(exponent, 1) - bias - fraction_bits);
+        };
+        auto check = [&](float value, double expect) {
+            if (std::isnan(expect)) EXPECT_TRUE(std::isnan(value)) << bits;
+            else EXPECT_TRUE(double(value) == expect && std::signbit(value) == (sign < 0)) << bits;
+        };
+        check(half_to_float(uint16_t(bits)), expected(5, 10, 15));
+        check(bfloat16_to_float(uint16_t(bits)), expected(8, 7, 127));
+    }
+}
+
+TEST(Safetensors, NumbersOfTheWrongKindAreRefused) {
+    SafetensorsFile file(reference_path());
+    std::vector<double> floats(8);
+    std::vector<int> ints(8);
+    expect_failure([&] { file.read("f32", ints.data()); }, 2, "f32: dtype F32 where I32 or I64");
+    expect_failure([&] { file.read("i32", floats.data()); }, 2, "i32: dtype I32 where F64");
+    expect_failure([&] { file.read("nothing", ints.data()); }, 2, "nothing: no such tensor");
+    std::string path = join_path(test_folder(), "long.safetensors");
+    for (int64_t value : {int64_t(1) << 31, -(int64_t(1) << 31) - 1, INT64_MIN}) {
+        SafetensorsWriter writer(path);
+        writer.add("x", "I64", {1}, &value);
+        writer.commit();
+        SafetensorsFile wide(path);
+        expect_failure([&] { wide.read("x", ints.data()); }, 2, "does not fit 32 bits");
+    }
+}
+
+TEST(Safetensors, EveryTruncationAndAnExtraByteAreRefused) {
+    std::string path = join_path(test_folder(), "cut.safetensors"), whole = reference_file();
+    for (size_t size = 0; size < whole.size(); size++) {
+        put_file(path, whole.substr(0, size));
+        expect_failure([&] { SafetensorsFile file(path); }, 2, path + ": ");
+    }
+    put_file(path, whole + 'x');
+    expect_failure([&] { SafetensorsFile file(path); }, 2, "1 bytes after the last tensor");
+    expect_failure([&] { SafetensorsFile file(test_folder()); }, 2, "not a regular file");
+    expect_failure([&] { SafetensorsFile file(path + "x"); }, 2, "No such file");
+}
+
+TEST(Safetensors, AWrongHeaderLengthIsRefused) {
+    std::string path = join_path(test_folder(), "length.safetensors"), whole = reference_file();
+    uint64_t right = strlen(kReferenceHeader), beyond = whole.size() - 7;
+    for (uint64_t length : {uint64_t(0), uint64_t(1), right - 5, right + 1, beyond - 1, beyond,
+                            uint64_t(100'000'000), uint64_t(1) << 63, ~uint64_t(0), ~uint64_t(7)}) {
+        for (int i = 0; i < 8; i++) whole[size_t(i)] = char(length >> 8 * i);
+        put_file(path, whole);
+        expect_failure([&] { SafetensorsFile file(path); }, 2, path + ": ");
+    }
+    put_file(path, with_length("", "").replace(0, 4, "\x01\xe1\xf5\x05", 4));  // 100,000,001
+    fs::resize_file(path, 200'000'000);                                        // sparse
+    expect_failure([&] { SafetensorsFile file(path); }, 2, "at most 100000000 are read");
+}
+
+// Headers over 8 bytes of data, and what the refusal says. The first is right, and accepted.
+TEST(Safetensors, HostileHeadersAreRefused) {
+    auto entry = [](const char* dtype, const char* shape, const char* offsets) {
+        return format(R"({"a":{"dtype":%s,"shape":%s,"data_offsets":%s}})", dtype, shape, offsets);
+    };
+    const std::pair<std::string, const char*> kCases[] = {
+        {entry(R"("F32")", "[2]", "[0,8]"), ""},
+        {entry(R"("F32")", "[2]", "[0,7]"), "7 bytes, its shape and dtype need 8"},
+        {entry(R"("F32")", "[2]", "[8,0]"), "at bytes 8 to 0"},
+        {entry(R"("F32")", "[2]", "[1,9]"), "at bytes 1 to 9 of the data, which has 8"},
+        {entry(R"("F32")", "[2]", "[-8,0]"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "[0.0,8.0]"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "[0,8,8]"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "[0]"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "8"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "[0,18446744073709551616]"), "data_offsets"},
+        {entry(R"("F32")", "[2]", "[18446744073709551608,8]"), "at bytes"},
+        {entry(R"("F32")", "[-2]", "[0,8]"), "-2 in its shape"},
+        {entry(R"("F32")", "[2.0]", "[0,8]"), "2.0 in its shape"},
+        {entry(R"("F32")", R"(["2"])", "[0,8]"), "in its shape"},
+        {entry(R"("F32")", "[null]", "[0,8]"), "in its shape"},
+        {entry(R"("F32")", "2", "[0,8]"), "shape is not an array"},
+        {entry(R"("F32")", "[4611686018427387904,2]", "[0,8]"), "overflows"},
+        {entry(R"("F32")", "[4294967296,4294967296]", "[0,8]"), "overflows"},
+        {entry(R"("F32")", "[4611686018427387904]", "[0,8]"), "overflows"},
+        {entry(R"("F99")", "[2]", "[0,8]"), "dtype \"F99\" is not known"},
+        {entry("\"\"", "[2]", "[0,8]"), "is not known"},
+        {entry("32", "[2]", "[0,8]"), "dtype 32 is not known"},
+        {R"({"a":{"dtype":"F32","shape":[2]}})", "not described by"},
+        {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}})", "not described by"},
+        {R"({"a":7})", "not described by"},
+        {R"({})", "8 bytes after the last tensor"},
+        {R"({"__metadata__":{"format":1}})", "not an object of texts"},
+        {R"({"__metadata__":"pt"})", "not an object of texts"},
+        {R"({"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}})", "twice"},
+        {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+         R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+         "\"a\" is there twice"},
+        {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+         "overlap"},
+        {R"({"a":{"dtype":"U8","shape":[5],"data_offsets":[0,5]},)"
+         R"("b":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}})",
+         "overlap"},
+        {R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},)"
+         R"("b":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}})",
+         "gaps"},
+        {R"({"a":{"dtype":"U8","shape":[7],"data_offsets":[1,8]}})", "gaps"},
+        {R"({"a":{"dtype":"U8","shape":[7],"data_offsets":[0,7]}})", "1 bytes after"},
+        {R"({"a\n\u0000b":7})", "a??b: not described"},
+        {R"({"a":1e999})", "too large"},
+        {R"([])", "no JSON object"},
+        {R"( {})", "no JSON object"},
+        {R"({"a":)", "not valid JSON"},
+        {"{\"\xff\":1}", "not valid JSON"},
+        {R"({"a":)" + std::string(100000, '['), "nested deeper"},
+        {R"({")" + std::string(100000, 'n') + R"(":1})", "not described by"},
+    };
+    std::string path = join_path(test_folder(), "hostile.safetensors");
+    for (const auto& [header, part] : kCases) {
+        put_file(path, with_length(header, std::string(8, '\0')));
+        if (*part == '\0') EXPECT_EQ(error_of([&] { SafetensorsFile file(path); }), "");
+        else expect_failure([&] { SafetensorsFile file(path); }, 2, part);
+    }
+}
+
+// ---- config.json
+// -----------------------------------------------------------------------------------
+
+GPT2Config config_of(const std::string& text) {
+    std::string folder = test_folder();
+    put_file(join_path(folder, "config.json"), text);
+    return read_config(folder);
+}
+
+std::vector<GPT2Config> odd_configs() {
+    std::vector<GPT2Config> configs(5);
+    for (GPT2Config& config : configs) {
+        config.vocab_size = 37, config.context = 5, config.layers = 2;
+        config.heads = 3, config.channels = 15;
+    }
+    configs[1].tied = false, configs[1].vocab_size = 131, configs[1].dropout = 0.1;
+    configs[2].bias = false, configs[2].hidden = 7, configs[2].layer_norm_epsilon = 1e-6;
+    configs[3].layers = 1, configs[3].heads = 1, configs[3].channels = 1, configs[3].context = 1;
+    configs[3].vocab_size = 1;
+    configs[4].bias = false, configs[4].tied = false, configs[4].vocab_size = 128;
+    configs[4].layers = 11;
+    return configs;
+}
+
+TEST(Config, WhatIsWrittenIsRead) {
+    for (GPT2Config config : odd_configs()) {
+        config.layer_norm_epsilon = 1.0 / 3e5;
+        std::string folder = test_folder();
+        write_config(config, 36, folder);
+        EXPECT_TRUE(read_config(folder) == config);
+        EXPECT_TRUE(read_config(join_path(folder, "config.json")) == config);
+        json root = read_json_object(join_path(folder, "config.json"));
+        EXPECT_EQ(root["eos_token_id"], 36);
+        EXPECT_EQ(root["architectures"][0], "GPT2LMHeadModel");
+        write_config(config, -1, folder);
+        EXPECT_TRUE(read_json_object(join_path(folder, "config.json"))["eos_token_id"].is_null());
+    }
+}
+
+TEST(Config, MissingKeysHaveTheDefaultsOfTransformers) {
+    GPT2Config expected;
+    expected.dropout = 0.1;
+    EXPECT_TRUE(config_of(R"({"model_type":"gpt2"})") == expected);
+    EXPECT_TRUE(config_of(R"({"model_type":"gpt2","n_inner":3072,"unknown":[{}]})") == expected);
+    expected.context = 64, expected.dropout = 0, expected.layers = 3, expected.hidden = 10;
+    EXPECT_TRUE(config_of(R"({"model_type":"gpt2","n_ctx":64,"resid_pdrop":0,"n_inner":10,)"
+                          R"("num_hidden_layers":3,"activation_function":"gelu_pytorch_tanh",)"
+                          R"("reorder_and_upcast_attn":true})") == expected);
+    EXPECT_EQ(config_of(R"({"model_type":"gpt2","n_ctx":64,"n_positions":32})").context, 32);
+}
+
+TEST(Config, WhatIsNoGpt2OrCannotBeIsRefused) {
+    const std::pair<const char*, const char*> kCases[] = {
+        {R"("model_type":"llama")", "/config.json: model_type \"llama\": this program reads gpt2"},
+        {R"("model_type":7)", "model_type 7"},
+        {R"("model_type":"ll\nama")", "model_type \"ll\\nama\""},
+        {R"("n_layer":"12")", "n_layer: \"12\" is not a positive whole number"},
+        {R"("n_layer":2.5)", "n_layer: 2.5 is not"},
+        {R"("n_layer":12.0)", "n_layer: 12.0 is not"},
+        {R"("n_layer":-3)", "n_layer: -3 is not"},
+        {R"("n_layer":0)", "n_layer: 0 is not from 1"},
+        {R"("n_layer":null)", "n_layer: null is not"},
+        {R"("n_layer":[1])", "n_layer: [1] is not"},
+        {R"("n_layer":true)", "n_layer: true is not"},
+        {R"("n_layer":1e99)", "n_layer: 1e+99 is not"},
+        {R"("n_layer":1e999)", "too large"},
+        {R"("n_layer":4294967297)", "n_layer: 4294967297 is not from 1"},
+        {R"("n_layer":18446744073709551617)", "n_layer: "},
+        {R"("n_layer":2000)", "/config.json: --layers 2000"},
+        {R"("n_head":5)", "heads must divide channels"},
+        {R"("num_attention_heads":"x")", "num_attention_heads: \"x\""},
+        {R"("n_embd":2147483647)", "--channels"},
+        {R"("n_inner":0)", "n_inner: 0"},
+        {R"("n_inner":"x")", "n_inner: \"x\""},
+        {R"("n_positions":-1)", "n_positions: -1"},
+        {R"("n_ctx":-1)", "n_ctx: -1"},
+        {R"("vocab_size":0)", "vocab_size: 0"},
+        {R"("vocab_size":2000000000)", "vocabulary size"},
+        {R"("activation_function":"gelu")", "activation_function: \"gelu\" is not the tanh GELU"},
+        {R"("activation_function":null)", "activation_function: null"},
+        {R"("resid_pdrop":1)", "--dropout 1"},
+        {R"("resid_pdrop":-0.5)", "--dropout -0.5"},
+        {R"("resid_pdrop":"0")", "resid_pdrop: \"0\" is not a number"},
+        {R"("layer_norm_epsilon":0)", "layer_norm_epsilon 0"},
+        {R"("layer_norm_epsilon":-1e-5)", "layer_norm_epsilon -1e-05"},
+        {R"("layer_norm_epsilon":null)", "layer_norm_epsilon: null"},
+        {R"("layer_norm_epsilon":NaN)", "not valid JSON"},
+        {R"("tie_word_embeddings":"yes")", "tie_word_embeddings: \"yes\""},
+        {R"("tie_word_embeddings":1)", "tie_word_embeddings: 1"},
+        {R"("bias":0)", "bias: 0 is neither true nor false"},
+        {R"("scale_attn_weights":false)", "scale_attn_weights: false is a variant"},
+        {R"("scale_attn_by_inverse_layer_idx":true)", "scale_attn_by_inverse_layer_idx: true"},
+        {R"("add_cross_attention":true)", "add_cross_attention: true"},
+        {R"("n_layer":2,"n_layer":3)", "\"n_layer\" is there twice"},
+    };
+    for (const auto& [keys, part] : kCases) {
+        bool typed = strstr(keys, "model_type") != nullptr;
+        std::string text = (typed ? "{" : R"({"model_type":"gpt2",)") + std::string(keys) + "}";
+        expect_failure([&] { config_of(text); }, 2, part);
+    }
+    expect_failure([] { config_of("{}"); }, 2, "no model_type");
+    expect_failure([] { config_of("[]"); }, 2, "no JSON object");
+    expect_failure([] { config_of(""); }, 2, "not valid JSON");
+    expect_failure([] { read_config(test_folder()); }, 2, "config.json: cannot open");
+}
+
+// ---- model folders
+// ---------------------------------------------------------------------------------
+
+constexpr Group kStored[] = {Group::parameters, Group::first_moments, Group::second_moments};
+
+GPT2Ptr model_of(const GPT2Config& config) {
+    GPT2Shape shape;
+    shape.training = true;
+    return GPT2Ptr(gpt2_create(config, shape, 0, 1));
+}
+
+// Visits every tensor that a model has: visit(row's index, row, layer).
+template <typename Visit>
+void each_tensor(const GPT2Config& config, Visit visit) {
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++)
+        for (int layer = 0; layer < int(table[size_t(index)].count); layer++)
+            if (table[size_t(index)].present) visit(index, table[size_t(index)], layer);
+}
+
+// Different numbers everywhere, tiny and large ones among them.
+GPT2Ptr filled_model(const GPT2Config& config, uint64_t seed) {
+    GPT2Ptr model = model_of(config);
+    std::vector<real> host;
+    uint32_t drawn = 0;
+    for (Group group : kStored)
+        each_tensor(config, [&](int index, const ParameterRow& row, int layer) {
+            host.resize(row.file_size());
+            for (real& value : host) {
+                Philox random = philox(seed, drawn++, 0, 0, 0);
+                value = real(std::ldexp(int32_t(random.word[0]), int(random.word[1] % 64) - 80));
+                if (random.word[2] % 50 == 0) value = real(-0.0);
+                if (random.word[2] % 50 == 1) value = std::numeric_limits<real>::denorm_min();
+                if (random.word[2] % 50 == 2) value = std::numeric_limits<real>::max();
+            }
+            gpt2_copy_in(model.get(), group, index, layer, host.data());
+        });
+    return model;
+}
+
+// The hash of the bits of some groups; of everything that a checkpoint keeps.
+uint64_t bits_of(const GPT2* model, std::initializer_list<Group> groups) {
+    uint64_t hash = 0;
+    std::vector<real> host;
+    for (Group group : groups)
+        each_tensor(gpt2_config(model), [&](int index, const ParameterRow& row, int layer) {
+            host.resize(row.file_size());
+            gpt2_copy_out(model, group, index, layer, host.data());
+            hash = hash_bytes(host.data(), host.size() * sizeof(real), hash);
+        });
+    return hash;
+}
+
+uint64_t bits_of(const GPT2* model) {
+    return bits_of(model, {Group::parameters, Group::first_moments, Group::second_moments});
+}
+
+struct RawTensor {
+    std::string dtype;
+    std::vector<size_t> shape;
+    std::string bytes;
+};
+using RawTensors = std::map<std::string, RawTensor>;
+
+RawTensors read_raw(const std::string& path) {
+    SafetensorsFile file(path);
+    std::string content = read_file(path);
+    size_t data = 0;
+    for (const auto& [name, entry] : file.entries()) data = std::max(data, entry.end);
+    data = content.size() - data;
+    RawTensors tensors;
+    for (const auto& [name, entry] : file.entries())
+        tensors[name] = {entry.dtype, entry.shape,
+                         content.substr(data + entry.begin, entry.end - entry.begin)};
+    return tensors;
+}
+
+void write_raw(const std::string& path, const RawTensors& tensors) {
+    SafetensorsWriter writer(path);
+    for (const auto& [name, tensor] : tensors)
+        writer.add(name, tensor.dtype, tensor.shape, tensor.bytes.data());
+    writer.commit();
+}
+
+std::string model_path(const std::string& folder) { return join_path(folder, "model.safetensors"); }
+
+TEST(ModelFolder, KeepsEveryBit) {
+    for (const GPT2Config& config : odd_configs()) {
+        std::string folder = test_folder();
+        GPT2Ptr model = filled_model(config, 1), other = filled_model(config, 2);
+        save_model(model.get(), nullptr, folder);
+        EXPECT_TRUE(read_model_config(folder) == config);
+        load_model(other.get(), folder);
+        EXPECT_EQ(bits_of(model.get(), {Group::parameters}),
+                  bits_of(other.get(), {Group::parameters}));
+    }
+}
+
+TEST(ModelFolder, HoldsTheTensorsOfTransformersInTheirShapes) {
+    for (const GPT2Config& config : odd_configs()) {
+        std::string folder = test_folder();
+        GPT2Ptr model = filled_model(config, 3);
+        save_model(model.get(), nullptr, folder);
+        SafetensorsFile file(model_path(folder));
+        EXPECT_EQ(file.metadata().at("format"), "pt");
+        size_t V = size_t(config.vocab_size), C = size_t(config.channels);
+        EXPECT_EQ(file.entry("transformer.wte.weight").shape, (std::vector<size_t>{V, C}));
+        EXPECT_EQ(file.entry("transformer.h.0.attn.c_attn.weight").shape,
+                  (std::vector<size_t>{C, 3 * C}));
+        EXPECT_EQ(file.entry("transformer.h.0.mlp.c_proj.weight").shape,
+                  (std::vector<size_t>{size_t(config.hidden_size()), C}));
+        EXPECT_EQ(file.entry("transformer.h.0.mlp.c_fc.bias").shape,
+                  std::vector<size_t>{size_t(config.hidden_size())});
+        EXPECT_EQ(file.has("lm_head.weight"), !config.tied);
+        EXPECT_EQ(file.entries().size(), size_t(4 + 12 * config.layers + !config.tied));
+        if (!config.bias) {
+            EXPECT_EQ(read_all<double>(file, "transformer.ln_f.bias"), std::vector<double>(C, 0));
+        }
+
+        std::vector<real> host(3 * C * C);
+        gpt2_copy_out(model.get(), Group::parameters, k_qkvw, config.layers - 1, host.data());
+        std::string name = format("transformer.h.%d.attn.c_attn.weight", config.layers - 1);
+        std::vector<real> stored = read_all<real>(file, name);
+        for (size_t out = 0; out < 3 * C; out++)
+            for (size_t in = 0; in < C; in++)
+                ASSERT_EQ(stored[in * 3 * C + out], host[out * C + in]) << name;
+    }
+}
+
+TEST(ModelFolder, LoadsWithoutThePrefixWithMasksAndWithATiedHead) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 4), other = filled_model(config, 5);
+    save_model(model.get(), nullptr, folder);
+    RawTensors bare;
+    for (const auto& [name, tensor] : read_raw(model_path(folder)))
+        bare[name.substr(strlen("transformer."))] = tensor;
+    bare["lm_head.weight"] = bare["wte.weight"];
+    for (int layer = 0; layer < config.layers; layer++) {
+        bare[format("h.%d.attn.bias", layer)] = {"BOOL", {1, 1, 5, 5}, std::string(25, '\1')};
+        bare[format("transformer.h.%d.attn.masked_bias", layer)] = {
+            "F16", {}, std::string(2, '\0')};
+    }
+    write_raw(model_path(folder), bare);
+    load_model(other.get(), folder);
+    EXPECT_EQ(bits_of(model.get(), {Group::parameters}), bits_of(other.get(), {Group::parameters}));
+
+    bare["lm_head.weight"].bytes[0] ^= 1;
+    write_raw(model_path(folder), bare);
+    expect_failure([&] { load_model(other.get(), folder); }, 2,
+                   "lm_head.weight: differs from wte.weight, but the head is tied; set "
+                   "\"tie_word_embeddings\": false");
+}
+
+TEST(ModelFolder, LoadsHalfBfloat16AndDouble) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = model_of(config);
+    save_model(model.get(), nullptr, folder);
+    for (const char* dtype : {"F16", "BF16", "F32", "F64"}) {
+        RawTensors tensors = read_raw(model_path(folder));
+        size_t size = dtype_size(dtype);
+        double one = 1.5;
+        float single = 1.5f;
+        uint16_t half = strcmp(dtype, "F16") == 0 ? 0x3e00 : 0x3fc0;
+        const void* pattern = size == 8   ? static_cast<void*>(&one)
+                              : size == 4 ? static_cast<void*>(&single)
+                                          : &half;
+        for (auto& [name, tensor] : tensors) {
+            size_t count = tensor.bytes.size() / dtype_size(tensor.dtype);
+            tensor.dtype = dtype, tensor.bytes.clear();
+            for (size_t i = 0; i < count; i++)
+                tensor.bytes.append(static_cast<const char*>(pattern), size);
+        }
+        write_raw(model_path(folder), tensors);
+        GPT2Ptr other = model_of(config);
+        load_model(other.get(), folder);
+        each_tensor(config, [&](int index, const ParameterRow& row, int layer) {
+            std::vector<real> host(row.file_size());
+            gpt2_copy_out(other.get(), Group::parameters, index, layer, host.data());
+            EXPECT_EQ(host, std::vector<real>(host.size(), real(1.5))) << row.name << dtype;
+        });
+    }
+}
+
+TEST(ModelFolder, RefusesTensorsThatDoNotFitAndNamesThem) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 6);
+    save_model(model.get(), nullptr, folder);
+    const RawTensors good = read_raw(model_path(folder));
+    const std::string qkv = "transformer.h.1.attn.c_attn.weight";
+    uint64_t before = bits_of(model.get());
+    auto expect = [&](auto edit, const std::string& part) {
+        RawTensors tensors = good;
+        edit(tensors);
+        write_raw(model_path(folder), tensors);
+        expect_failure([&] { load_model(model.get(), folder); }, 2,
+                       model_path(folder) + ": " + part);
+        expect_failure([&] { read_model_config(folder); }, 2, model_path(folder) + ": " + part);
+        EXPECT_EQ(bits_of(model.get()), before);
+    };
+    expect([&](RawTensors& t) { t.erase(qkv); }, qkv +
+                                                     ": missing; the configuration asks for shape "
+                                                     "(15, 45)");
+    expect([&](RawTensors& t) { std::swap(t[qkv].shape[0], t[qkv].shape[1]); },
+           qkv + ": shape (45, 15), the configuration says (15, 45)");
+    expect([&](RawTensors& t) { t[qkv].shape = {675}; },
+           qkv + ": shape (675), the configuration says (15, 45)");
+    expect(
+        [&](RawTensors& t) { t["transformer.h.2.ln_1.weight"] = good.at("transformer.ln_f.bias"); },
+        "transformer.h.2.ln_1.weight: a GPT-2 of 2 layers has no such tensor");
+    expect([&](RawTensors& t) { t["score\n.weight"] = good.at("transformer.ln_f.bias"); },
+           "score?.weight: a GPT-2 of 2 layers");
+    expect([&](RawTensors& t) { t[qkv.substr(12)] = good.at(qkv); },
+           "h.1.attn.c_attn.weight: a GPT-2 of 2 layers has no such tensor, or has it already");
+    expect(
+        [&](RawTensors& t) { t["transformer.h.2.attn.bias"] = good.at("transformer.ln_f.bias"); },
+        "transformer.h.2.attn.bias: ");
+}
+
+TEST(ModelFolder, RefusesNumbersThatAreNotFiniteOrNotNumbersAtAll) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 7);
+    save_model(model.get(), nullptr, folder);
+    const std::string name = "transformer.h.1.mlp.c_fc.weight";
+    RawTensors tensors = read_raw(model_path(folder));
+    std::string last = tensors[name].bytes;
+    for (real value : {real(NAN), real(INFINITY), real(-INFINITY)}) {
+        memcpy(tensors[name].bytes.data() + last.size() - sizeof(real), &value, sizeof(real));
+        write_raw(model_path(folder), tensors);
+        expect_failure([&] { load_model(model.get(), folder); }, 2,
+                       name + ": holds numbers that are");
+    }
+    tensors[name].bytes = last;
+    tensors[name].dtype = sizeof(real) == 8 ? "I64" : "I32";
+    write_raw(model_path(folder), tensors);
+    expect_failure([&] { load_model(model.get(), folder); }, 2, name + ": dtype I");
+
+    std::vector<real> host(size_t(config.channels), real(NAN));
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, host.data());
+    std::string other = test_folder();
+    expect_failure([&] { save_model(model.get(), nullptr, other); }, 1,
+                   "transformer.ln_f.weight: holds numbers that are not finite; not saved");
+    EXPECT_FALSE(path_exists(model_path(other)));
+}
+
+TEST(ModelFolder, AModelWithoutBiasesTakesZerosOrNone) {
+    GPT2Config config = odd_configs()[2];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 8), other = filled_model(config, 9);
+    save_model(model.get(), nullptr, folder);
+    RawTensors tensors = read_raw(model_path(folder)), fewer;
+    for (const auto& [name, tensor] : tensors)
+        if (name.find("bias") == std::string::npos) fewer[name] = tensor;
+    EXPECT_LT(fewer.size(), tensors.size());
+    write_raw(model_path(folder), fewer);
+    load_model(other.get(), folder);
+    EXPECT_EQ(bits_of(model.get(), {Group::parameters}), bits_of(other.get(), {Group::parameters}));
+    tensors["transformer.h.1.mlp.c_fc.bias"].bytes.back() = 1;
+    write_raw(model_path(folder), tensors);
+    expect_failure([&] { load_model(other.get(), folder); }, 2,
+                   "transformer.h.1.mlp.c_fc.bias: not zero, but config.json says \"bias\": false");
+}
+
+TEST(ModelFolder, RefusesOtherContainersHeadsAndFolders) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 10);
+    save_model(model.get(), nullptr, folder);
+    GPT2Config other = config;
+    other.heads = 5;
+    write_config(other, -1, folder);
+    expect_failure([&] { load_model(model.get(), folder); }, 2, "config.json: 5 heads");
+    other = config;
+    other.layer_norm_epsilon = 1e-6;
+    write_config(other, -1, folder);
+    expect_failure([&] { load_model(model.get(), folder); }, 2, "layer_norm_epsilon 1e-06");
+    fs::remove(model_path(folder));
+    expect_failure([&] { load_model(model.get(), folder); }, 2, "model.safetensors: cannot open");
+    for (const char* name : {"pytorch_model.bin", "model.safetensors.index.json"}) {
+        put_file(join_path(folder, name), "{}");
+        expect_failure([&] { load_model(model.get(), folder); }, 2,
+                       std::string(name) + ": this program reads model.safetensors");
+    }
+}
+
+TEST(ModelFolder, AFailedWriteLeavesTheOldFile) {
+    GPT2Config config = odd_configs()[0];
+    std::string folder = test_folder();
+    GPT2Ptr model = filled_model(config, 11), other = filled_model(config, 12);
+    save_model(model.get(), nullptr, folder);
+    if (!path_exists("/dev/full")) GTEST_SKIP() << "there is no /dev/full";
+    fs::create_symlink("/dev/full", model_path(folder) + ".tmp");
+    std::string before = read_file(model_path(folder));
+    expect_failure([&] { save_model(other.get(), nullptr, folder); }, 1, "No space left");
+    EXPECT_EQ(read_file(model_path(folder)), before);
+    expect_failure([&] { save_model(other.get(), nullptr, "/proc/no_such_folder"); }, 1,
+                   "/proc/no_such_folder: cannot create");
+}
+
+// ---- checkpoints
+// -----------------------------------------------------------------------------------
+
+struct SavedRun {
+    std::string out = join_path(test_folder(), "run");
+    GPT2Ptr model = filled_model(odd_configs()[0], 20);
+
+    void save(uint64_t step, bool best = false, int keep = 0) {
+        ordered_json state = {{"epoch", 0.1}, {"seed", ~uint64_t(0)}, {"data", "\xff text"}};
+        save_checkpoint(out, step, model.get(), nullptr, state, best, keep);
+    }
+    std::string path(const std::string& name) const { return join_path(out, name); }
+    std::string link(const char* name) const { return fs::read_symlink(path(name)).string(); }
+    Strings names() const {
+        Strings names;
+        for (const auto& item : fs::directory_iterator(out))
+            names.push_back(item.path().filename().string());
+        std::sort(names.begin(), names.end());
+        return names;
+    }
+};
+
+void flip_byte(const std::string& path, size_t at) {
+    std::string content = read_file(path);
+    content[at] ^= 1;
+    put_file(path, content);
+}
+
+TEST(Checkpoint, KeepsEveryBitOfParametersMomentsAndState) {
+    for (const GPT2Config& config : odd_configs()) {
+        std::string out = test_folder();
+        GPT2Ptr model = filled_model(config, 21), other = filled_model(config, 22);
+        ordered_json state = {{"step", 7}, {"rate", 0.1 + 0.2}, {"loader", {{"window", 3}}}};
+        Tokenizer tokenizer = Tokenizer::bytes();
+        save_checkpoint(out, 1234567890123, model.get(), &tokenizer, state, true, 1);
+        std::string folder = latest_checkpoint(out);
+        EXPECT_EQ(folder, join_path(out, "step_1234567890123"));
+        json trainer = load_checkpoint(other.get(), folder);
+        EXPECT_EQ(bits_of(model.get()), bits_of(other.get()));
+        EXPECT_EQ(trainer["step"], 1234567890123);
+        EXPECT_EQ(trainer["rate"], 0.1 + 0.2);
+        EXPECT_EQ(trainer["loader"]["window"], 3);
+        EXPECT_EQ(Tokenizer::load(folder).fingerprint(), tokenizer.fingerprint());
+        EXPECT_EQ(read_json_object(join_path(folder, "config.json"))["eos_token_id"],
+                  tokenizer.end_of_text());
+    }
+}
+
+TEST(Checkpoint, LinksPointToTheLastAndTheBestAndOldOnesGo) {
+    SavedRun run;
+    run.save(1, true, 2);
+    EXPECT_EQ(run.names(), (Strings{"best", "last", "step_00000001"}));
+    run.save(2, true, 2);
+    run.save(3, false, 2);
+    EXPECT_EQ(run.names(), (Strings{"best", "last", "step_00000002", "step_00000003"}));
+    run.save(4, false, 1);
+    EXPECT_EQ(run.names(), (Strings{"best", "last", "step_00000002", "step_00000004"}));
+    EXPECT_EQ(run.link("last"), "step_00000004");
+    EXPECT_EQ(run.link("best"), "step_00000002");
+    run.save(3, false, 1);  // a run that was resumed further back
+    EXPECT_EQ(run.names(),
+              (Strings{"best", "last", "step_00000002", "step_00000003", "step_00000004"}));
+    EXPECT_EQ(run.link("last"), "step_00000003");
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000003"));
+    run.save(5, false, 0);
+    EXPECT_EQ(run.names().size(), 6u);
+}
+
+TEST(Checkpoint, SavingAStepAgainReplacesIt) {
+    SavedRun run;
+    run.save(5);
+    run.model = filled_model(odd_configs()[0], 23);
+    run.save(5);
+    GPT2Ptr other = model_of(odd_configs()[0]);
+    load_checkpoint(other.get(), latest_checkpoint(run.out));
+    EXPECT_EQ(bits_of(other.get()), bits_of(run.model.get()));
+    EXPECT_EQ(run.names(), (Strings{"last", "step_00000005"}));
+}
+
+TEST(Checkpoint, WhatAnInterruptedSaveLeftIsPassedOverAndRemoved) {
+    SavedRun run;
+    run.save(5);
+    for (const char* name : {"step_00000009.tmp", "step_00000005.tmp", "step_00000004.old"})
+        fs::copy(run.path("step_00000005"), run.path(name));
+    for (const char* name : {"step_1", "step_x", "step_00000006x", "notes.tmp", "step_000000006"})
+        fs::create_directory(run.path(name));
+    fs::create_symlink("step_00000005", run.path("last.tmp"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000005"));
+    run.save(6, false, 2);  // names that are not quite a step's are somebody else's folders
+    EXPECT_EQ(run.names(), (Strings{"last", "notes.tmp", "step_000000006", "step_00000005",
+                                    "step_00000006", "step_00000006x", "step_1", "step_x"}));
+    // Stopped between the two renames of a replacement: the replaced one is still found.
+    fs::rename(run.path("step_00000006"), run.path("step_00000006.old"));
+    fs::rename(run.path("step_00000005"), run.path("step_00000005.tmp"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006.old"));
+}
+
+TEST(Checkpoint, ADamagedOneIsReportedAndTheOneBeforeIsTaken) {
+    SavedRun run;
+    run.save(1);
+    run.save(2);
+    std::string last = run.path("step_00000002"), kept = run.path("kept");
+    fs::copy(last, kept);
+    for (const char* name : {"config.json", "model.safetensors", "optimizer.safetensors"}) {
+        std::string file = join_path(last, name), warning;
+        size_t size = read_file(file).size();
+        auto expect_fallback = [&](const char* part) {
+            warning.clear();
+            EXPECT_EQ(latest_checkpoint(run.out, &warning), run.path("step_00000001"));
+            EXPECT_NE(warning.find(file + ": "), std::string::npos) << warning;
+            EXPECT_NE(warning.find(part), std::string::npos) << warning;
+            expect_failure([&] { load_checkpoint(run.model.get(), last); }, 2, part);
+            fs::copy_file(join_path(kept, name), file, fs::copy_options::overwrite_existing);
+            EXPECT_EQ(latest_checkpoint(run.out), last);
+        };
+        for (size_t at : {size_t(0), size / 2, size - 1}) {
+            flip_byte(file, at);
+            expect_fallback("does not match the hash");
+        }
+        fs::resize_file(file, size - 1);
+        expect_fallback("bytes, trainer.json recorded");
+        fs::resize_file(file, size + 1);
+        expect_fallback("bytes, trainer.json recorded");
+        fs::remove(file);
+        expect_fallback("cannot open");
+    }
+    fs::remove_all(run.path("step_00000001"));
+    fs::remove_all(last);
+    EXPECT_EQ(latest_checkpoint(run.out), "");
+    EXPECT_EQ(latest_checkpoint(run.out + "/none"), "");
+}
+
+TEST(Checkpoint, AnyByteOfTrainerJsonThatChangesIsNoticed) {
+    SavedRun run;
+    run.save(1);
+    std::string folder = run.path("step_00000001"), path = join_path(folder, "trainer.json");
+    std::string content = read_file(path);
+    for (size_t at = 0; at + 1 < content.size(); at++) {  // a last line end more or less is nothing
+        std::string changed = content;
+        changed[at] ^= 1;
+        put_file(path, changed);
+        EXPECT_NE(error_of([&] { verify_checkpoint(folder); }), "") << at << changed;
+    }
+    for (size_t size = 0; size + 1 < content.size(); size++) {
+        put_file(path, content.substr(0, size));
+        EXPECT_NE(error_of([&] { verify_checkpoint(folder); }), "") << size;
+    }
+}
+
+TEST(Checkpoint, TrainerJsonNamesNoFilesOutsideItsFolder) {
+    SavedRun run;
+    run.save(1);
+    std::string folder = run.path("step_00000001"), path = join_path(folder, "trainer.json");
+    for (const char* name :
+         {"../run/step_00000001/config.json", "/etc/passwd", "..", "", ".hidden"}) {
+        json root = json::parse(read_file(path));
+        root["files"][name] = root["files"]["config.json"];
+        root["checksum"] = json_checksum(root);
+        put_file(path, root.dump());
+        expect_failure([&] { verify_checkpoint(folder); }, 2, "is no file with bytes and xxh3");
+        root["files"].erase(name);
+        root["checksum"] = json_checksum(root);
+        put_file(path, root.dump());
+    }
+    EXPECT_EQ(error_of([&] { verify_checkpoint(folder); }), "");
+    for (json files : {json(), json(3), json::array(), json::object()}) {
+        json root = json::parse(read_file(path));
+        root["files"] = files;
+        root["checksum"] = json_checksum(root);
+        put_file(path, root.dump());
+        expect_failure([&] { verify_checkpoint(folder); }, 2, "config.json is not listed");
+    }
+}
+
+TEST(Checkpoint, LinksThatLeadElsewhereAreNotFollowed) {
+    SavedRun run;
+    run.save(1);
+    run.save(2);
+    std::string elsewhere = test_folder();
+    fs::rename(run.path("step_00000002"), join_path(elsewhere, "step_00000002"));
+    for (const std::string& target :
+         Strings{elsewhere + "/step_00000002", "../x", "step_00000002"}) {
+        fs::remove(run.path("last"));
+        fs::create_symlink(target, run.path("last"));
+        EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000001"));
+        EXPECT_EQ(resolve_model_folder(run.out), run.path("step_00000001"));
+    }
+    fs::create_directory_symlink(elsewhere + "/step_00000002", run.path("step_00000002"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000001"));
+    run.save(3, false, 1);  // removes the folder of step 1, and not what the link leads to
+    EXPECT_TRUE(path_exists(join_path(elsewhere, "step_00000002/config.json")));
+}
+
+// A disk that takes no more than `limit` bytes a file.
+TEST(Checkpoint, AFullDiskLeavesTheCheckpointBefore) {
+    SavedRun run;
+    run.save(1);
+    uint64_t before = bits_of(run.model.get());
+    rlimit old_limit;
+    getrlimit(RLIMIT_FSIZE, &old_limit);
+    auto old_action = signal(SIGXFSZ, SIG_IGN);
+    for (rlim_t limit : {0, 1, 500, 1000, 5000, 20000, 40000, 50000}) {
+        run.model = filled_model(odd_configs()[0], limit);
+        rlimit small = {limit, old_limit.rlim_max};
+        setrlimit(RLIMIT_FSIZE, &small);
+        std::string error = error_of([&] { run.save(2, true, 1); });
+        setrlimit(RLIMIT_FSIZE, &old_limit);
+        EXPECT_EQ(error.substr(0, 2), "1 ") << limit << error;
+        EXPECT_NE(error.find("cannot write: "), std::string::npos) << error;
+        EXPECT_EQ(run.names(), (Strings{"last", "step_00000001"})) << limit;
+        GPT2Ptr other = model_of(odd_configs()[0]);
+        load_checkpoint(other.get(), latest_checkpoint(run.out));
+        EXPECT_EQ(bits_of(other.get()), before);
+    }
+    signal(SIGXFSZ, old_action);
+    expect_failure([&] { save_checkpoint("/proc/x/run", 1, run.model.get(), nullptr, {}, 0, 0); },
+                   1, "/proc/x/run: cannot create");
+    std::string file = run.path("file");
+    put_file(file, "x");
+    expect_failure([&] { save_checkpoint(file, 1, run.model.get(), nullptr, {}, 0, 0); }, 1, file);
+}
+
+TEST(Checkpoint, MomentsOfAnotherModelOrPrecisionAreRefused) {
+    SavedRun run;
+    run.save(1);
+    std::string folder = run.path("step_00000001"),
+                path = join_path(folder, "optimizer.safetensors");
+    const RawTensors good = read_raw(path);
+    EXPECT_EQ(good.size(), size_t(2 * (4 + 12 * 2)));
+    auto expect = [&](auto edit, const char* part) {
+        RawTensors tensors = good;
+        edit(tensors);
+        write_raw(path, tensors);
+        fs::remove(join_path(folder, "trainer.json"));
+        write_trainer_json(folder, 1, {}, {});
+        expect_failure([&] { load_checkpoint(run.model.get(), folder); }, 2, part);
+    };
+    const std::string name = "v.transformer.h.1.ln_2.bias";
+    expect([&](RawTensors& t) { t.erase(name); }, "v.transformer.h.1.ln_2.bias: no such tensor");
+    expect([&](RawTensors& t) { t["extra"] = t[name]; }, "holds 57 tensors, the model has 56");
+    expect(
+        [&](RawTensors& t) {
+            t[name].shape = {1, 15};
+        },
+        "shape (1, 15), the configuration says");
+    expect([&](RawTensors& t) { t[name].dtype = "F16", t[name].bytes.resize(30); },
+           "is F16, this program computes in");
+}
+
+TEST(Checkpoint, APathIsResolvedToAModelFolder) {
+    SavedRun run;
+    expect_failure([&] { resolve_model_folder(run.out); }, 2, "no such folder; expected a model");
+    run.save(1);
+    run.save(2);
+    EXPECT_EQ(resolve_model_folder(run.out), run.path("step_00000002"));
+    EXPECT_EQ(resolve_model_folder(run.out + "/"), run.path("step_00000002"));
+    EXPECT_EQ(resolve_model_folder(run.path("step_00000001")), run.path("step_00000001"));
+    EXPECT_EQ(resolve_model_folder(run.path("last")), run.path("last"));
+    fs::remove(run.path("last"));
+    EXPECT_EQ(resolve_model_folder(run.out), run.path("step_00000002"));
+    expect_failure([&] { resolve_model_folder(run.path("step_00000001/config.json")); }, 2,
+                   "a file");
+    expect_failure([] { resolve_model_folder(test_folder()); }, 2, "neither a model folder");
+}
+
+TEST(Checkpoint, APathIsDescribed) {
+    SavedRun run;
+    run.save(1, true);
+    run.save(2);
+    PathDescription whole = describe_path(run.out);
+    EXPECT_TRUE(whole.intact);
+    EXPECT_NE(whole.text.find("run folder, 2 checkpoints"), std::string::npos) << whole.text;
+    EXPECT_NE(whole.text.find("step_00000001 (best): checkpoint, step 1, verified"),
+              std::string::npos)
+        << whole.text;
+    flip_byte(run.path("step_00000002/model.safetensors"), 3000);
+    PathDescription damaged = describe_path(run.out);
+    EXPECT_FALSE(damaged.intact);
+    EXPECT_NE(damaged.text.find("step_00000002 (last): cannot be used: "), std::string::npos);
+    EXPECT_FALSE(describe_path(run.path("step_00000002")).intact);
+    EXPECT_NE(describe_path(run.path("step_00000001")).text.find("37: 6450 parameters"),
+              std::string::npos)
+        << describe_path(run.path("step_00000001")).text;
+    fs::remove(run.path("step_00000001/trainer.json"));
+    EXPECT_EQ(describe_path(run.path("step_00000001")).text.substr(0, 13), "model folder:");
+    std::string tensors = describe_path(run.path("step_00000001/model.safetensors")).text;
+    EXPECT_NE(tensors.find("28 tensors, 6450 numbers"), std::string::npos) << tensors;
+    put_file(run.path("cut.safetensors"), reference_file().substr(0, 100));
+    EXPECT_FALSE(describe_path(run.path("cut.safetensors")).intact);
+    put_file(run.path("text"), "words");
+    EXPECT_EQ(describe_path(run.path("text")).text, "text, 5 bytes");
+    put_file(run.path("empty"), "");
+    EXPECT_EQ(describe_path(run.path("empty")).text, "empty file");
+    EXPECT_EQ(describe_path(test_folder()).text, "folder, neither a model nor a run");
+    expect_failure([&] { describe_path(run.path("nothing")); }, 2, "no such file or folder");
+}
+
+}  // namespace checkpoint_test
+
+// ==== trainer ====================================================================================
+
+namespace trainer_test {
+
+// English enough for a tokenizer to find something in it, and no period that a window could see.
+std::string some_text(size_t words) {
+    constexpr const char* kWords[] = {"the ",  "model ",  "reads ", "tokens ",  "and ",
+                                      "then ", "writes ", "them, ", "again.\n", "Two "};
+    std::string text;
+    uint32_t state = 12345;
+    for (size_t i = 0; i < words; i++) {
+        state = state * 1664525 + 1013904223;
+        text += kWords[(state >> 16) % std::size(kWords)];
+    }
+    return text;
+}
+
+// A run of a model so small that a step takes a millisecond, on one thread, seen by nobody.
+struct SmallRun {
+    std::string folder = test_folder();
+    TrainOptions options;
+
+    SmallRun() {
+        write_file_atomic(folder + "/text.txt", some_text(700));
+        options.data = {folder + "/text.txt"};
+        options.tokenizer = "bpe:270";
+        options.model.layers = 2, options.model.heads = 2, options.model.channels = 12;
+        options.model.context = 9;
+        options.batch_size = 4, options.steps = 6, options.warmup = 2;
+        options.eval_every = 2, options.eval_batches = 2;
+        options.sample_every = 0, options.save_every = 3, options.keep = 0;
+        options.threads = 1, options.peak_flops = 1e9;
+        options.out = folder + "/run";
+        static FILE* const nobody = fopen("/dev/null", "w");
+        options.screen = nobody;
+    }
+    int train() const { return train_command(options, now_s(), "train_gpt2 train"); }
+
+    // Lets every run do one step more and stop, as if a signal had come, until one finishes.
+    int train_step_by_step() {
+        int code = 0, parts = 0;
+        do {
+            stop_signal() = SIGINT;
+            code = train();
+            parts++;
+        } while (code == 130 && parts < 100);
+        stop_signal() = 0;
+        EXPECT_EQ(parts, int(options.steps));
+        return code;
+    }
+    std::string out(const std::string& name) const { return options.out + "/" + name; }
+    std::vector<json> log() const {
+        std::vector<json> records;
+        std::string text = read_file(out("log.jsonl"));
+        for (size_t begin = 0; begin < text.size();) {
+            size_t end = text.find('\n', begin);
+            records.push_back(json::parse(text.substr(begin, end - begin)));
+            begin = end + 1;
+        }
+        return records;
+    }
+    json state() const { return json::parse(read_file(out("last/trainer.json"))); }
+};
+
+void expect_same_file(const std::string& a, const std::string& b) {
+    EXPECT_EQ(hash_text(hash_bytes(read_file(a).data(), read_file(a).size())),
+              hash_text(hash_bytes(read_file(b).data(), read_file(b).size())))
+        << a << " and " << b;
+}
+
+double largest_difference(const std::string& a, const std::string& b) {
+    SafetensorsFile first(a), second(b);
+    double largest = 0;
+    for (const auto& [name, entry] : first.entries()) {
+        std::vector<double> x(entry.count()), y(entry.count());
+        first.read(name, x.data());
+        second.read(name, y.data());
+        for (size_t i = 0; i < x.size(); i++) largest = std::max(largest, std::abs(x[i] - y[i]));
+    }
+    return largest;
+}
+
+TrainOptions schedule_options(const std::string& schedule) {
+    TrainOptions o;
+    o.schedule = schedule, o.learning_rate = 1, o.warmup = 4, o.final_lr_fraction = 0.2;
+    return o;
+}
+
+// The rate of update `step` in a run of 14 steps, 10 of them after the warm-up.
+double rate_of(const std::string& schedule, size_t step) {
+    Goal goal{14, 0};
+    return learning_rate(schedule_options(schedule), goal, step, run_progress(goal, step, 0, 0));
+}
+
+}  // namespace trainer_test
+using namespace trainer_test;
+
+TEST(Schedule, WarmUpRisesLinearlyToTheHighestRate) {
+    for (const char* schedule : {"cosine", "linear", "constant", "wsd"}) {
+        EXPECT_DOUBLE_EQ(rate_of(schedule, 0), 0.25);
+        EXPECT_DOUBLE_EQ(rate_of(schedule, 1), 0.50);
+        EXPECT_DOUBLE_EQ(rate_of(schedule, 3), 1.00);
+        EXPECT_DOUBLE_EQ(rate_of(schedule, 4), 1.00) << schedule;
+    }
+}
+
+TEST(Schedule, FallsAsItsNameSaysAndIsHeldAfterTheEnd) {
+    EXPECT_DOUBLE_EQ(rate_of("cosine", 9), 0.6);
+    EXPECT_DOUBLE_EQ(rate_of("cosine", 6), 0.2 + 0.8 * 0.5 * (1 + std::cos(M_PI * 0.2)));
+    EXPECT_DOUBLE_EQ(rate_of("linear", 9), 0.6);
+    EXPECT_DOUBLE_EQ(rate_of("linear", 6), 0.84);
+    EXPECT_DOUBLE_EQ(rate_of("constant", 9), 1.0);
+    EXPECT_DOUBLE_EQ(rate_of("wsd", 12), 1.0);
+    EXPECT_NEAR(rate_of("wsd", 13), 0.6, 1e-12);
+    for (const char* schedule : {"cosine", "linear", "wsd"})
+        for (size_t step : {14, 15, 1000}) EXPECT_DOUBLE_EQ(rate_of(schedule, step), 0.2);
+    EXPECT_DOUBLE_EQ(rate_of("constant", 1000), 1.0);
+}
+
+TEST(Schedule, NoWarmUpStartsAtTheHighestRate) {
+    TrainOptions o = schedule_options("linear");
+    o.warmup = 0;
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{10, 0}, 0, 0), 1.0);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{10, 0}, 5, 0.5), 0.6);
+}
+
+TEST(Schedule, FollowsTheClockWhenOnlyTimeIsLimited) {
+    Goal goal{0, 100};
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 0, 20), 0.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 40, 20), 0.5);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 90, 20), 1.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 1, 200), 1.0);
+    EXPECT_DOUBLE_EQ(learning_rate(schedule_options("linear"), goal, 7, 0.5), 0.6);
+    Goal both{10, 100};
+    EXPECT_DOUBLE_EQ(run_progress(both, 5, 90, 20), 0.5) << "steps decide where they are given";
+}
+
+TEST(Options, NumbersOutsideTheirRangeAreRefused) {
+    auto refused = [](const CLI::Validator& check, std::string word) { return check(word) != ""; };
+    CLI::Validator whole = in_range<int>(1, 100), number = in_range<double>(0, 10);
+    for (const char* word : {"1", "100", "+7"}) EXPECT_FALSE(refused(whole, word)) << word;
+    for (const char* word : {"0", "101", "-1", "1.5", "1e1", "0x10", "", "abc", "7a", "nan", "inf",
+                             "99999999999999999999"})
+        EXPECT_TRUE(refused(whole, word)) << word;
+    for (const char* word : {"0", "10", "2e-3", ".5"}) EXPECT_FALSE(refused(number, word)) << word;
+    for (const char* word : {"-0.1", "10.1", "nan", "NaN", "inf", "-inf", "1e999", "0x1p2", ""})
+        EXPECT_TRUE(refused(number, word)) << word;
+}
+
+TEST(Options, TheNearestWordIsSuggested) {
+    EXPECT_EQ(edit_distance("batch", "batch"), 0u);
+    EXPECT_EQ(edit_distance("bacth", "batch"), 1u);
+    EXPECT_EQ(edit_distance("", "abc"), 3u);
+    EXPECT_EQ(nearest("--bacth-size", {"--steps", "--batch-size", "--beta1"}), "--batch-size");
+}
+
+TEST(Options, AccumulationFollowsFromTheTokensOfAStep) {
+    TrainOptions o;
+    o.batch_size = 4;
+    EXPECT_EQ(accumulation(o, 8, 1), 1);
+    o.total_batch_tokens = 128;
+    EXPECT_EQ(accumulation(o, 8, 1), 4);
+    EXPECT_EQ(accumulation(o, 8, 2), 2);
+    o.total_batch_tokens = 100;
+    std::string error = error_of([&] { accumulation(o, 8, 1); });
+    EXPECT_NE(error.find("96 or 128"), std::string::npos) << error;
+    o.batch_size = 1 << 24;
+    EXPECT_EQ(error_of([&] { accumulation(o, 1 << 20, 1); }).substr(0, 2), "2 ");
+}
+
+TEST(Options, ModelSizesOverrideTheNamedModelAndMustFit) {
+    ModelOptions o;
+    o.model = "tiny", o.layers = 3;
+    GPT2Config config = choose_model(o).config;
+    EXPECT_EQ(config.layers, 3);
+    EXPECT_EQ(config.channels, 128);
+    o.heads = 5, o.channels = 64;
+    EXPECT_EQ(error_of([&] { choose_model(o); }),
+              "2 --heads 5 --channels 64: heads must divide channels; 4 or 8 heads would fit, or "
+              "60 or 65 channels");
+    o.model = "gpt3";
+    EXPECT_EQ(error_of([&] { choose_model(o); }).substr(0, 22), "2 --model gpt3: no suc");
+    EXPECT_EQ(choose_sequence_length(0, config), 128);
+    EXPECT_EQ(choose_sequence_length(5, config), 5);
+    EXPECT_EQ(error_of([&] { choose_sequence_length(129, config); }).substr(0, 2), "2 ");
+}
+
+TEST(Plan, AddsUpToWhatTheTwinAllocates) {
+    for (bool training : {false, true}) {
+        for (int generate : {0, 1, 3}) {
+            GPT2Config config = default_config();
+            config.vocab_size = 1000;
+            GPT2Shape shape{3, 17, training, generate, 2};
+            size_t parameters = allocated_parameters(config) * (training ? 4 : 1);
+            size_t numbers = parameters + allocated_activations(config, shape);
+            EXPECT_EQ(total_bytes(memory_plan(config, shape)), numbers * sizeof(real));
+        }
+    }
+}
+
+TEST(Plan, NumbersForPeopleAreReadable) {
+    EXPECT_EQ(with_commas(0), "0");
+    EXPECT_EQ(with_commas(999), "999");
+    EXPECT_EQ(with_commas(1234567), "1,234,567");
+    EXPECT_EQ(readable_bytes(1536), "1.5 KiB");
+    EXPECT_EQ(readable_time(3723), "1:02:03");
+    EXPECT_EQ(readable_time(INFINITY), "years");
+    EXPECT_EQ(readable_rate(23456), "23.5k");
+}
+
+TEST(Data, TheLastTenthOfShardsIsForValidation) {
+    std::string folder = test_folder();
+    std::vector<int> ids(100);
+    for (int i = 0; i < 100; i++) ids[size_t(i)] = i;
+    write_shard(folder + "/a.bin", ids);
+    write_shard(folder + "/b.bin", std::vector<int>(ids.begin(), ids.begin() + 5));
+    TrainOptions o;
+    o.data = {folder + "/*.bin"};
+    TrainingData data = read_data(o, choose_model(o.model), folder);
+    EXPECT_EQ(count_tokens(data.train), 94u);
+    EXPECT_EQ(count_tokens(data.val), 11u);
+    ASSERT_EQ(data.val.size(), 2u);
+    EXPECT_EQ(data.train.back()[93], 93);
+    EXPECT_EQ(data.val[0][0], 94);
+    EXPECT_EQ(data.val[1][4], 4);
+}
+
+TEST(Data, TextShorterThanAWindowSaysWhatWouldFit) {
+    SmallRun run;
+    write_file_atomic(run.options.data[0], "ab");
+    std::string error = error_of([&] { run.train(); });
+    EXPECT_EQ(error.substr(0, 2), "2 ");
+    EXPECT_NE(error.find("text.txt"), std::string::npos) << error;
+    write_file_atomic(run.options.data[0], "abcdefghijk");
+    run.options.tokenizer = "bytes";
+    run.options.model.context = 64;
+    error = error_of([&] { run.train(); });
+    EXPECT_NE(error.find("--sequence-length 8"), std::string::npos) << error;
+}
+
+TEST(Data, ATrainedTokenizerIsKeptAndADamagedOneMadeAnew) {
+    std::string folder = test_folder(), text = some_text(300);
+    uint64_t first = train_bpe_cached(text, 280, folder).fingerprint();
+    std::string file;
+    for (const auto& entry : fs::recursive_directory_iterator(folder))
+        if (entry.path().filename() == "tokenizer.json") file = entry.path().string();
+    ASSERT_NE(file, "");
+    Tokenizer::train_bpe(text, 270).save(fs::path(file).parent_path().string());
+    EXPECT_NE(train_bpe_cached(text, 280, folder).fingerprint(), first) << "taken from the cache";
+    write_file_atomic(file, "{");
+    EXPECT_EQ(train_bpe_cached(text, 280, folder).fingerprint(), first);
+}
+
+TEST(Run, WritesOneRecordAStepAndAModelThatLoads) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    std::vector<json> log = run.log();
+    ASSERT_EQ(log.size(), 6u);
+    for (size_t i = 0; i < log.size(); i++) {
+        EXPECT_EQ(log[i].at("step"), i + 1);
+        for (const char* key :
+             {"train_loss", "learning_rate", "grad_norm", "tokens_per_s", "step_ms", "epoch"})
+            EXPECT_TRUE(log[i].at(key).is_number()) << key;
+        bool evaluated = i % 2 == 1;
+        EXPECT_EQ(log[i].contains("val_loss"), evaluated);
+        EXPECT_EQ(log[i].contains("val_bits_per_byte"), evaluated);
+    }
+    EXPECT_NEAR(log[0].at("train_loss").get<double>(), std::log(270), 0.1);
+    EXPECT_DOUBLE_EQ(log[0].at("learning_rate"), 1e-3);
+    EXPECT_EQ(run.state().at("step"), 6u);
+    EXPECT_TRUE(run.state().at("finished"));
+    EXPECT_TRUE(describe_path(run.options.out).intact);
+    EXPECT_TRUE(path_exists(run.out("step_00000003/model.safetensors")));
+}
+
+TEST(Run, ResumedAtEveryStepItEndsWithTheSameBits) {
+    SmallRun whole, parts;
+    for (SmallRun* run : {&whole, &parts}) {
+        run->options.model.dropout = 0.2;
+        run->options.total_batch_tokens = 72;
+    }
+    EXPECT_EQ(whole.train(), 0);
+    EXPECT_EQ(parts.train_step_by_step(), 0);
+    expect_same_file(whole.out("last/model.safetensors"), parts.out("last/model.safetensors"));
+    expect_same_file(whole.out("last/optimizer.safetensors"),
+                     parts.out("last/optimizer.safetensors"));
+    std::vector<json> a = whole.log(), b = parts.log();
+    ASSERT_EQ(a.size(), b.size());
+    for (size_t i = 0; i < a.size(); i++) {
+        for (const char* key : {"step", "train_loss", "learning_rate", "grad_norm", "epoch"})
+            EXPECT_EQ(a[i].at(key), b[i].at(key)) << key << " of record " << i;
+        EXPECT_EQ(a[i].value("val_loss", 0.0), b[i].value("val_loss", 0.0));
+    }
+    for (const char* key : {"best_val_loss", "best_step", "loader", "tokens"})
+        EXPECT_EQ(whole.state().at(key), parts.state().at(key)) << key;
+}
+
+TEST(Run, TheSameCommandTwiceGivesTheSameBitsAndAnotherSeedOthers) {
+    SmallRun a, b, c;
+    c.options.seed = 7;
+    for (SmallRun* run : {&a, &b, &c}) EXPECT_EQ(run->train(), 0);
+    expect_same_file(a.out("last/model.safetensors"), b.out("last/model.safetensors"));
+    EXPECT_GT(largest_difference(a.out("last/model.safetensors"), c.out("last/model.safetensors")),
+              1e-3);
+}
+
+TEST(Run, FourMicroBatchesOfOneEqualOneOfFour) {
+    SmallRun one, four;
+    four.options.batch_size = 1;
+    four.options.total_batch_tokens = 4 * 9;
+    for (SmallRun* run : {&one, &four}) {
+        run->options.model.dropout = 0.1;
+        run->options.epsilon = 1e-4;  // where a gradient is nearly 0, Adam makes its rounding count
+        EXPECT_EQ(run->train(), 0);
+    }
+    EXPECT_LT(
+        largest_difference(one.out("last/model.safetensors"), four.out("last/model.safetensors")),
+        2e-6);
+    for (size_t i = 0; i < 6; i++)
+        EXPECT_NEAR(one.log()[i].at("train_loss").get<double>(),
+                    four.log()[i].at("train_loss").get<double>(), 1e-5);
+}
+
+TEST(Run, OverfitsOneBatchToNearlyNothing) {
+    SmallRun run;
+    run.options.overfit_one_batch = true;
+    run.options.model.channels = 32;
+    run.options.steps = 250, run.options.learning_rate = 1e-2, run.options.weight_decay = 0;
+    run.options.save_every = 0;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_LT(run.log().back().at("train_loss").get<double>(), 0.01);
+    EXPECT_FALSE(run.log().back().contains("val_loss"));
+}
+
+TEST(Run, StopsEarlyWhenEvaluationsDoNotGain) {
+    SmallRun run;
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    run.options.steps = 50, run.options.early_stop = 2;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.state().at("step"), 6u);
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+    EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000002");
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000006");
+}
+
+TEST(Run, KeepsTheBestBesideTheNewest) {
+    SmallRun run;
+    run.options.learning_rate = 0, run.options.keep = 1, run.options.save_every = 1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(path_exists(run.out("step_00000002")));
+    EXPECT_FALSE(path_exists(run.out("step_00000005")));
+    EXPECT_TRUE(path_exists(run.out("step_00000006")));
+}
+
+TEST(Run, AFinishedRunIsNotTrainedOnUnlessMoreIsAskedFor) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    std::string error = error_of([&] { run.train(); });
+    EXPECT_EQ(error.substr(0, 2), "2 ");
+    EXPECT_NE(error.find("finished run of 6 steps"), std::string::npos) << error;
+    run.options.steps = 8;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.log().size(), 8u);
+    run.options.resume = "never";
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(path_exists(run.options.out + ".1/step_00000008")) << "set aside, not lost";
+    EXPECT_EQ(run.log().size(), 8u);
+}
+
+TEST(Run, AnotherModelSeedOrTextIsRefusedWithBothValues) {
+    SmallRun run;
+    stop_signal() = SIGINT;
+    EXPECT_EQ(run.train(), 130);
+    stop_signal() = 0;
+    TrainOptions first = run.options;
+    auto expect_refusal = [&](const std::string& what) {
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_NE(error.find(what), std::string::npos) << error;
+        run.options = first;
+    };
+    run.options.model.layers = 3;
+    expect_refusal("layers is 2 there and 3 here");
+    run.options.seed = 1;
+    expect_refusal("seed is 42 there and 1 here");
+    run.options.sequence_length = 5;
+    expect_refusal("sequence length is 9 there and 5 here");
+    run.options.tokenizer = "bytes";
+    expect_refusal("vocabulary is 270 there and 257 here");
+    write_file_atomic(run.options.data[0], some_text(701));
+    expect_refusal("data is ");
+}
+
+TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    std::string whole = read_file(run.out("last/model.safetensors"));
+    run.options.resume = run.out("step_00000003");
+    run.options.out = "";
+    EXPECT_EQ(run.train(), 0);
+    run.options.out = run.folder + "/run";
+    EXPECT_EQ(run.log().size(), 6u);
+    EXPECT_TRUE(read_file(run.out("last/model.safetensors")) == whole);
+    run.options.resume = run.folder + "/nothing";
+    EXPECT_EQ(error_of([&] { run.train(); }).substr(0, 11), "2 --resume ");
+}
+
+TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
+    std::string folder = test_folder();
+    write_file_atomic(folder + "/log.jsonl",
+                      "{\"step\":1}\n{\"step\":2}\n[3]\nnoise\n{\"step\":3}\n{\"st");
+    { RunLog log(folder, 2); }
+    EXPECT_EQ(read_file(folder + "/log.jsonl"), "{\"step\":1}\n{\"step\":2}\n");
+    {
+        RunLog log(folder, 2);
+        log.write({{"step", 3}});
+    }
+    EXPECT_EQ(read_file(folder + "/log.jsonl"), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+}
+
+TEST(Run, ADamagedStateIsRefused) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    json root = run.state();
+    for (const char* key : {"format", "tokens", "loader", "elapsed_s", "finished", "goal", "run"}) {
+        json damaged = root;
+        damaged[key] = "x";
+        write_file_atomic(run.folder + "/trainer.json", damaged.dump());
+        json identity;
+        bool any = std::string(key) == "run";  // compared, not interpreted
+        EXPECT_EQ(error_of([&] { read_state(run.folder, &identity); }) == "", any) << key;
+    }
+    fs::resize_file(run.out("step_00000006/model.safetensors"), 1000);
+    fs::resize_file(run.out("step_00000003/trainer.json"), 10);
+    run.options.steps = 9;
+    EXPECT_EQ(run.train(), 0) << "goes on from the newest checkpoint that is intact";
+    EXPECT_EQ(run.log().size(), 9u);
+}
+
+TEST(Run, AFolderOfWeightsIsWhereFineTuningStarts) {
+    SmallRun run, tuned;
+    EXPECT_EQ(run.train(), 0);
+    tuned.options.model = {};
+    tuned.options.model.model = run.options.out;
+    tuned.options.tokenizer = "auto";
+    tuned.options.learning_rate = 0, tuned.options.steps = 1;
+    EXPECT_EQ(tuned.train(), 0);
+    expect_same_file(run.out("last/model.safetensors"), tuned.out("last/model.safetensors"));
+    tuned.options.out += "-2";
+    tuned.options.model.layers = 3;
+    EXPECT_EQ(error_of([&] { tuned.train(); }).substr(0, 13), "2 --layers 3:");
+}
+
+TEST(Run, ALossThatIsNotANumberEndsIt) {
+    SmallRun run, tuned;
+    run.options.steps = 1;
+    EXPECT_EQ(run.train(), 0);
+    GPT2Config config = read_config(resolve_model_folder(run.options.out));
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{}, 0, 1));
+    load_model(model.get(), resolve_model_folder(run.options.out));
+    std::vector<real> huge(size_t(config.channels), std::numeric_limits<real>::max());
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, huge.data());
+    Tokenizer tokenizer = Tokenizer::load(resolve_model_folder(run.options.out));
+    save_model(model.get(), &tokenizer, tuned.folder + "/huge");
+    tuned.options.model = {};
+    tuned.options.model.model = tuned.folder + "/huge";
+    tuned.options.tokenizer = "auto";
+    std::string error = error_of([&] { tuned.train(); });
+    EXPECT_EQ(error.substr(0, 2), "1 ");
+    EXPECT_NE(error.find("step 1: loss"), std::string::npos) << error;
+    EXPECT_EQ(latest_checkpoint(tuned.options.out), "");
+}
+
+TEST(Run, ATimeLimitFinishesTheRun) {
+    SmallRun run;
+    run.options.steps = 0, run.options.time_limit_s = 1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(run.state().at("finished"));
+    EXPECT_GE(run.log().size(), 1u);
+    EXPECT_TRUE(run.log().back().contains("val_loss"));
+}
+
+TEST(Run, FolderNamesFollowTheData) {
+    EXPECT_EQ(default_out({"some/where/text.txt"}), "runs/text");
+    EXPECT_EQ(default_out({"some/where/"}), "runs/where");
+    EXPECT_EQ(default_out({"some/shards/*.bin"}), "runs/shards");
+    EXPECT_EQ(default_out({"."}), "runs/text");
+    TrainOptions o;
+    o.data = {"text.txt"};
+    EXPECT_EQ(cache_folder(o), "runs/cache");
+    o.out = "a/b/";
+    EXPECT_EQ(cache_folder(o), "a/cache");
+    o.out = "b";
+    EXPECT_EQ(cache_folder(o), "cache");
+}
+
+TEST(Evaluate, CountsEveryTokenOnceWhateverTheBatch) {
+    std::string folder = test_folder();
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 8;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}, 0, 1));
+    gpt2_initialise(model.get(), 1);
+    std::string text = some_text(20);
+    std::vector<int> ids = Tokenizer::bytes().encode(text);
+    write_shard(folder + "/text.bin", ids);
+    std::vector<Shard> shards{Shard(folder + "/text.bin", 257)};
+    std::vector<int> bytes = bytes_per_token(Tokenizer::bytes());
+    Evaluation one = evaluate_model(model.get(), shards, bytes, 1, 8, 0);
+    Evaluation four = evaluate_model(model.get(), shards, bytes, 4, 8, 0);
+    EXPECT_EQ(one.tokens, ids.size() - 1);
+    EXPECT_EQ(four.tokens, ids.size() - 1);
+    EXPECT_NEAR(one.loss, four.loss, 1e-5);
+    EXPECT_NEAR(one.loss, std::log(257), 0.1);
+    EXPECT_NEAR(one.bits_per_byte, one.loss / M_LN2, 1e-12) << "a token is a byte";
+    EXPECT_NEAR(one.perplexity(), std::exp(one.loss), 1e-9);
+    EXPECT_TRUE(std::isnan(evaluate_model(model.get(), shards, {}, 4, 8, 0).bits_per_byte));
+    EXPECT_EQ(evaluate_model(model.get(), shards, bytes, 4, 8, 2).tokens, 16u);
+}
+
+TEST(Sampling, NeverCutsACharacter) {
+    EXPECT_EQ(unfinished_bytes(""), 0u);
+    EXPECT_EQ(unfinished_bytes("abc"), 0u);
+    EXPECT_EQ(unfinished_bytes("ab\xC3"), 1u);
+    EXPECT_EQ(unfinished_bytes("ab\xC3\xA9"), 0u);
+    EXPECT_EQ(unfinished_bytes("\xE2\x82"), 2u);
+    EXPECT_EQ(unfinished_bytes("\xE2\x82\xAC"), 0u);
+    EXPECT_EQ(unfinished_bytes("\xF0\x9F\x98"), 3u);
+    EXPECT_EQ(unfinished_bytes("\xF0\x9F\x98\x80"), 0u);
+    EXPECT_EQ(unfinished_bytes("\x80\x80\x80\x80"), 0u) << "bytes that continue nothing";
+    EXPECT_EQ(unfinished_bytes("\xFF"), 0u);
+}
+
+TEST(Sampling, GoesOnBeyondTheContextAndIsRepeatable) {
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 6;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    GPT2Shape shape{1, 4, false, 1, 1};
+    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    gpt2_initialise(model.get(), 3);
+    Tokenizer tokenizer = Tokenizer::bytes();
+    auto draw = [&](uint64_t seed, size_t tokens) {
+        Sampler sampler({1, 0, 1}, seed);
+        std::string text;
+        generate_text(model.get(), tokenizer, starting_tokens({65, 66}, tokenizer, 6), tokens,
+                      sampler, [&](std::string_view bytes) { return text += bytes, true; });
+        return text;
+    };
+    std::string text = draw(5, 40);
+    EXPECT_EQ(text, draw(5, 40));
+    EXPECT_NE(text, draw(6, 40));
+    size_t longest = 0;  // one may meet the end of text by chance
+    for (uint64_t seed = 1; seed <= 5; seed++) longest = std::max(longest, draw(seed, 40).size());
+    EXPECT_GT(longest, 30u);
+    EXPECT_EQ(draw(5, 0), "");
+}
+
+TEST(Sampling, StartsFromTheEndOfThePromptOrTheEndOfText) {
+    Tokenizer tokenizer = Tokenizer::bytes();
+    EXPECT_EQ(starting_tokens({}, tokenizer, 4), std::vector<int>({256}));
+    EXPECT_EQ(starting_tokens({1, 2, 3}, tokenizer, 4), std::vector<int>({1, 2, 3}));
+    EXPECT_EQ(starting_tokens({1, 2, 3, 4, 5}, tokenizer, 4), std::vector<int>({3, 4, 5}));
+    EXPECT_EQ(starting_tokens({1, 2}, tokenizer, 1), std::vector<int>({2}));
+}
+
+// ==== the command line ===========================================================================
+
+#ifndef GPT2_BINARY
+#    define GPT2_BINARY "./train_gpt2"
+#endif
+
+namespace cli_test {
+
+std::string binary() {
+    const char* path = getenv("GPT2_BINARY");
+    return fs::absolute(path != nullptr ? path : GPT2_BINARY).string();
+}
+
+struct Outcome {
+    int code = -1;  // 128 + the signal when one ended it
+    std::string out, err;
+
+    size_t error_lines() const { return size_t(std::count(err.begin(), err.end(), '\n')); }
+};
+
+// One call of the program in a working folder of its own. `file_limit` is the most bytes that a
+// file may have, which stands in for a full disk.
+struct Call {
+    std::string folder;
+    std::vector<std::string> words;
+    std::string input = {};
+    rlim_t file_limit = RLIM_INFINITY;
+    int out_fd = -1;  // in place of a file
+
+    pid_t start() const {
+        write_file_atomic(folder + "/stdin", input);
+        std::vector<std::string> all = {binary()};
+        all.insert(all.end(), words.begin(), words.end());
+        std::vector<char*> argv;
+        for (std::string& word : all) argv.push_back(word.data());
+        argv.push_back(nullptr);
+        pid_t child = fork();
+        if (child != 0) return child;
+        int in = open((folder + "/stdin").c_str(), O_RDONLY);
+        int out = out_fd >= 0
+                      ? out_fd
+                      : open((folder + "/stdout").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+        int err = open((folder + "/stderr").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+        dup2(in, 0), dup2(out, 1), dup2(err, 2);
+        struct rlimit limit = {file_limit, file_limit};
+        setrlimit(RLIMIT_FSIZE, &limit);
+        signal(SIGXFSZ, SIG_IGN);  // a write beyond the limit fails instead
+        if (chdir(folder.c_str()) != 0) _exit(126);
+        execv(argv[0], argv.data());
+        _exit(127);
+    }
+    Outcome finish(pid_t child) const {
+        Outcome outcome;
+        int status = 0;
+        waitpid(child, &status, 0);
+        outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        if (out_fd < 0) outcome.out = read_file(folder + "/stdout");
+        outcome.err = read_file(folder + "/stderr");
+        return outcome;
+    }
+    Outcome run() const { return finish(start()); }
+};
+
+class Cli : public testing::Test {
+  protected:
+    void SetUp() override {
+        if (!fs::exists(binary())) GTEST_SKIP() << "there is no program at " << binary();
+        folder_ = test_folder();
+        std::string text;
+        for (int i = 0; i < 60; i++) text += "The cat sat on mat " + std::to_string(i * i) + ".\n";
+        write_file_atomic(folder_ + "/text.txt", text);
+    }
+
+    Outcome call(std::vector<std::string> words, const std::string& input = "") const {
+        return Call{folder_, std::move(words), input}.run();
+    }
+
+    // `train` of a model that takes a moment; later words override nothing and must be new.
+    static std::vector<std::string> train_words(const std::vector<std::string>& more) {
+        std::vector<std::string> words = {
+            "train", "--layers",     "1", "--heads",   "1", "--channels", "8", "--context",
+            "16",    "--batch-size", "2", "--threads", "1"};
+        words.insert(words.end(), more.begin(), more.end());
+        return words;
+    }
+
+    // A trained model in folder_/run, with a character vocabulary.
+    void make_model(const std::string& tokenizer = "chars") {
+        Outcome made = call(train_words(
+            {"--data", "text.txt", "--tokenizer", tokenizer, "--steps", "2", "--out", "run"}));
+        ASSERT_EQ(made.code, 0) << made.err;
+    }
+
+    // The contract of every error: the code, one line, and in it what matters.
+    static void expect_error(const Outcome& outcome, int code, const std::string& part) {
+        EXPECT_EQ(outcome.code, code) << outcome.err;
+        EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
+        std::string name = fs::path(binary()).filename().string();
+        EXPECT_EQ(outcome.err.rfind(name + ": error: ", 0), 0u) << outcome.err;
+        EXPECT_NE(outcome.err.find(part), std::string::npos) << outcome.err << "lacks " << part;
+    }
+    void expect_train_error(const std::vector<std::string>& more, int code,
+                            const std::string& part) const {
+        expect_error(call(train_words(more)), code, part);
+    }
+
+    void write(const std::string& name, const std::string& content) const {
+        fs::create_directories(fs::path(folder_ + "/" + name).parent_path());
+        write_file_atomic(folder_ + "/" + name, content);
+    }
+    std::string path(const std::string& name) const { return folder_ + "/" + name; }
+
+    std::string folder_;
+};
+
+}  // namespace cli_test
+using cli_test::Call;
+using cli_test::Cli;
+using cli_test::Outcome;
+
+TEST_F(Cli, EveryCommandHasHelp) {
+    std::vector<std::vector<std::string>> commands = {{},
+                                                      {"train"},
+                                                      {"sample"},
+                                                      {"evaluate"},
+                                                      {"shard"},
+                                                      {"dump"},
+                                                      {"plan"},
+                                                      {"info"},
+                                                      {"tokenizer"},
+                                                      {"tokenizer", "train"},
+                                                      {"tokenizer", "encode"},
+                                                      {"tokenizer", "decode"}};
+    for (std::vector<std::string> words : commands) {
+        words.push_back("--help");
+        Outcome help = call(words);
+        EXPECT_EQ(help.code, 0) << words[0];
+        EXPECT_EQ(help.err, "");
+        EXPECT_NE(help.out.find("--help"), std::string::npos);
+    }
+    std::string help = call({"train", "--help"}).out;
+    EXPECT_NE(help.find("--batch-size N "), std::string::npos);
+    EXPECT_NE(help.find("[0.1]"), std::string::npos) << "defaults are shown";
+    for (size_t begin = 0, end; (end = help.find('\n', begin)) != std::string::npos;
+         begin = end + 1)
+        EXPECT_LE(end - begin, 100u) << help.substr(begin, end - begin);
+}
+
+TEST_F(Cli, MisspeltWordsGetTheNearest) {
+    expect_error(call({}), 2, "no command");
+    expect_error(call({"tokenizer"}), 2, "no command");
+    expect_error(call({"trian"}), 2, "did you mean train?");
+    expect_error(call({"train", "--bacth-size", "4"}), 2,
+                 "unknown option --bacth-size: did you mean --batch-size?");
+    expect_error(call({"train", "--data", "text.txt", "--lerning-rate=1"}), 2,
+                 "--lerning-rate: did you mean --learning-rate?");
+    expect_error(call({"tokenizer", "encode", "--tokeniser", "x"}), 2, "--tokenizer?");
+    expect_error(call({"train", "--data", "text.txt", "-x"}), 2, "unknown option -x");
+    expect_error(call({"train", "text.txt"}), 2, "text.txt");
+    expect_error(call({"train", "--data"}), 2, "--data");
+    expect_error(call({"train"}), 2, "--data");
+    expect_error(call({"train", "--data", "text.txt", "--steps", "2", "--steps", "3"}), 2,
+                 "--steps");
+}
+
+TEST_F(Cli, ValuesOutOfRangeAreRefused) {
+    const char* cases[][2] = {{"--batch-size", "0"},
+                              {"--batch-size", "-3"},
+                              {"--batch-size", "two"},
+                              {"--batch-size", "1.5"},
+                              {"--steps", "0"},
+                              {"--learning-rate", "nan"},
+                              {"--learning-rate", "NaN"},
+                              {"--learning-rate", "inf"},
+                              {"--learning-rate", "-inf"},
+                              {"--learning-rate", "-1"},
+                              {"--dropout", "1"},
+                              {"--beta2", "1"},
+                              {"--epsilon", "0"},
+                              {"--schedule", "sine"},
+                              {"--dtype", "fp8"},
+                              {"--dtype", "bf16"},
+                              {"--time-limit", "nan"},
+                              {"--seed", "-1"},
+                              {"--keep", "-1"},
+                              {"--threads", "0"},
+                              {"--tokenizer", "bpe:5"},
+                              {"--tokenizer", "bpe:x"},
+                              {"--tokenizer", "nothing"},
+                              {"--sequence-length", "17"},
+                              {"--total-batch-tokens", "33"}};
+    for (auto [option, value] : cases) {
+        std::vector<std::string> words = {"train", "--data", "text.txt", "--context",
+                                          "16",    option,   value};
+        std::string part = std::string(value) == "nothing" ? "nothing" : option;
+        expect_error(call(words), 2, part);
+    }
+    expect_error(call({"train", "--data", "text.txt", "--heads", "5", "--channels", "64"}), 2,
+                 "--heads 5 --channels 64: heads must divide channels");
+    expect_error(call({"train", "--data", "text.txt", "--steps", "1", "--epochs", "1"}), 2,
+                 "--steps and --epochs");
+    EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
+}
+
+TEST_F(Cli, DataThatIsNoDataIsRefused) {
+    expect_train_error({"--data", "missing.txt"}, 2, "missing.txt");
+    expect_train_error({"--data", "*.nothing"}, 2, "*.nothing");
+    write("empty.txt", "");
+    expect_train_error({"--data", "empty.txt"}, 2, "empty.txt");
+    write("short.txt", "Too short.");
+    expect_train_error({"--data", "short.txt", "--tokenizer", "bytes"}, 2, "--sequence-length");
+    write("one.txt", "a");
+    expect_train_error({"--data", "one.txt"}, 2, "one.txt");
+    fs::create_directories(path("nothing/.hidden"));
+    write("nothing/.hidden/text.txt", "text");
+    expect_train_error({"--data", "nothing"}, 2, "nothing");
+    expect_train_error({"--data", "/dev/null"}, 2, "/dev/null");
+    expect_train_error({"--data", "text.txt", "--val", "missing.txt"}, 2, "missing.txt");
+}
+
+TEST_F(Cli, TextThatIsNotUtf8IsKeptAsBytes) {
+    std::string bytes;
+    for (int i = 0; i < 2000; i++) bytes += char(i * 7 + i / 256);
+    write("bytes.txt", bytes);
+    Outcome trained = call(train_words({"--data", "bytes.txt", "--steps", "2", "--out", "run"}));
+    ASSERT_EQ(trained.code, 0) << trained.err;
+    Outcome ids = call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt"});
+    EXPECT_EQ(ids.code, 0) << ids.err;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last"}, ids.out).out, bytes);
+    call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt", "--out", "x.npy"});
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last", "--in", "x.npy"}).out, bytes);
+}
+
+TEST_F(Cli, ShardsAreCheckedWhenTheyAreOpened) {
+    write_shard(path("good.bin"), std::vector<int>(200, 7));
+    std::string good = read_file(path("good.bin"));
+    EXPECT_EQ(call(train_words({"--data", "good.bin", "--steps", "1", "--out", "run"})).code, 0);
+    for (size_t size : {0, 1, 3, 4, 11, 12, 1023, 1024, 1025, 1200, 1423}) {
+        write("cut.bin", good.substr(0, size));
+        expect_train_error({"--data", "cut.bin"}, 2, "cut.bin");
+    }
+    write("long.bin", good + "x");
+    expect_train_error({"--data", "long.bin"}, 2, "long.bin");
+    write_shard(path("past.bin"), std::vector<int>(200, 60000));
+    expect_train_error({"--data", "past.bin"}, 2, "60000");
+    expect_train_error({"--data", "good.bin", "text.txt"}, 2, "not both");
+    expect_train_error({"--data", "text.txt", "good.bin"}, 2, "not both");
+}
+
+TEST_F(Cli, PlacesThatCannotBeWrittenAreTheMachinesFault) {
+    for (const char* out : {"/proc/nothing/run", "/dev/null/run", "text.txt/run"})
+        expect_train_error({"--data", "text.txt", "--steps", "1", "--out", out}, 1, "cannot");
+    expect_error(call({"tokenizer", "train", "--data", "text.txt", "--out", "/proc/nothing"}), 1,
+                 "/proc/nothing");
+}
+
+TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
+    for (rlim_t limit : {100, 3000, 9000, 20000}) {
+        Call full{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
+                                        "30", "--out", "run"})};
+        full.file_limit = limit;
+        Outcome outcome = full.run();
+        expect_error(outcome, 1, "File too large");
+        fs::remove_all(path("run"));
+    }
+    make_model();
+    Call full{folder_, {"sample", "--threads", "1", "--model", "run"}};
+    full.out_fd = open("/dev/full", O_WRONLY);
+    expect_error(full.run(), 1, "standard output");
+    close(full.out_fd);
+}
+
+TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
+    make_model();
+    int ends[2];
+    ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    Call broken{folder_, {"sample", "--threads", "1", "--model", "run", "--num-samples", "50"}};
+    broken.out_fd = ends[1];
+    close(ends[0]);
+    Outcome outcome = broken.run();
+    close(ends[1]);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(outcome.err, "");
+}
+
+TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
+    make_model();
+    Outcome long_prompt = call({"sample", "--threads", "1", "--model", "run", "--max-new-tokens",
+                                "5", "--prompt", "The cat sat on mat 1. The cat sat"});
+    EXPECT_EQ(long_prompt.code, 0);
+    EXPECT_EQ(long_prompt.error_lines(), 1u) << long_prompt.err;
+    EXPECT_NE(long_prompt.err.find("the context 16: its last 15"), std::string::npos)
+        << long_prompt.err;
+    Outcome unknown =
+        call({"sample", "--threads", "1", "--model", "run", "--prompt", "The \xE2\x82\xAC cat"});
+    EXPECT_EQ(unknown.code, 0);
+    EXPECT_EQ(unknown.error_lines(), 1u);
+    EXPECT_NE(unknown.err.find("\xE2\x82\xAC"), std::string::npos) << unknown.err;
+    Outcome empty = call({"sample", "--threads", "1", "--model", "run", "--prompt", ""});
+    EXPECT_EQ(empty.code, 0);
+    EXPECT_EQ(empty.err, "");
+}
+
+TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
+    make_model();
+    std::vector<std::string> words = {"sample",           "--model", "run",    "--prompt", "The",
+                                      "--max-new-tokens", "30",      "--seed", "3"};
+    Outcome first = call(words);
+    EXPECT_EQ(first.out.rfind("The", 0), 0u);
+    EXPECT_EQ(first.out, call(words).out);
+    words.insert(words.end(), {"--out", "sample.txt"});
+    EXPECT_EQ(call(words).out, "");
+    EXPECT_EQ(read_file(path("sample.txt")), first.out);
+    const char* cases[][2] = {{"--temperature", "-1"},  {"--temperature", "nan"},
+                              {"--top-p", "0"},         {"--top-p", "1.5"},
+                              {"--top-k", "-1"},        {"--num-samples", "0"},
+                              {"--max-new-tokens", "0"}};
+    for (auto [option, value] : cases)
+        expect_error(call({"sample", "--threads", "1", "--model", "run", option, value}), 2,
+                     option);
+}
+
+TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
+    expect_error(call({"sample", "--model", "missing"}), 2, "missing");
+    expect_error(call({"sample", "--model", "text.txt"}), 2, "text.txt");
+    expect_error(call({"sample", "--model", "."}), 2, "neither");
+    write("llama/config.json", "{\"model_type\": \"llama\", \"vocab_size\": 10}");
+    for (const char* command : {"sample", "evaluate"})
+        expect_error(call({command, "--model", "llama", "--data", "text.txt"}), 2,
+                     std::string(command) == "sample" ? "--data" : "llama");
+    expect_error(call({"sample", "--model", "llama"}), 2, "model_type");
+    expect_error(call({"train", "--data", "text.txt", "--model", "llama"}), 2, "model_type");
+    write("broken/config.json", "{\"model_type\": ");
+    expect_error(call({"sample", "--model", "broken"}), 2, "broken/config.json");
+    make_model();
+    fs::resize_file(path("run/last/model.safetensors"), 500);
+    expect_error(call({"sample", "--threads", "1", "--model", "run"}), 2, "model.safetensors");
+    EXPECT_EQ(call({"info", "run"}).code, 2);
+    EXPECT_EQ(call({"info", "text.txt"}).code, 0);
+    expect_error(call({"info", "missing"}), 2, "missing");
+    expect_error(call({"info"}), 2, "PATH");
+}
+
+TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
+    for (int signal : {SIGINT, SIGTERM}) {
+        std::string out = signal == SIGINT ? "run1" : "run2";
+        std::vector<std::string> words =
+            train_words({"--data", "text.txt", "--out", out, "--steps"});
+        words.push_back("100000000");
+        Call long_run{folder_, words};
+        pid_t child = long_run.start();
+        std::error_code ignored;
+        for (int i = 0; i < 3000; i++) {  // until it trains
+            usleep(10000);
+            if (fs::file_size(path(out + "/log.jsonl"), ignored) > 200 && !ignored) break;
+        }
+        kill(child, signal);
+        Outcome stopped = long_run.finish(child);
+        EXPECT_EQ(stopped.code, 128 + signal) << stopped.err;
+        EXPECT_NE(stopped.out.find("go on with: "), std::string::npos);
+        json trainer = json::parse(read_file(path(out + "/last/trainer.json")));
+        size_t step = trainer.at("step");
+        words.back() = std::to_string(step + 2);
+        Outcome rest = call(words);
+        EXPECT_EQ(rest.code, 0) << rest.err;
+        EXPECT_NE(rest.out.find("going on with"), std::string::npos);
+        trainer = json::parse(read_file(path(out + "/last/trainer.json")));
+        EXPECT_EQ(trainer.at("step"), step + 2);
+    }
+}
+
+TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
+    std::vector<std::string> words =
+        train_words({"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes"});
+    for (const char* out : {"runs/text", "runs/text-2"}) {
+        EXPECT_EQ(call(words).code, 0);
+        EXPECT_TRUE(fs::exists(path(std::string(out) + "/last/model.safetensors"))) << out;
+    }
+    expect_train_error(
+        {"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes", "--out", "runs/text"}, 2,
+        "finished run");
+}
+
+TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
+    write("val.txt", "The cat sat on mat 16.\nThe cat sat on mat 25.\n");
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--val", "val.txt", "--tokenizer", "bytes",
+                                "--steps", "3", "--out", "run"}))
+                  .code,
+              0);
+    std::string log = read_file(path("run/log.jsonl"));
+    log.pop_back();
+    json last = json::parse(log.substr(log.rfind('\n') + 1));
+    Outcome outcome = call({"evaluate", "--model", "run", "--data", "val.txt", "--json"});
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    json result = json::parse(outcome.out);
+    EXPECT_NEAR(result.at("loss").get<double>(), last.at("val_loss").get<double>(), 1e-6);
+    EXPECT_NEAR(result.at("bits_per_byte").get<double>(),
+                last.at("val_bits_per_byte").get<double>(), 1e-6);
+    EXPECT_EQ(result.at("tokens"), 45);
+    EXPECT_EQ(call({"evaluate", "--model", "run", "--data", "val.txt"}).code, 0);
+}
+
+TEST_F(Cli, ShardsMadeFromTextTrain) {
+    Outcome made = call({"shard", "--data", "text.txt", "--tokenizer", "bytes", "--out", "shards",
+                         "--shard-tokens", "500"});
+    ASSERT_EQ(made.code, 0) << made.err;
+    size_t tokens = 0;
+    for (const std::string& name : expand_paths({path("shards")}))
+        tokens += Shard(name, 257).size();
+    EXPECT_EQ(tokens, read_file(path("text.txt")).size());
+    Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
+                                        "--tokenizer", "bytes", "--steps", "2", "--out", "run"}));
+    EXPECT_EQ(trained.code, 0) << trained.err;
+    EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
+    expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
+                 "--tokenizer chars");
+}
+
+TEST_F(Cli, DumpRefusesIdsThatDoNotFit) {
+    make_model("bytes");
+    auto dump = [&](const std::vector<int>& ids, std::vector<size_t> shape) {
+        write_npy(path("ids.npy"), ids, shape);
+        return call({"dump", "--model", "run", "--tokens", "ids.npy", "--out", "d.safetensors"});
+    };
+    EXPECT_EQ(dump({1, 2, 3, 4, 5, -1}, {2, 3}).code, 0);
+    EXPECT_TRUE(fs::exists(path("d.safetensors")));
+    expect_error(dump({1, 2, 257}, {1, 3}), 2, "id 257 at (0, 2)");
+    expect_error(dump({1, 2, -2}, {1, 3}), 2, "id -2");
+    expect_error(dump({1, -1, -1}, {1, 3}), 2, "every target");
+    expect_error(dump({1, 2, 3}, {3}), 2, "(B, T+1)");
+    expect_error(dump(std::vector<int>(18, 1), {1, 18}), 2, "16 positions");
+}
+
+TEST_F(Cli, PlanTakesNoMemoryForTheModel) {
+    Outcome plan = call({"plan", "--model", "gpt2-xl", "--batch-size", "64"});
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_NE(plan.out.find("1,557,611,200"), std::string::npos) << plan.out;
+}
+
+TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
+    ASSERT_EQ(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "280", "--out", "tok"})
+            .code,
+        0);
+    Outcome ids = call({"tokenizer", "encode", "--tokenizer", "tok"}, "The cat");
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids.out).out, "The cat");
+    EXPECT_EQ(call({"tokenizer", "encode", "--tokenizer", "bytes"}, "").out, "\n");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 x"), 2, "byte 4");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "99999"), 2, "99999");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "chars"}, "x"), 2, "chars");
+    expect_error(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "256", "--out", "t"}), 2,
+        "--vocab-size");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "gpt2"}, "x"), 2, "vocab.bpe");
+}
+
+// ==== main ==========================================================================================
+
+// Gradients need double; what does not compute is tested once, in float.
+int main(int argc, char** argv) {
+    testing::InitGoogleTest(&argc, argv);
+    if (testing::GTEST_FLAG(filter) == "*")
+        testing::GTEST_FLAG(filter) =
+            kDouble ? "Gradient.*:Layer.*:Model.*:Golden.*" : "-Gradient.*";
+    int status = RUN_ALL_TESTS();
+    const testing::UnitTest& tests = *testing::UnitTest::GetInstance();
+    printf("%d passed, %d failed, %d skipped\n", tests.successful_test_count(),
+           tests.failed_test_count(), tests.skipped_test_count());
+    return status;
+}
