@@ -1,0 +1,189 @@
+# Builds, runs and tests train_gpt2; `make help` lists what it can do.
+#
+# What is made lies under build/, in a folder for each compiler and variant (build/g++,
+# build/clang++-double, ...), so that switching between them mixes nothing. ./train_gpt2 is a link
+# to the program that was built last. Variables that a user may set: CXX, CXXFLAGS, CPPFLAGS,
+# LDFLAGS, OPT, ARCH, ONEDNN=no; DATA, OUT, TIME, PROMPT for `make train`; BENCH for `make bench`.
+
+VARIANT ?=
+ARCH ?= -march=native
+OPT ?= -O3
+FOLDER := build/$(notdir $(firstword $(CXX)))$(if $(VARIANT),-$(VARIANT))
+
+.DEFAULT_GOAL := train_gpt2
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+# ==== what this machine has ======================================================================
+
+# Homebrew keeps its headers and libraries where no compiler looks for them.
+ifeq ($(shell uname),Darwin)
+    BREW := $(shell brew --prefix 2>/dev/null)
+    CPPFLAGS += $(if $(BREW),-isystem $(BREW)/include)
+    LDFLAGS += $(if $(BREW),-L$(BREW)/lib)
+endif
+export CXX CPPFLAGS
+
+# libgomp's threads wait for each other by spinning, for milliseconds unless told otherwise. On a
+# machine that does other work too they then burn the time that the thread they wait for needs: on
+# two busy cores a training step took seven times as long. 3,000 turns cost nothing where the cores
+# are free.
+export GOMP_SPINCOUNT ?= 3000
+
+# Words such as run:utf8proc.h, for the headers that the compiler does not find.
+MISSING := $(shell scripts/install_deps.sh missing)
+MISSING_HERE := $(filter run:%,$(MISSING))
+
+# ==== flags ======================================================================================
+
+# No -ffast-math: it would let the compiler assume that no number is NaN, and remove the checks.
+# -fno-math-errno: nobody reads errno after sqrt, and clang++ vectorises no loop that must set it.
+FLAGS := -std=c++20 $(OPT) $(ARCH) -fno-math-errno -fopenmp -pthread -Wall -Wextra -Werror
+LIBRARIES := -lutf8proc -lxxhash
+
+# The variants that the tests build beside the program itself. Central differences need double;
+# oneDNN has no double product, and the thread sanitizer cannot see into a library that it did not
+# compile, so both use the plain one. (-Wno-pass-failed: clang++ vectorises little at -O1, and
+# says so.)
+ifeq ($(VARIANT),double)
+    FLAGS += -DGPT2_REAL=double
+    override ONEDNN := no
+else ifeq ($(VARIANT),asan)
+    FLAGS += -O1 -g -Wno-pass-failed -fno-omit-frame-pointer
+    FLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
+else ifeq ($(VARIANT),tsan)
+    FLAGS += -O1 -g -Wno-pass-failed -fsanitize=thread
+    override ONEDNN := no
+else ifneq ($(VARIANT),)
+    $(error VARIANT=$(VARIANT): must be empty, double, asan or tsan)
+endif
+
+# Under clang++ the program is linked with libomp, while a distribution's oneDNN asks for libgomp.
+# No flag is needed for that: libomp exports libgomp's functions too, and as the program's own
+# dependency it is searched before a library's, so one runtime serves both and no cores are shared.
+ONEDNN ?= $(if $(filter fast:%,$(MISSING)),no,yes)
+ifeq ($(ONEDNN),yes)
+    FLAGS += -DGPT2_ONEDNN
+    LIBRARIES += -ldnnl
+endif
+FLAGS += $(CPPFLAGS) $(CXXFLAGS)
+
+# Objects depend on this file, which changes when the flags, the compiler or the processor (because
+# of -march=native) do. It is compared here and not in a rule so that `make -q` can answer 0.
+PROCESSOR := $(shell grep -i -m1 -E '^(flags|features)' /proc/cpuinfo 2>/dev/null | cksum)
+BUILT_WITH := $(shell $(CXX) --version 2>/dev/null | head -n 1) $(FLAGS) $(LDFLAGS) $(PROCESSOR)
+ifeq ($(filter clean format help,$(MAKECMDGOALS)),)
+    $(shell mkdir -p $(FOLDER); echo '$(BUILT_WITH)' | cmp -s - $(FOLDER)/flags || \
+        echo '$(BUILT_WITH)' >$(FOLDER)/flags)
+endif
+
+# ==== programs ===================================================================================
+
+.PHONY: programs help own-text train test bench sanitize format clean FORCE
+
+PLAIN_MATMUL := oneDNN not found: using the plain OpenMP matmul \
+    (scripts/install_deps.sh installs it)
+INCOMPLETE := cannot build without $(MISSING_HERE:run:%=%): scripts/install_deps.sh installs them, \
+    and so do make train and make test
+
+$(FOLDER)/%.o: %.cpp $(FOLDER)/flags
+	$(if $(MISSING_HERE),@echo "$(INCOMPLETE)" >&2; exit 1)
+	$(if $(filter fast:%,$(MISSING)),$(if $(filter train_gpt2.cpp,$<),@echo "$(PLAIN_MATMUL)"))
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $(OWN_FLAGS) -MMD -MP -c $< -o $@
+
+# The test source is large and tests code that train_gpt2.o holds, optimised: it comes second on the
+# link line, so that functions which both hold are taken from the first.
+$(FOLDER)/test_gpt2.o: OWN_FLAGS := -O1 -Wno-pass-failed
+
+# train_gpt2.o holds a weak main(), which gives way to that of the tests or the benchmarks.
+$(FOLDER)/train_gpt2: $(FOLDER)/train_gpt2.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
+	$(if $(MAKECMDGOALS),,@$(MAKE) --no-print-directory help)
+
+$(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
+$(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lbenchmark $(LIBRARIES)
+
+-include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d)
+
+train_gpt2: $(FOLDER)/train_gpt2
+	@ln -sf $< $@
+ifneq ($(shell readlink train_gpt2),$(FOLDER)/train_gpt2)
+.PHONY: train_gpt2
+endif
+
+programs: $(FOLDER)/train_gpt2 $(FOLDER)/test_gpt2
+
+# ==== what a person asks for =====================================================================
+
+help:
+	@echo "make            builds ./train_gpt2; ./train_gpt2 --help says what that can do"
+	@echo "make train      trains a model and samples from it: [DATA=path] [OUT=folder] [TIME=120]"
+	@echo "make test       runs every test, with every compiler that is here"
+	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
+	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
+	@echo "make format     applies .clang-format"
+	@echo "make clean      removes what was built"
+
+# The project's own text: every text file of the tree that no program made, without fixtures, found
+# without git, which a release archive has none of. grep -I passes over binary and empty files.
+HIDDEN_TEXT := .ci/run .clang-format .gitignore
+VISIBLE_TEXT = $(shell find * \( -path build -o -path runs -o -path shared -o -name fixtures \
+    -o -name __pycache__ -o -name '.?*' \) -prune -o -type f ! -name '*.tmp' \
+    ! -name '*.safetensors' ! -name '*.npy' -exec grep -Iq . {} \; -print | LC_ALL=C sort)
+
+own-text:
+	@printf '%s\n' $(HIDDEN_TEXT) $(VISIBLE_TEXT)
+
+# A copy of it, so that the commands that the program prints are short and name one folder.
+build/source: FORCE
+	@rm -rf $@ && mkdir -p $@ && tar cf - $(VISIBLE_TEXT) | tar xf - -C $@
+FORCE:
+
+# Unless OUT does, the program chooses the run folder (runs/source, runs/source-2, ...); the newest
+# is the one that it has just written.
+TIME ?= 120
+PROMPT ?= $(if $(DATA),,// ====)
+TEXT = $(or $(DATA),build/source $(HIDDEN_TEXT))
+RUN = $(or $(OUT),$$(ls -td runs/*/last | head -n 1 | xargs dirname))
+
+train: $(if $(DATA),,build/source)
+	@scripts/install_deps.sh run
+	@$(MAKE) --no-print-directory train_gpt2
+	./train_gpt2 train --data $(TEXT) $(if $(OUT),--out $(OUT)) --time-limit $(TIME)
+	@echo
+	@echo "---- a longer sample ----"
+	@./train_gpt2 sample --model $(RUN) --prompt "$(PROMPT)" --max-new-tokens 600 --temperature 0.8
+	@echo
+	@echo "---- what to try next ----"
+	@echo "other text        make train DATA=path (a file, or a folder of them)"
+	@echo "more time         make train TIME=600"
+	@echo "a larger model    ./train_gpt2 train --data $(TEXT) --model small --time-limit 600"
+	@echo "another sample    ./train_gpt2 sample --model $(RUN) --prompt \"...\" --temperature 0.7"
+	@echo "how good it is    ./train_gpt2 evaluate --model $(RUN) --data FILE"
+	@echo "every option      ./train_gpt2 train --help"
+
+# Both go through dev/test.sh, which builds what it runs and adds up what the parts counted.
+test:
+	@scripts/install_deps.sh test
+	@MAKE="$(MAKE_COMMAND)" dev/test.sh test
+
+sanitize:
+	@scripts/install_deps.sh test
+	@MAKE="$(MAKE_COMMAND)" dev/test.sh sanitize
+
+BENCH ?= --benchmark_min_time=0.2
+bench:
+	@scripts/install_deps.sh bench
+	@$(MAKE) --no-print-directory $(FOLDER)/bench
+	$(FOLDER)/bench $(BENCH)
+
+SOURCES = $(wildcard *.h *.cpp dev/*/*.h dev/*/*.cpp)
+format:
+	clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build train_gpt2
