@@ -1,0 +1,311 @@
+// `make bench`: how long each layer takes, forward and backward, at the sizes of GPT-2 124M, and a
+// whole training step of it beside the plain loop nests of plain_step.cpp.
+//
+// Times drift by the hour on a shared machine, ratios within one run do not: the two steps take
+// turns (A B A B ...), and what counts is the ratio of their medians. Layers report operations a
+// second, or bytes where memory is their floor. Google Benchmark's options work, for example
+//   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": the step
+//   only
+#include <benchmark/benchmark.h>
+#include <omp.h>
+
+#include <chrono>
+#include <vector>
+
+#include "../../gpt2.h"
+#include "plain_step.h"
+
+namespace {
+
+// ==== sizes ======================================================================================
+
+constexpr int B = 4, T = 64, C = 768, NH = 12, F = 3072, V = 50257, Vp = 50304;
+constexpr int BT = B * T;
+
+int threads() {
+    int count = 1;
+#pragma omp parallel
+#pragma omp single
+    count = omp_get_num_threads();
+    return count;
+}
+
+// N numbers of either sign, of the size that activations have.
+std::vector<real> numbers(size_t N, uint64_t seed) {
+    std::vector<real> values(N);
+    for (size_t i = 0; i < N; i++)
+        values[i] = real(philox(seed, uint32_t(i), 0, 0, 0).word[0] / 2147483648.0 - 1);
+    return values;
+}
+
+void count_operations(benchmark::State& state, double operations) {
+    state.counters["op/s"] =
+        benchmark::Counter(operations * double(state.iterations()), benchmark::Counter::kIsRate);
+}
+
+void count_bytes(benchmark::State& state, size_t numbers_moved) {
+    state.SetBytesProcessed(int64_t(state.iterations()) * int64_t(numbers_moved * sizeof(real)));
+}
+
+// ==== layers =====================================================================================
+
+void encoder_forward_124m(benchmark::State& state) {
+    std::vector<real> wte = numbers(size_t(V) * C, 1), wpe = numbers(size_t(T) * C, 2);
+    std::vector<real> out(size_t(BT) * C);
+    std::vector<int> inputs(BT);
+    for (int i = 0; i < BT; i++) inputs[size_t(i)] = int(size_t(i) * 7919 % V);
+    for (auto _ : state)
+        encoder_forward(out.data(), inputs.data(), wte.data(), wpe.data(), B, T, C);
+    count_bytes(state, 3 * out.size());
+}
+
+void encoder_backward_124m(benchmark::State& state) {
+    std::vector<real> dwte(size_t(V) * C), dwpe(size_t(T) * C), dout = numbers(size_t(BT) * C, 1);
+    std::vector<int> inputs(BT);
+    for (int i = 0; i < BT; i++) inputs[size_t(i)] = int(size_t(i) * 7919 % V);
+    for (auto _ : state)
+        encoder_backward(dwte.data(), dwpe.data(), dout.data(), inputs.data(), B, T, C);
+    count_bytes(state, 4 * dout.size());
+}
+
+void layernorm_forward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2),
+                      bias = numbers(C, 3);
+    std::vector<real> out(inp.size()), mean(BT), rstd(BT);
+    for (auto _ : state)
+        layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(),
+                          bias.data(), 1e-5, B, T, C);
+    count_bytes(state, 2 * inp.size());
+}
+
+void layernorm_backward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2), mean(BT), rstd(BT);
+    std::vector<real> dout = numbers(inp.size(), 3), dinp(inp.size()), dweight(C), dbias(C);
+    std::vector<real> scratch(size_t(2) * kReduceRows * C), out(inp.size());
+    layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), nullptr,
+                      1e-5, B, T, C);
+    for (auto _ : state)
+        layernorm_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
+                           weight.data(), mean.data(), rstd.data(), scratch.data(), B, T, C);
+    count_bytes(state, 4 * inp.size());
+}
+
+// The products of a block, and the classifier's, for a batch of BT rows: (inputs, outputs).
+void product_sizes(benchmark::internal::Benchmark* layer) {
+    layer->ArgNames({"C", "OC"});
+    for (auto [in, out] : {std::pair(C, 3 * C), {C, C}, {C, F}, {F, C}, {C, Vp}})
+        layer->Args({in, out});
+}
+
+void matmul_forward_124m(benchmark::State& state) {
+    int in = int(state.range(0)), out = int(state.range(1));
+    std::vector<real> inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
+    std::vector<real> bias = numbers(size_t(out), 3), result(size_t(BT) * out);
+    for (auto _ : state)
+        matmul_forward(result.data(), inp.data(), weight.data(), bias.data(), BT, in, out);
+    count_operations(state, 2.0 * BT * in * out);
+}
+
+void matmul_backward_124m(benchmark::State& state) {
+    int in = int(state.range(0)), out = int(state.range(1));
+    std::vector<real> inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
+    std::vector<real> dout = numbers(size_t(BT) * out, 3), dinp(inp.size()), dweight(weight.size());
+    std::vector<real> dbias(out), scratch(size_t(kReduceRows) * out);
+    for (auto _ : state)
+        matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
+                        weight.data(), scratch.data(), BT, in, out);
+    count_operations(state, 4.0 * BT * in * out);
+}
+
+// The same number of tokens in sequences of 64 and 1,024: attention alone is quadratic in them.
+void sequence_lengths(benchmark::internal::Benchmark* layer) {
+    layer->ArgName("T")->Arg(T)->Arg(1024);
+}
+
+void attention_forward_124m(benchmark::State& state) {
+    int length = int(state.range(0)), batch = std::max(1, BT / length);
+    size_t rows = size_t(batch) * length;
+    std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
+    std::vector<real> scratch(size_t(threads()) * 2 * kAttentionRows * length);
+    for (auto _ : state)
+        attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(),
+                          batch, length, C, NH);
+    count_operations(state, 2.0 * double(rows) * (length + 1) * C);  // of the causal half
+}
+
+void attention_backward_124m(benchmark::State& state) {
+    int length = int(state.range(0)), batch = std::max(1, BT / length);
+    size_t rows = size_t(batch) * length;
+    std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
+    std::vector<real> dout = numbers(rows * C, 2), dqkv(qkv.size());
+    std::vector<real> scratch(size_t(threads()) * 2 * kAttentionRows * length);
+    attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(), batch,
+                      length, C, NH);
+    for (auto _ : state)
+        attention_backward(dqkv.data(), dout.data(), qkv.data(), out.data(), logsumexp.data(),
+                           scratch.data(), Dropout(), batch, length, C, NH);
+    count_operations(state, 4.0 * double(rows) * (length + 1) * C);
+}
+
+void gelu_forward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * F, 1), out(inp.size());
+    for (auto _ : state) gelu_forward(out.data(), inp.data(), inp.size());
+    count_bytes(state, 2 * inp.size());
+}
+
+void gelu_backward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * F, 1), dout = numbers(inp.size(), 2);
+    std::vector<real> dinp(inp.size());
+    for (auto _ : state) gelu_backward(dinp.data(), dout.data(), inp.data(), inp.size());
+    count_bytes(state, 3 * inp.size());
+}
+
+void dropout_forward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * C, 1), out(inp.size());
+    Dropout dropout;
+    dropout.probability = 0.1;
+    for (auto _ : state) dropout_forward(out.data(), inp.data(), dropout, B, T, C);
+    count_bytes(state, 2 * inp.size());
+}
+
+void residual_forward_124m(benchmark::State& state) {
+    std::vector<real> inp1 = numbers(size_t(BT) * C, 1), inp2 = numbers(inp1.size(), 2);
+    std::vector<real> out(inp1.size());
+    for (auto _ : state) residual_forward(out.data(), inp1.data(), inp2.data(), out.size());
+    count_bytes(state, 3 * out.size());
+}
+
+// Loss and gradient over the logits of BT tokens, which the gradient replaces: each round reads the
+// last one's, whose values cost the same.
+void classifier_124m(benchmark::State& state) {
+    std::vector<real> logits = numbers(size_t(BT) * Vp, 1), losses(BT);
+    std::vector<int> targets(BT, 17);
+    for (auto _ : state)
+        classifier_forward(losses.data(), logits.data(), targets.data(), 1.0 / BT, true, BT, V, Vp);
+    count_bytes(state, 2 * logits.size());
+}
+
+constexpr size_t kUpdated = size_t(1) << 24;  // more than any cache holds
+
+void global_norm_16m(benchmark::State& state) {
+    std::vector<real> gradients = numbers(kUpdated, 1);
+    for (auto _ : state) benchmark::DoNotOptimize(global_norm(gradients.data(), kUpdated));
+    count_bytes(state, kUpdated);
+}
+
+void adamw_update_16m(benchmark::State& state) {
+    std::vector<real> params = numbers(kUpdated, 1), grads = numbers(kUpdated, 2);
+    std::vector<real> m(kUpdated), v(kUpdated);
+    AdamW adamw;
+    for (auto _ : state)
+        adamw_update(params.data(), m.data(), v.data(), grads.data(), kUpdated, adamw, 0.1, 1);
+    count_bytes(state, 7 * kUpdated);
+}
+
+void register_layers() {
+    auto add = [](const char* name, void (*layer)(benchmark::State&)) {
+        return benchmark::RegisterBenchmark(name, layer)
+            ->UseRealTime()
+            ->Unit(benchmark::kMicrosecond);
+    };
+    add("encoder_forward", encoder_forward_124m);
+    add("encoder_backward", encoder_backward_124m);
+    add("layernorm_forward", layernorm_forward_124m);
+    add("layernorm_backward", layernorm_backward_124m);
+    add("matmul_forward", matmul_forward_124m)->Apply(product_sizes);
+    add("matmul_backward", matmul_backward_124m)->Apply(product_sizes);
+    add("attention_forward", attention_forward_124m)->Apply(sequence_lengths);
+    add("attention_backward", attention_backward_124m)->Apply(sequence_lengths);
+    add("gelu_forward", gelu_forward_124m);
+    add("gelu_backward", gelu_backward_124m);
+    add("dropout_forward", dropout_forward_124m);
+    add("residual_forward", residual_forward_124m);
+    add("classifier_forward", classifier_124m);
+    add("global_norm", global_norm_16m);
+    add("adamw_update", adamw_update_16m);
+}
+
+// ==== the whole step =============================================================================
+
+template <typename F>
+double seconds_of(F work) {
+    auto start = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double median(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+double own_step(GPT2* model, const int* inputs, const int* targets, const AdamW& adamw) {
+    GPT2Pass pass;
+    pass.training = true;
+    pass.loss_scale = 1.0 / BT;
+    gpt2_zero_gradients(model);
+    gpt2_forward(model, inputs, targets, B, T, pass);
+    gpt2_backward(model);
+    gpt2_update(model, adamw);
+    return gpt2_stats(model).loss;
+}
+
+// A step of each in turn, from the same parameters and on the same batch, so that their losses must
+// agree all along. Returns false when they do not.
+bool compare_steps() {
+    constexpr int kRounds = 5;
+    GPT2Config config;
+    GPT2Shape shape;
+    shape.B = B, shape.T = T, shape.training = true, shape.threads = threads();
+    GPT2Ptr own(gpt2_create(config, shape, 0, 1));
+    gpt2_initialise(own.get(), 1);
+    PlainModel plain(config, B, T);
+    plain.copy_parameters(own.get());
+    std::vector<int> tokens(BT + 1);
+    for (size_t i = 0; i < tokens.size(); i++)
+        tokens[i] = int(philox(2, uint32_t(i), 0, 0, 0).word[0] % V);
+
+    printf("\nGPT-2 124M, B=%d, T=%d, float32, %s\n", B, T, gpt2_device().c_str());
+    printf("%6s %14s %14s %8s %12s %12s\n", "step", "train_gpt2, s", "plain, s", "ratio", "loss",
+           "plain loss");
+    std::vector<double> own_times, plain_times;
+    bool agree = true;
+    for (int round = 0; round <= kRounds; round++) {  // round 0 touches the memory
+        AdamW adamw;
+        adamw.learning_rate = 1e-4;
+        adamw.step = uint64_t(round) + 1;
+        double own_loss = 0, plain_loss = 0;
+        double own_time = seconds_of(
+            [&] { own_loss = own_step(own.get(), tokens.data(), tokens.data() + 1, adamw); });
+        double plain_time =
+            seconds_of([&] { plain_loss = plain.step(tokens.data(), tokens.data() + 1, adamw); });
+        printf("%6d %14.3f %14.3f %8.2f %12.5f %12.5f%s\n", round, own_time, plain_time,
+               plain_time / own_time, own_loss, plain_loss, round == 0 ? "   (not counted)" : "");
+        agree = agree && std::abs(own_loss - plain_loss) <= 1e-3 * plain_loss;
+        if (round == 0) continue;
+        own_times.push_back(own_time);
+        plain_times.push_back(plain_time);
+    }
+    double own_median = median(own_times), plain_median = median(plain_times);
+    double rate = operations_per_token(config, T) * BT / own_median;
+    printf("median %14.3f %14.3f %8.2f   train_gpt2: %.0f tokens/s, %.0f GFLOP/s\n", own_median,
+           plain_median, plain_median / own_median, BT / own_median, rate / 1e9);
+    if (!agree) fprintf(stderr, "bench: error: the two steps disagree about the loss\n");
+    return agree;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    benchmark::Initialize(&argc, argv);
+    if (benchmark::ReportUnrecognizedArguments(argc, argv)) return kExitInput;
+    register_layers();
+    benchmark::RunSpecifiedBenchmarks();
+    benchmark::Shutdown();
+    try {
+        return compare_steps() ? 0 : kExitMachine;
+    } catch (const Error& error) {
+        fprintf(stderr, "bench: error: %s\n", error.what());
+        return error.exit_code;
+    }
+}
