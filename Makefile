@@ -61,7 +61,7 @@ endif
 # Under clang++ the program is linked with libomp, while a distribution's oneDNN asks for libgomp.
 # No flag is needed for that: libomp exports libgomp's functions too, and as the program's own
 # dependency it is searched before a library's, so one runtime serves both and no cores are shared.
-ONEDNN ?= $(if $(filter fast:%,$(MISSING)),no,yes)
+ONEDNN ?= $(if $(filter wish:%,$(MISSING)),no,yes)
 ifeq ($(ONEDNN),yes)
     FLAGS += -DGPT2_ONEDNN
     LIBRARIES += -ldnnl
@@ -88,7 +88,7 @@ INCOMPLETE := cannot build without $(MISSING_HERE:run:%=%): scripts/install_deps
 
 $(FOLDER)/%.o: %.cpp $(FOLDER)/flags
 	$(if $(MISSING_HERE),@echo "$(INCOMPLETE)" >&2; exit 1)
-	$(if $(filter fast:%,$(MISSING)),$(if $(filter train_gpt2.cpp,$<),@echo "$(PLAIN_MATMUL)"))
+	$(if $(filter wish:%,$(MISSING)),$(if $(filter train_gpt2.cpp,$<),@echo "$(PLAIN_MATMUL)"))
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $(OWN_FLAGS) -MMD -MP -c $< -o $@
 

@@ -946,7 +946,7 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
     Evaluation result;
     result.windows = loader.windows();
     size_t bytes = 0;
-    double before = gpt2_stats(model).loss;  // the model's sum goes on from here
+    gpt2_zero_gradients(model);  // and the sum of losses
     int rows = 0;
     while (loader.next_batch(inputs.data(), targets.data(), &rows)) {
         gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
@@ -956,7 +956,7 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
             if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
         }
     }
-    double nats = gpt2_stats(model).loss - before;
+    double nats = gpt2_stats(model).loss;
     result.loss = nats / double(result.tokens);
     result.bits_per_byte = bytes > 0 ? nats / (M_LN2 * double(bytes)) : NAN;
     result.seconds = now_s() - start_s;

@@ -147,7 +147,7 @@ thread_sanitizer_tests() {
     if ! command -v clang++ >/dev/null; then
         skip "the thread sanitizer: clang++ is not installed (scripts/install_deps.sh clang)"
     elif ! archer_works; then
-        skip "the thread sanitizer: no libomp with archer here (scripts/install_deps.sh clang)"
+        skip "the thread sanitizer: clang++ lacks it or archer (scripts/install_deps.sh clang)"
     else
         export TSAN_OPTIONS="ignore_noninstrumented_modules=1 ${TSAN_OPTIONS:-}"
         program_tests clang++ tsan

@@ -24,13 +24,17 @@ fail() {
     exit 1
 }
 
-# A row: who needs it (`fast`: wanted only, the program has a matrix product of its own for want of
-# oneDNN), the header by which it is known, its package under apt, dnf, pacman and brew.
+# A row: who needs it (`wish`: nobody, but without oneDNN the program falls back on a slower matrix
+# product of its own, and without clang++'s sanitizers `make sanitize` skips a part), the header by
+# which it is known, and its package under apt, dnf, pacman and brew.
 table() {
     case $CXX in
     *clang*)
         echo 'run compiler clang      clang        clang  llvm'
         echo 'run omp.h    libomp-dev libomp-devel openmp libomp'
+        if [ "$job" = clang ]; then
+            echo 'wish sanitizers libclang-rt-dev compiler-rt compiler-rt llvm'
+        fi
         ;;
     *)
         echo 'run compiler g++ gcc-c++ gcc gcc'
@@ -41,7 +45,7 @@ run   nlohmann/json.hpp      nlohmann-json3-dev json-devel             nlohmann-
 run   CLI/CLI.hpp            libcli11-dev       cli11-devel            cli11         cli11
 run   utf8proc.h             libutf8proc-dev    utf8proc-devel         libutf8proc   utf8proc
 run   xxhash.h               libxxhash-dev      xxhash-devel           xxhash        xxhash
-fast  oneapi/dnnl/dnnl.h     libdnnl-dev        onednn-devel           onednn        onednn
+wish  oneapi/dnnl/dnnl.h     libdnnl-dev        onednn-devel           onednn        onednn
 test  gtest/gtest.h          libgtest-dev       gtest-devel            gtest         googletest
 bench benchmark/benchmark.h  libbenchmark-dev   google-benchmark-devel benchmark google-benchmark
 END
@@ -55,9 +59,14 @@ missing() {
         return
     fi
     table | while read -r need header _; do
-        if [ "$header" = compiler ]; then continue; fi
+        case $header in compiler | sanitizers) continue ;; esac
         printf '#if !__has_include(<%s>)\n%s:%s\n#endif\n' "$header" "$need" "$header"
     done | $CXX $CPPFLAGS -std=c++20 -E -P -x c++ - | grep : || true
+    if [ "$job" = clang ] && ! sanitizers_link; then echo wish:sanitizers; fi
+}
+
+sanitizers_link() {
+    echo 'int main() {}' | $CXX -fsanitize=thread -x c++ - -o /dev/null 2>/dev/null
 }
 
 # ==== packages ===================================================================================
@@ -134,17 +143,17 @@ if [ -z "$manager" ]; then
     fail "no apt, dnf, pacman or brew here: install by hand what lacks: $(missing | tr '\n' ' ')"
 fi
 
-needed=$(packages -v '^fast:')
-optional=$(packages '^fast:')
+needed=$(packages -v '^wish:')
+optional=$(packages '^wish:')
 set_commands
 echo "install_deps: installing the compiler and libraries that train_gpt2 is built with:" \
     $needed $optional
 if [ -n "$needed" ]; then
     install_packages $needed || fail "could not install: $install $needed"
 fi
-if [ -n "$optional" ]; then
-    install_packages $optional || echo "install_deps: no $optional here: building without it"
-fi
+for package in $optional; do
+    install_packages $package || echo "install_deps: no $package here: going on without it"
+done
 
-lacking=$(missing | grep -v '^fast:' | tr '\n' ' ' || true)
+lacking=$(missing | grep -v '^wish:' | tr '\n' ' ' || true)
 if [ -n "$lacking" ]; then fail "still missing after installing $needed: $lacking"; fi
