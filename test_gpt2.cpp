@@ -4191,6 +4191,18 @@ TEST(Schedule, NoWarmUpStartsAtTheHighestRate) {
     EXPECT_DOUBLE_EQ(learning_rate(o, Goal{10, 0}, 5, 0.5), 0.6);
 }
 
+TEST(Schedule, TheWarmUpIsATenthOfTheRunUnlessItIsGiven) {
+    TrainOptions o = schedule_options("linear");
+    o.warmup = -1;
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{40, 0}, 1, 0.025), 0.5);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{40, 0}, 4, 0.1), 1.0);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{40, 0}, 22, 0.55), 0.6);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{5, 0}, 0, 0), 1.0);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{0, 60}, 1000, 0.05), 0.5);
+    EXPECT_DOUBLE_EQ(learning_rate(o, Goal{0, 60}, 1000, 0.55), 0.6);
+    EXPECT_GT(learning_rate(o, Goal{0, 60}, 0, 0), 0);
+}
+
 TEST(Schedule, FollowsTheClockWhenOnlyTimeIsLimited) {
     Goal goal{0, 100};
     EXPECT_DOUBLE_EQ(run_progress(goal, 7, 0, 20), 0.0);

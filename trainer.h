@@ -79,7 +79,7 @@ struct ModelOptions {
 // The model of `train` when --model is not given: what trained best on 1 MB of text in two minutes.
 inline GPT2Config default_config() {
     GPT2Config config;
-    config.layers = 4, config.heads = 4, config.channels = 160, config.context = 64;
+    config.layers = 2, config.heads = 4, config.channels = 256, config.context = 64;
     return config;
 }
 
@@ -97,9 +97,9 @@ struct TrainOptions {
 
     double learning_rate = 2e-3;
     std::string schedule = "cosine";
-    size_t warmup = 50;  // steps
+    int64_t warmup = -1;  // steps; below 0: the first tenth of the run
     double final_lr_fraction = 0.1;
-    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, grad_clip = 1;
+    double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.99, epsilon = 1e-8, grad_clip = 1;
     uint64_t seed = 42;
     std::string dtype = "auto";
     int threads = 0;  // 0: all cores
@@ -228,7 +228,7 @@ inline void add_model_options(CLI::App* app, ModelOptions& o) {
         "tiny, small, medium, gpt2, gpt2-medium, gpt2-large, gpt2-xl, dN (a GPT-2 of N layers), "
         "a model FOLDER to go on from, or a config.json";
     add_text(app, "--model", o.model, "NAME|FOLDER", names)
-        ->default_str("4 layers, 4 heads, 160 channels, context 64");
+        ->default_str("2 layers, 4 heads, 256 channels, context 64");
     add_number(app, "--layers", o.layers, 1, 1000, "N", "layers")->default_str("of --model");
     add_number(app, "--heads", o.heads, 1, 1000, "N", "attention heads; they divide the channels")
         ->default_str("of --model");
@@ -264,7 +264,8 @@ inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {
     add_number(app, "--learning-rate", o.learning_rate, 0, 10, "X", "highest rate");
     add_choice(app, "--schedule", o.schedule, {"cosine", "linear", "constant", "wsd"},
                "how the rate falls after the warm-up; wsd: stays, falls in the last 20%");
-    add_number(app, "--warmup", o.warmup, 0, kMaxSteps, "STEPS", "linear warm-up");
+    add_number(app, "--warmup", o.warmup, 0, kMaxSteps, "STEPS", "linear warm-up")
+        ->default_str("the first tenth of the run");
     add_number(app, "--final-lr-fraction", o.final_lr_fraction, 0, 1, "X",
                "rate at the end and after it, as a part of the highest");
     add_number(app, "--weight-decay", o.weight_decay, 0, 100, "X",
@@ -548,11 +549,18 @@ inline double run_progress(const Goal& goal, size_t step, double elapsed_s, doub
 //   cosine  fraction + (1 - fraction) (1 + cos(pi t)) / 2   [Loshchilov & Hutter 2016, 1608.03983]
 //   linear  1 - (1 - fraction) t
 //   wsd     1 until t = 0.8, then linear                    [Hu et al. 2024, arXiv:2404.06395]
-// With a goal in steps t counts from the end of the warm-up; with the clock, from the start.
+// t counts from the end of the warm-up; where the clock is followed and the warm-up is given in
+// steps, from the start.
 inline double learning_rate(const TrainOptions& o, const Goal& goal, size_t step, double progress) {
-    if (step < o.warmup) return o.learning_rate * double(step + 1) / double(o.warmup);
-    double t = progress;
-    if (goal.steps > o.warmup) t = double(step - o.warmup) / double(goal.steps - o.warmup);
+    constexpr double kWarmupShare = 0.1;  // of the run, where no other warm-up was asked for
+    bool by_clock = o.warmup < 0 && goal.steps == 0;
+    double warmup =
+        o.warmup >= 0 ? double(o.warmup) : std::floor(kWarmupShare * double(goal.steps));
+    if (double(step) < warmup) return o.learning_rate * double(step + 1) / warmup;
+    if (by_clock && progress < kWarmupShare)
+        return o.learning_rate * std::max(progress, 1e-3) / kWarmupShare;
+    double t = by_clock ? (progress - kWarmupShare) / (1 - kWarmupShare) : progress;
+    if (double(goal.steps) > warmup) t = (double(step) - warmup) / (double(goal.steps) - warmup);
     t = std::clamp(t, 0.0, 1.0);
     constexpr double kStable = 0.8;  // of a wsd run is spent at the highest rate
     double share = 1;                // of the way from the final rate up to the highest
@@ -595,15 +603,16 @@ inline std::vector<MemoryRow> memory_plan(const GPT2Config& config, const GPT2Sh
     return rows;
 }
 
-// What the whole process will take: the tables; a copy of one tensor at a time, through which
-// initialisation and files go; and the program with its libraries and their buffers, as measured.
+// What the whole process will take: the tables; the copies of one tensor at a time, of which
+// initialisation, files and the library's packing hold at most two; and the program with its
+// libraries, as measured.
 inline std::vector<MemoryRow> process_plan(const GPT2Config& config, const GPT2Shape& shape) {
-    constexpr size_t kProgramBytes = size_t(40) << 20;
+    constexpr size_t kProgramBytes = size_t(30) << 20;
     std::vector<MemoryRow> rows = memory_plan(config, shape);
     size_t largest = 0;
     for (const ParameterRow& row : parameter_table(config))
         largest = std::max(largest, row.file_size());
-    rows.push_back({"copy of a tensor", largest * sizeof(real)});
+    rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
     rows.push_back({"program, libraries", kProgramBytes});
     return rows;
 }
