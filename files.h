@@ -192,12 +192,14 @@ inline void make_folder(const std::string& path) {
     if (error) fail_machine("%s: cannot create: %s", path.c_str(), error.message().c_str());
 }
 
-// Writes `path` so that it appears whole or not at all: bytes go to `path`.tmp, commit() flushes,
+// Writes `path` so that it appears whole or not at all: bytes go to `path`.PID.tmp (two programs
+// may write the same file, and the last one wins), commit() flushes,
 // syncs and renames it, and destruction without commit() removes it. Every failure throws with exit
 // code 1.
 class AtomicFile {
   public:
-    explicit AtomicFile(const std::string& path) : path_(path), temporary_(path + ".tmp") {
+    explicit AtomicFile(const std::string& path)
+        : path_(path), temporary_(path + format(".%d.tmp", int(getpid()))) {
         fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
         if (fd_ < 0) fail("create");
         buffer_.reserve(kBufferSize);

@@ -2274,7 +2274,28 @@ TEST(Shards, HaveTheBytesOfTheFormat) {
     expected = data_with_int32(expected, 4, 1);
     expected = data_with_int32(expected, 8, 3);
     EXPECT_EQ(read_file(path), expected + std::string("\1\0\1\2\xff\xff", 6));
-    EXPECT_FALSE(fs::exists(path + ".tmp"));
+    for (const auto& entry : fs::directory_iterator(fs::path(path).parent_path()))
+        EXPECT_EQ(entry.path(), path) << "left behind";
+}
+
+// Two programs that fill one cache: each writes a temporary file of its own.
+TEST(Shards, WrittenByTwoProcessesAtOnceAreWhole) {
+    std::string path = test_folder() + "/a.bin";
+    std::vector<int> ids = random_ids(100000, 60000, 1);
+    std::vector<pid_t> children(8);
+    for (pid_t& child : children) {
+        child = fork();
+        if (child != 0) continue;
+        bool failed = false;
+        for (int i = 0; i < 20; i++) failed |= !error_of([&] { write_shard(path, ids); }).empty();
+        _exit(failed);
+    }
+    for (pid_t child : children) {
+        int status = -1;
+        waitpid(child, &status, 0);
+        EXPECT_EQ(status, 0);
+    }
+    EXPECT_EQ(Shard(path, 60000).size(), ids.size());
 }
 
 TEST(Shards, AreNotWrittenFromWhatDoesNotFit) {
@@ -3758,7 +3779,7 @@ TEST(ModelFolder, AFailedWriteLeavesTheOldFile) {
     GPT2Ptr model = filled_model(config, 11), other = filled_model(config, 12);
     save_model(model.get(), nullptr, folder);
     if (!path_exists("/dev/full")) GTEST_SKIP() << "there is no /dev/full";
-    fs::create_symlink("/dev/full", model_path(folder) + ".tmp");
+    fs::create_symlink("/dev/full", model_path(folder) + format(".%d.tmp", int(getpid())));
     std::string before = read_file(model_path(folder));
     expect_failure([&] { save_model(other.get(), nullptr, folder); }, 1, "No space left");
     EXPECT_EQ(read_file(model_path(folder)), before);

@@ -1441,6 +1441,9 @@ inline GPT2Shape training_shape(const TrainOptions& o, int T, bool samples) {
     return shape;
 }
 
+// The part of the measured rate of large products that a step is assumed to reach, for estimates.
+constexpr double kAssumedShare = 0.6;
+
 // --steps or --epochs as steps, and --time-limit. With none of them, two minutes for a text that
 // they are enough for, and an epoch of anything larger.
 inline Goal choose_goal(const TrainOptions& o, const TrainingData& data, size_t windows,
@@ -1611,8 +1614,6 @@ inline void Training::report() {
                         with_commas(size_t(std::ceil(double(loader_->windows_per_epoch()) /
                                                      double(sequences_a_step()))))
                             .c_str()));
-    // Small models reach a third of the rate of large matrix products, large ones more.
-    constexpr double kAssumedShare = 1.0 / 3;
     double step_s = operations_per_token(c, T_) * tokens / (kAssumedShare * peak_flops_);
     std::string goal;
     if (goal_.steps > 0) {
@@ -1827,14 +1828,15 @@ inline int plan_command(const PlanOptions& p) {
            readable_rate(step).c_str(), with_commas(sequences * size_t(T)).c_str());
     printf("machine    %s, %sFLOP/s measured\n", gpt2_device().c_str(),
            readable_rate(peak).c_str());
-    printf("time       %.3g s a step at the measured peak, about %.3g s at a third of it\n",
-           step / peak, 3 * step / peak);
+    double step_s = step / (kAssumedShare * peak);
+    printf("time       %.3g s a step at the measured peak, about %.3g s at %.0f%% of it\n",
+           step / peak, step_s, 100 * kAssumedShare);
     if (goal.steps > 0)
         printf("run        %s steps, about %s\n", with_commas(goal.steps).c_str(),
-               readable_time(3 * step / peak * double(goal.steps)).c_str());
+               readable_time(step_s * double(goal.steps)).c_str());
     if (goal.time_limit_s > 0)
         printf("run        %s, about %s steps\n", readable_time(goal.time_limit_s).c_str(),
-               with_commas(size_t(goal.time_limit_s * peak / (3 * step))).c_str());
+               with_commas(size_t(goal.time_limit_s / step_s)).c_str());
     return 0;
 }
 
