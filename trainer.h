@@ -2279,6 +2279,7 @@ inline int run(int argc, char** argv) {
     double start_s = now_s();
     std::string program = argc > 0 ? fs::path(argv[0]).filename().string() : "train_gpt2";
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
+    signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
     int code = 0;
     try {
         code = parse_and_call(argc, argv, program, start_s);
