@@ -369,8 +369,8 @@ static void attention_backward_row(real* p, real* dp, real logsumexp, real dout_
         p[j] = vector_exp(p[j] * scale - logsumexp);
         dp[j] = p[j] * (dp[j] - dout_out) * scale;
     }
-    // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what rounding
-    // leaves of it AdamW would divide by its own size.
+    // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
+    // rounding leaves of it AdamW would divide by its own size.
     if (n == 1) dp[0] = 0;
     if (drops) dropout_row(p, p, dropout, sequence, row, T, n);
     std::fill(p + n, p + keys, real(0));
