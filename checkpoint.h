@@ -99,6 +99,7 @@ inline size_t dtype_size(std::string_view dtype) {
 }
 
 constexpr const char* kRealDtype = sizeof(real) == 8 ? "F64" : "F32";
+constexpr const char* kRealName = sizeof(real) == 8 ? "float64" : "float32";
 
 // IEEE 754 binary16, exactly: its exponent and fraction moved to where a float has them are the
 // value times 2^-112 (the difference of the biases), subnormal or not; infinity and NaN keep an
@@ -521,7 +522,7 @@ inline void write_config(const GPT2Config& config, int end_of_text, const std::s
     root["bias"] = config.bias;
     root["bos_token_id"] = id;
     root["eos_token_id"] = id;
-    root["torch_dtype"] = sizeof(real) == 8 ? "float64" : "float32";
+    root["torch_dtype"] = kRealName;
     root["use_cache"] = true;
     write_file_atomic(join_path(folder, "config.json"), json_text(root, 2) + "\n");
 }
@@ -752,6 +753,21 @@ inline void load_model(GPT2* model, const std::string& folder) {
             write_hf_tensor(model, Group::parameters, tensor.row, tensor.layer, values, scratch);
         else check_redundant(file, tensor, placed[0].name, values);  // row 0 is wte
     }
+}
+
+// For people: that the weights of a folder are kept in another format than the program's own, which
+// load_model converts; "" where they are not. The folder is one that load_model has read.
+inline std::string conversion_note(const std::string& folder) {
+    SafetensorsFile file = open_model_file(folder);
+    std::set<std::string> dtypes;
+    for (const PlacedTensor& tensor : place_tensors(file, read_config(folder)))
+        if (file.entry(tensor.name).dtype != kRealDtype)
+            dtypes.insert(file.entry(tensor.name).dtype);
+    if (dtypes.empty()) return "";
+    std::string text;
+    for (const std::string& dtype : dtypes) text += (text.empty() ? "" : " and ") + dtype;
+    return format("weights are %s in %s: converted to %s", text.c_str(), file.path().c_str(),
+                  kRealName);
 }
 
 // ==== checkpoints: names =========================================================================
@@ -1032,8 +1048,8 @@ inline json load_checkpoint(GPT2* model, const std::string& folder) {
                 check_shape(file, name, row);
                 if (file.entry(name).dtype != kRealDtype)
                     fail_input(
-                        "%s: %s: is %s, this program computes in %s; it would not go on with "
-                        "the same numbers",
+                        "%s: %s: is %s, this program keeps it in %s; it would not go on with the "
+                        "same numbers",
                         file.path().c_str(), name.c_str(), file.entry(name).dtype.c_str(),
                         kRealDtype);
                 read_finite(file, name, values);

@@ -152,11 +152,21 @@ enum class Init {
     X(lnfb, C, 0, 1, bias, false, zeros, "ln_f.bias", false)                    \
     X(headw, Vp, C, 1, !tied, true, normal, "lm_head.weight", false)
 
-struct ParameterTensors {
-#define X(name, ...) real* name = nullptr;
+// A pointer to each tensor, of numbers of a twin's type.
+template <class Number>
+struct ParameterPointers {
+#define X(name, ...) Number* name = nullptr;
     GPT2_PARAMETER_TABLE(X)
 #undef X
 };
+using ParameterTensors = ParameterPointers<real>;
+
+// Rows of the table follow each other in memory, each from a multiple of this many numbers on, so
+// that the widest loads of a processor or a card find every row aligned.
+constexpr size_t kRowAlignment = 128;
+constexpr size_t aligned(size_t numbers) {
+    return (numbers + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+}
 
 struct ParameterRow {
     const char* name;     // here
@@ -170,6 +180,7 @@ struct ParameterRow {
     bool per_layer() const { return strstr(hf_name, "%d") != nullptr; }
     size_t size() const { return present ? rows * std::max<size_t>(cols, 1) : 0; }  // of one layer
     size_t file_size() const { return file_rows * std::max<size_t>(cols, 1); }      // of one layer
+    size_t allocated() const { return aligned(size() * count); }                    // of all layers
 };
 
 #define X(name, ...) k_##name,
@@ -201,10 +212,11 @@ inline std::string hf_name(const ParameterRow& row, int layer) {
     return (head ? "" : "transformer.") + std::string(name);
 }
 
-// Numbers in memory (padded) and numbers that a file holds and a person counts (not padded).
+// Numbers in memory (padded, aligned) and numbers that a file holds and a person counts (not
+// padded).
 inline size_t allocated_parameters(const GPT2Config& config) {
     size_t total = 0;
-    for (const ParameterRow& row : parameter_table(config)) total += row.size() * row.count;
+    for (const ParameterRow& row : parameter_table(config)) total += row.allocated();
     return total;
 }
 
@@ -217,65 +229,90 @@ inline size_t count_parameters(const GPT2Config& config) {
 
 // ==== the tensor table: activations ==============================================================
 
+// The type of activations and of the parameters that products read. With bf16, parameters, their
+// moments, gradients, statistics and losses exist in float32 too.
+enum class Dtype { fp32, bf16 };
+
 // What a model is made for: the largest batch it takes, whether it trains, how many sequences it
-// generates at once.
+// generates at once, and how it computes.
 struct GPT2Shape {
     int B = 1, T = 1;
     bool training = false;
     int generate = 0;  // sequences in the key-value cache; 0: it will not generate
-    int threads = 1;
+    int threads = 1;   // of the CPU twin
+    Dtype dtype = Dtype::fp32;
+    int recompute = 0;          // what backward computes again instead of forward keeping it:
+                                // 0 nothing, 1 GELU, 2 also layer norms, 3 the whole block
+    bool tf32 = false;          // float32 products round what they multiply to 10 bits (CUDA)
+    bool deterministic = true;  // only algorithms that give the same bits every time
 };
 
-constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
-constexpr int kAttentionRows = 64;    // queries that share a block of scores
-constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
+// Sizes that the twins choose for themselves.
+struct TwinSizes {
+    size_t classifier_rows;    // rows of logits that exist at a time, at most
+    size_t attention_scratch;  // numbers that attention works in
+    size_t reduce_rows;        // partial sums of a bias or layer norm gradient
+};
+TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
 
-// One row a buffer: name, numbers in one layer, how many.
-//   L or 1: `saved`, kept by forward for backward; a model that does not train uses one layer's for
-//   all train: backward's own; cache: the key-value cache of generation; scratch: of no meaning
-//   between layers
-#define GPT2_ACTIVATION_TABLE(X)                           \
-    X(encoded, B* T* C, 1)                                 \
-    X(ln1, B* T* C, saved)                                 \
-    X(ln1_mean, B* T, saved)                               \
-    X(ln1_rstd, B* T, saved)                               \
-    X(qkv, B* T * 3 * C, saved)                            \
-    X(logsumexp, B* NH* T, saved)                          \
-    X(atty, B* T* C, saved)                                \
-    X(residual2, B* T* C, saved)                           \
-    X(ln2, B* T* C, saved)                                 \
-    X(ln2_mean, B* T, saved)                               \
-    X(ln2_rstd, B* T, saved)                               \
-    X(fch, B* T* F, saved)                                 \
-    X(fch_gelu, B* T* F, saved)                            \
-    X(residual3, B* T* C, saved)                           \
-    X(lnf, B* T* C, 1)                                     \
-    X(lnf_mean, B* T, 1)                                   \
-    X(lnf_rstd, B* T, 1)                                   \
-    X(branch, B* T* C, 1)                                  \
-    X(logits, classifier_rows* Vp, 1)                      \
-    X(losses, B* T, 1)                                     \
-    X(att_scratch, threads * 2 * kAttentionRows * keys, 1) \
-    X(dresidual, B* T* C, train)                           \
-    X(dbranch, B* T* C, train)                             \
-    X(dnorm, B* T* C, train)                               \
-    X(dqkv, B* T * 3 * C, train)                           \
-    X(datty, B* T* C, train)                               \
-    X(dfch, B* T* F, train)                                \
-    X(reduce_scratch, kReduceRows* widest, train)          \
-    X(key_cache, generate* context* C, cache)              \
-    X(value_cache, generate* context* C, cache)
+// One row a buffer: name, type, numbers in one layer, how many.
+//   type  narrow: the shape's dtype; exact: float32 whatever that is
+//   L or 1: `saved`, kept by forward for backward; `block`, `norms` and `gelus` the same unless
+//   backward computes the block, its layer norms or GELU again; a model that does not train uses
+//   one layer's for all. train: backward's own; cache: the key-value cache of generation
+#define GPT2_ACTIVATION_TABLE(X)                         \
+    X(encoded, narrow, B* T* C, 1)                       \
+    X(ln1, narrow, B* T* C, norms)                       \
+    X(ln1_mean, exact, B* T, block)                      \
+    X(ln1_rstd, exact, B* T, block)                      \
+    X(qkv, narrow, B* T * 3 * C, block)                  \
+    X(logsumexp, exact, B* NH* T, block)                 \
+    X(atty, narrow, B* T* C, block)                      \
+    X(residual2, narrow, B* T* C, block)                 \
+    X(ln2, narrow, B* T* C, norms)                       \
+    X(ln2_mean, exact, B* T, block)                      \
+    X(ln2_rstd, exact, B* T, block)                      \
+    X(fch, narrow, B* T* F, block)                       \
+    X(fch_gelu, narrow, B* T* F, gelus)                  \
+    X(residual3, narrow, B* T* C, saved)                 \
+    X(lnf, narrow, B* T* C, 1)                           \
+    X(lnf_mean, exact, B* T, 1)                          \
+    X(lnf_rstd, exact, B* T, 1)                          \
+    X(branch, narrow, B* T* C, 1)                        \
+    X(logits, narrow, classifier_rows* Vp, 1)            \
+    X(losses, exact, B* T, 1)                            \
+    X(att_scratch, exact, attention_scratch, 1)          \
+    X(dresidual, narrow, B* T* C, train)                 \
+    X(dbranch, narrow, B* T* C, train)                   \
+    X(dnorm, narrow, B* T* C, train)                     \
+    X(dqkv, narrow, B* T * 3 * C, train)                 \
+    X(datty, narrow, B* T* C, train)                     \
+    X(dfch, narrow, B* T* F, train)                      \
+    X(reduce_scratch, exact, reduce_rows* widest, train) \
+    X(key_cache, narrow, generate* context* C, cache)    \
+    X(value_cache, narrow, generate* context* C, cache)
 
-struct ActivationTensors {
-#define X(name, ...) real* name = nullptr;
+// A pointer to each buffer: narrow ones of the type that products read, exact ones of another.
+template <class Narrow, class Exact>
+struct ActivationPointers {
+    using narrow = Narrow;
+    using exact = Exact;
+#define X(name, type, ...) type* name = nullptr;
     GPT2_ACTIVATION_TABLE(X)
 #undef X
 };
+using ActivationTensors = ActivationPointers<real, real>;
 
 struct ActivationRow {
     const char* name;
-    size_t size;   // of one layer
+    bool narrow;   // in the shape's dtype; false: float32
+    size_t size;   // numbers of one layer
     size_t count;  // 0: this model has none of it
+
+    size_t allocated() const { return aligned(size * count); }  // numbers of all layers
+    size_t bytes(Dtype dtype) const {
+        return allocated() * (narrow && dtype == Dtype::bf16 ? 2 : sizeof(real));
+    }
 };
 
 #define X(name, ...) a_##name,
@@ -285,23 +322,62 @@ enum ActivationIndex { GPT2_ACTIVATION_TABLE(X) kActivationRows };
 using ActivationTable = std::array<ActivationRow, kActivationRows>;
 
 inline ActivationTable activation_table(const GPT2Config& config, const GPT2Shape& shape) {
+    constexpr bool narrow = true, exact = false;
     size_t B = size_t(shape.B), T = size_t(shape.T), C = size_t(config.channels);
     size_t L = size_t(config.layers), NH = size_t(config.heads), F = size_t(config.hidden_size());
     size_t Vp = size_t(config.padded_vocab()), context = size_t(config.context);
-    size_t threads = size_t(shape.threads), generate = size_t(shape.generate);
-    size_t classifier_rows = std::min(std::max(B * T, generate), size_t(kClassifierRows));
-    size_t keys = shape.generate > 0 ? context : T, widest = std::max(3 * C, F);
-    size_t saved = shape.training ? L : 1, train = shape.training ? 1 : 0;
-    size_t cache = shape.generate > 0 ? L : 0;
-#define X(name, size, count) ActivationRow{#name, size_t(size), size_t(count)},
+    size_t generate = size_t(shape.generate), widest = std::max(3 * C, F);
+    TwinSizes twin = gpt2_sizes(config, shape);
+    size_t classifier_rows = std::min(std::max(B * T, generate), twin.classifier_rows);
+    size_t attention_scratch = twin.attention_scratch, reduce_rows = twin.reduce_rows;
+    auto kept = [&](int below) { return shape.training && shape.recompute < below ? L : 1; };
+    size_t saved = kept(4), block = kept(3), norms = kept(2), gelus = kept(1);
+    size_t train = shape.training ? 1 : 0, cache = shape.generate > 0 ? L : 0;
+#define X(name, type, size, count) ActivationRow{#name, type, size_t(size), size_t(count)},
     return {{GPT2_ACTIVATION_TABLE(X)}};
 #undef X
 }
 
-inline size_t allocated_activations(const GPT2Config& config, const GPT2Shape& shape) {
+// ==== memory and operations ======================================================================
+
+struct MemoryRow {
+    std::string group;
+    size_t bytes;
+};
+
+inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
     size_t total = 0;
-    for (const ActivationRow& row : activation_table(config, shape)) total += row.size * row.count;
+    for (const MemoryRow& row : rows) total += row.bytes;
     return total;
+}
+
+inline const char* activation_group(int index) {
+    if (index < a_logits) return "activations";
+    if (index < a_att_scratch) return "classifier";
+    if (index < a_dresidual) return "attention scratch";
+    return index < a_key_cache ? "backward" : "key-value cache";
+}
+
+// What the tensors of both tables take, by group: what a twin allocates for them.
+inline std::vector<MemoryRow> tensor_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t numbers = allocated_parameters(config);
+    std::vector<MemoryRow> rows;
+    if (shape.dtype == Dtype::bf16) rows.push_back({"parameters, bf16", 2 * numbers});
+    if (shape.dtype == Dtype::fp32 || shape.training)
+        rows.push_back({"parameters", sizeof(real) * numbers});
+    if (shape.training) {
+        rows.push_back({"gradients", sizeof(real) * numbers});
+        rows.push_back({"first moments", sizeof(real) * numbers});
+        rows.push_back({"second moments", sizeof(real) * numbers});
+    }
+    ActivationTable table = activation_table(config, shape);
+    for (int i = 0; i < kActivationRows; i++) {
+        size_t bytes = table[size_t(i)].bytes(shape.dtype);
+        if (bytes == 0) continue;
+        if (rows.back().group != activation_group(i)) rows.push_back({activation_group(i), 0});
+        rows.back().bytes += bytes;
+    }
+    return rows;
 }
 
 // Multiplications and additions that one token of a training step needs (forward, and twice that
@@ -373,7 +449,26 @@ struct AdamW {
 struct GPT2Stats {
     double loss;       // of the forward passes since gpt2_zero_gradients, each times its loss_scale
     double grad_norm;  // of the last update, before clipping
+    // When that update was done, in seconds of the steady clock; 0: when the stats were asked for.
+    double finished_s = 0;
 };
+
+// Operations/s of products that the device can do at best: measured, or published for it, as
+// `source` says. 0 where nothing is known of it.
+struct PeakRate {
+    double flops = 0;
+    std::string source;
+};
+
+const char* gpt2_program();  // the name of this program
+std::string gpt2_device();   // what computes: a line for people
+PeakRate gpt2_peak(const GPT2Shape& shape);
+Dtype gpt2_dtype(const std::string& option);  // of --dtype auto|fp32|bf16; refuses what cannot be
+
+// Everything that a model will take, by group, before anything is allocated; and the bytes that
+// this machine or card could still give (0: it does not say).
+std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape);
+size_t gpt2_memory_free();
 
 // Allocates everything, zeroed; throws Error (exit code 1) naming the group and bytes that memory
 // lacked. world ranks of one job each create a model of their own share of the batch.
@@ -384,7 +479,7 @@ const GPT2Shape& gpt2_shape(const GPT2* model);
 
 // inputs and targets: host (B,T), B and T at most the shape's; a target of -1 takes no part;
 // targets may be null, with training false. A training pass also takes the classifier's gradient,
-// while the logits are at hand.
+// while the logits are at hand. inputs stay as they are until gpt2_backward of the pass returns.
 void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
                   const GPT2Pass& pass);
 void gpt2_backward(GPT2* model);  // of the last forward, which was a training pass; gradients +=
@@ -392,6 +487,10 @@ void gpt2_zero_gradients(GPT2* model);  // where there are any; and the loss
 void gpt2_update(GPT2* model,
                  const AdamW& adamw);  // nothing changes when loss or norm is not finite
 GPT2Stats gpt2_stats(GPT2* model);     // waits for the device
+
+// The stats of the update before the last one. It waits for that update alone, so that a training
+// loop learns of a step while the device works on the next.
+GPT2Stats gpt2_previous_stats(GPT2* model);
 
 // Appends n tokens a sequence, tokens (B,n), to the key-value cache at `position` (what was there
 // and after is forgotten) and writes the logits (B,V) that follow the last of them. position + n is
@@ -402,9 +501,6 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
 // program's orientation, without padding. A row that is not present cannot be copied.
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
-
-std::string gpt2_device();  // what computes: a line for people
-double gpt2_peak_flops();   // operations/s of matrix products, measured now
 
 struct GPT2Deleter {
     void operator()(GPT2* model) const { gpt2_destroy(model); }
@@ -443,7 +539,14 @@ void attention_backward(real* dqkv, const real* dout, const real* qkv, const rea
 void gelu_forward(real* out, const real* inp, size_t N);
 void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N);
 void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, int T, int C);
-void residual_forward(real* out, const real* inp1, const real* inp2, size_t N);
+void residual_layernorm_forward(real* residual, real* out, real* mean, real* rstd, const real* inp,
+                                const real* branch, const real* weight, const real* bias,
+                                double epsilon, const Dropout& dropout, int B, int T, int C);
+void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
+                         const real* bias, int BT, int C, int OC);
+void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
+                          const real* pre, const real* weight, real* scratch, int BT, int C,
+                          int OC);
 void classifier_forward(real* losses, real* logits, const int* targets, double loss_scale,
                         bool gradient, int BT, int V, int Vp);
 double global_norm(const real* gradients, size_t N);

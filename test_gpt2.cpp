@@ -1,10 +1,13 @@
 // The tests: one source for both twins, built against the object that the program itself is made
 // of.
 //
-// It is built twice: in float, where it holds every part to its contract, and in double
-// (GPT2_REAL), where gradients are checked by central differences and the whole model against
-// PyTorch's float64. Buffers stand between guard bytes and are full of NaN until written;
-// comparisons are written so that NaN fails. A tolerance says where it comes from. Tests that read
+// It is built twice with the CPU twin: in float, where it holds every part to its contract, and in
+// double (GPT2_REAL), where gradients are checked by central differences and the whole model
+// against PyTorch's float64. Gradient.* and Layer.* call the layers of the CPU twin; everything
+// else goes through what both twins provide, and makes its models with the precision that
+// $GPT2_TEST_DTYPE names (fp32 unless it is set), where the test is not about float32 itself.
+// Buffers stand between guard bytes and are full of NaN until written; comparisons are written so
+// that NaN fails. A tolerance says where it comes from. Tests that read
 // ../shared/data skip, counted, where it is missing.
 //
 // ./build/.../test_gpt2 [--gtest_filter=Suite.Test] ends with `N passed, N failed, N skipped`.
@@ -24,6 +27,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <regex>
 #include <set>
 #include <thread>
 
@@ -108,6 +112,34 @@ double largest_magnitude(const real* a, size_t size) {
     return largest;
 }
 
+// eps of `real`; a sum of n products of numbers near 1 is within about sqrt(n) to n of it.
+constexpr double kEps = std::numeric_limits<real>::epsilon();
+
+// What models compute in.
+Dtype test_dtype() {
+    static const char* const name = getenv("GPT2_TEST_DTYPE");
+    static const Dtype dtype = gpt2_dtype(name != nullptr ? name : "fp32");
+    return dtype;
+}
+
+// A tolerance, as a part of the largest number: `exact` where float32 (or double) computes it in
+// another order, `narrow` where numbers on the way are rounded to bf16 and an order that rounds one
+// of them to its neighbour moves it by 2^-8.
+double tolerance(double exact, double narrow) {
+    return test_dtype() == Dtype::bf16 ? narrow * 0x1p-8 : exact * kEps;
+}
+
+GPT2Shape test_shape(int B, int T, bool training = false, int generate = 0) {
+    GPT2Shape shape;
+    shape.B = B, shape.T = T, shape.training = training, shape.generate = generate;
+    shape.threads = omp_get_max_threads(), shape.dtype = test_dtype();
+    return shape;
+}
+
+GPT2Shape training_shape(int B, int T, int generate = 0) {
+    return test_shape(B, T, true, generate);
+}
+
 #define EXPECT_AT_MOST(value, bound) \
     EXPECT_TRUE((value) <= (bound)) << #value " is " << (value) << ", more than " << (bound)
 
@@ -183,6 +215,14 @@ struct Sizes {
 };
 constexpr Sizes kOddSizes[] = {{3, 17, 15, 3}, {1, 1, 1, 1}, {2, 130, 10, 2}, {1, 65, 7, 1}};
 
+// Memory that the layers of the CPU twin work in, full of NaN.
+Buffer attention_scratch(int T) {
+    return Buffer(gpt2_sizes(GPT2Config{}, test_shape(1, T)).attention_scratch);
+}
+Buffer reduce_scratch(size_t columns) {
+    return Buffer(gpt2_sizes(GPT2Config{}, test_shape(1, 1)).reduce_rows * columns);
+}
+
 TEST(Gradient, Encoder) {
     for (const Sizes& sizes : kOddSizes) {
         const int B = sizes.B, T = sizes.T, C = sizes.C;
@@ -208,7 +248,7 @@ TEST(Gradient, LayerNorm) {
         for (bool with_bias : {true, false}) {
             size_t BT = size_t(B * T), N = BT * size_t(C), c = size_t(C);
             Buffer inp(N), weight(c), bias(c), out(N), mean(BT), rstd(BT), dout(N);
-            Buffer dinp(N), dweight(c), dbias(c), scratch(2 * kReduceRows * c);
+            Buffer dinp(N), dweight(c), dbias(c), scratch = reduce_scratch(2 * c);
             inp.normal(1), weight.normal(2), bias.normal(3), dout.normal(4);
             dinp.fill(1), dweight.fill(1), dbias.fill(1);
             auto objective = [&] {
@@ -232,8 +272,8 @@ TEST(Gradient, Matmul) {
     for (const auto& shape : kShapes) {
         const int BT = shape[0], C = shape[1], OC = shape[2];
         Buffer inp(BT * C), weight(OC * C), bias(OC), out(BT * OC), dout(out.size());
-        Buffer dinp(inp.size()), dweight(weight.size()), dbias(bias.size()),
-            scratch(kReduceRows * bias.size());
+        Buffer dinp(inp.size()), dweight(weight.size()), dbias(bias.size());
+        Buffer scratch = reduce_scratch(bias.size());
         inp.normal(1), weight.normal(2), bias.normal(3), dout.normal(4), dweight.fill(1),
             dbias.fill(1);
         matmul_backward(dinp, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
@@ -255,7 +295,7 @@ TEST(Gradient, Attention) {
             size_t N = size_t(B * T * C);
             Dropout dropout{probability, 7, 3, 5, RandomUse::attention, 2};
             Buffer qkv(3 * N), out(N), logsumexp(B * NH * T), dout(N), dqkv(3 * N);
-            Buffer scratch(size_t(omp_get_max_threads()) * 2 * kAttentionRows * size_t(T));
+            Buffer scratch = attention_scratch(T);
             qkv.normal(1), dout.normal(2);
             auto objective = [&] {
                 attention_forward(out, logsumexp, qkv, scratch, dropout, B, T, C, NH);
@@ -279,18 +319,40 @@ TEST(Gradient, Gelu) {
     });
 }
 
+TEST(Gradient, GeluMatmul) {
+    const int BT = 19, C = 14, OC = 9;
+    Buffer pre(BT * C), inp(pre.size()), weight(OC * C), bias(OC), out(BT * OC), dout(out.size());
+    Buffer dpre(pre.size()), dweight(weight.size()), dbias(bias.size());
+    Buffer scratch = reduce_scratch(size_t(OC));
+    pre.normal(1), weight.normal(2), bias.normal(3), dout.normal(4), dweight.fill(1), dbias.fill(1);
+    auto objective = [&] {
+        gelu_forward(inp, pre, pre.size());
+        matmul_forward(out, inp, weight, bias, BT, C, OC);
+        return dot(out, dout);
+    };
+    objective();
+    gelu_matmul_backward(dpre, dweight, dbias, dout, inp, pre, weight, scratch, BT, C, OC);
+    subtract_one(dweight), subtract_one(dbias);
+    expect_gradient("pre", pre, dpre, objective);
+    expect_gradient("weight", weight, dweight, objective);
+    expect_gradient("bias", bias, dbias, objective);
+}
+
 TEST(Gradient, DropoutAndResidual) {
     int B = 3, T = 5, C = 7;
-    size_t N = size_t(B * T * C);
+    size_t N = size_t(B * T * C), BT = size_t(B * T);
     Dropout dropout{0.4, 11, 2, 9, RandomUse::mlp_projection, 1};
-    Buffer inp(N), dropped(N), other(N), out(N), dout(N), dinp(N);
-    inp.normal(1), other.normal(2), dout.normal(3);
-    dropout_forward(dinp, dout, dropout, B, T, C);
-    expect_gradient("inp", inp, dinp, [&] {
-        dropout_forward(dropped, inp, dropout, B, T, C);
-        residual_forward(out, other, dropped, N);
-        return dot(out, dout);
-    });
+    Buffer inp(N), branch(N), residual(N), out(N), mean(BT), rstd(BT), weight(C), dout(N),
+        dbranch(N);
+    inp.normal(1), branch.normal(2), dout.normal(3), weight.fill(1);
+    auto objective = [&] {
+        residual_layernorm_forward(residual, out, mean, rstd, inp, branch, weight, nullptr, 1e-5,
+                                   dropout, B, T, C);
+        return dot(residual, dout);
+    };
+    dropout_forward(dbranch, dout, dropout, B, T, C);
+    expect_gradient("branch", branch, dbranch, objective);
+    expect_gradient("inp", inp, dout, objective);
 }
 
 TEST(Gradient, Classifier) {
@@ -323,10 +385,6 @@ GPT2Ptr random_model(const GPT2Config& config, const GPT2Shape& shape, unsigned 
         }
     }
     return model;
-}
-
-GPT2Shape training_shape(int B, int T, int generate = 0) {
-    return {B, T, true, generate, omp_get_max_threads()};
 }
 
 struct Batch {
@@ -411,9 +469,6 @@ TEST(Gradient, WholeModelByTableRow) {
 
 namespace {
 
-// eps of `real`; a sum of n products of numbers near 1 is within about sqrt(n) to n of it.
-constexpr double kEps = std::numeric_limits<real>::epsilon();
-
 TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
     constexpr int kShapes[][3] = {
         {1, 1, 1}, {17, 13, 5}, {64, 65, 33}, {3, 130, 257}, {129, 1, 40}};
@@ -468,7 +523,7 @@ TEST(Layer, AttentionAgreesWithItsDefinition) {
     for (auto [B, T, C, NH] :
          {Sizes{3, 17, 15, 3}, {2, 129, 32, 2}, {1, 64, 40, 1}, {1, 1, 4, 4}}) {
         Buffer qkv(B * T * 3 * C), out(B * T * C), logsumexp(B * NH * T);
-        Buffer scratch(size_t(omp_get_max_threads()) * 2 * kAttentionRows * size_t(T));
+        Buffer scratch = attention_scratch(T);
         qkv.normal(1, 2);
         attention_forward(out, logsumexp, qkv, scratch, Dropout{}, B, T, C, NH);
         std::vector<double> expected;
@@ -554,6 +609,41 @@ TEST(Layer, DropoutDependsOnItsKeyAndPlaceAlone) {
     differs((other.layer = 9, other)), other = dropout;
     differs((other.use = RandomUse::mlp_projection, other)), other = dropout;
     differs((other.first_sequence = 0, other));
+}
+
+// A joined name computes what its parts do, bit for bit.
+TEST(Layer, JointsAgreeWithTheirParts) {
+    for (auto [B, T, C, NH] : {Sizes{3, 17, 15, 3}, {1, 1, 1, 1}, {2, 9, 130, 2}}) {
+        for (double probability : {0.0, 0.3}) {
+            size_t BT = size_t(B * T), N = BT * size_t(C);
+            Dropout dropout{probability, 7, 3, 5, RandomUse::attention_projection, NH};
+            Buffer inp(N), branch(N), weight(C), bias(C), dropped(N), sum(N), norm(N), mean(BT);
+            Buffer rstd(BT), residual(N), out(N), out_mean(BT), out_rstd(BT);
+            inp.normal(1), branch.normal(2), weight.normal(3), bias.normal(4);
+            for (const real* added :
+                 {static_cast<const real*>(nullptr), static_cast<const real*>(bias)}) {
+                dropout_forward(dropped, branch, dropout, B, T, C);
+                for (size_t i = 0; i < N; i++)
+                    sum[i] = inp[i] + (probability > 0 ? dropped : branch)[i];
+                layernorm_forward(norm, mean, rstd, sum, weight, added, 1e-5, B, T, C);
+                residual_layernorm_forward(residual, out, out_mean, out_rstd, inp, branch, weight,
+                                           added, 1e-5, dropout, B, T, C);
+                EXPECT_EQ(largest_difference(residual, sum, N), 0);
+                EXPECT_EQ(largest_difference(out, norm, N), 0);
+                EXPECT_EQ(largest_difference(out_mean, mean, BT), 0);
+                EXPECT_EQ(largest_difference(out_rstd, rstd, BT), 0);
+            }
+        }
+    }
+    constexpr int BT = 21, C = 13, OC = 34;
+    Buffer inp(BT * C), weight(OC * C), bias(OC), pre(BT * OC), act(pre.size()), pre2(pre.size()),
+        act2(pre.size());
+    inp.normal(1), weight.normal(2), bias.normal(3);
+    matmul_forward(pre, inp, weight, bias, BT, C, OC);
+    gelu_forward(act, pre, pre.size());
+    matmul_gelu_forward(act2, pre2, inp, weight, bias, BT, C, OC);
+    EXPECT_EQ(largest_difference(pre, pre2, pre.size()), 0);
+    EXPECT_EQ(largest_difference(act, act2, act.size()), 0);
 }
 
 TEST(Layer, PhiloxGivesThePublishedNumbers) {  // the known answers of Random123 1.09, philox4x32 10
@@ -772,11 +862,10 @@ TEST(Model, AccumulationIsTheMeanHoweverCut) {
         std::vector<real> gradients = all_of_group(model.get(), Group::gradients);
         double loss = gpt2_stats(model.get()).loss;
         if (whole.empty()) whole = gradients, whole_loss = loss;
-        double bound =
-            100 * kEps *
-            largest_magnitude(whole.data(), whole.size());  // sums of 44 terms, reordered
+        // sums of 44 terms, reordered
+        double bound = tolerance(100, 4) * largest_magnitude(whole.data(), whole.size());
         EXPECT_AT_MOST(largest_difference(gradients.data(), whole.data(), whole.size()), bound);
-        EXPECT_AT_MOST(std::abs(loss - whole_loss), 20 * kEps * whole_loss);
+        EXPECT_AT_MOST(std::abs(loss - whole_loss), tolerance(20, 1) * whole_loss);
     }
 }
 
@@ -795,7 +884,7 @@ TEST(Model, LargeBatchesAreCutWithoutASeam) {
         pass.logits = apart + size_t(b * T * config.vocab_size);
         gpt2_forward(model.get(), batch.inputs.data() + b * T, nullptr, 1, T, pass);
     }
-    double bound = 200 * kEps * largest_magnitude(together, together.size());
+    double bound = tolerance(200, 4) * largest_magnitude(together, together.size());
     EXPECT_AT_MOST(largest_difference(together, apart, together.size()), bound);
 }
 
@@ -805,7 +894,7 @@ TEST(Model, AttentionIsCausal) {
     config.context = 140;
     constexpr int T = 140;
     Batch batch(1, T, config.vocab_size, 1);
-    GPT2Ptr model = random_model(config, {1, T, false, 0, omp_get_max_threads()});
+    GPT2Ptr model = random_model(config, test_shape(1, T));
     size_t V = size_t(config.vocab_size);
     Buffer before(T * V), after(T * V);
     GPT2Pass pass;
@@ -829,8 +918,8 @@ TEST(Model, GenerationAgreesWithForward) {
     Batch batch(B, T, config.vocab_size, 1);
     for (bool tied : {true, false}) {
         config.tied = tied;
-        GPT2Ptr model = random_model(config, {B, 7, false, B, omp_get_max_threads()});
-        GPT2Ptr whole = random_model(config, {B, T, false, 0, omp_get_max_threads()});
+        GPT2Ptr model = random_model(config, test_shape(B, 7, false, B));
+        GPT2Ptr whole = random_model(config, test_shape(B, T));
         size_t V = size_t(config.vocab_size);
         Buffer expected(B * T * V);
         GPT2Pass pass;
@@ -851,7 +940,7 @@ TEST(Model, GenerationAgreesWithForward) {
                     EXPECT_AT_MOST(
                         largest_difference(logits + size_t(b) * V,
                                            expected + size_t(b * T + position - 1) * V, V),
-                        200 * kEps * largest_magnitude(expected, expected.size()));
+                        tolerance(200, 4) * largest_magnitude(expected, expected.size()));
             }
         }
     }
@@ -911,12 +1000,124 @@ TEST(Model, UpdateOfABadStepChangesNothing) {
     for (real value : all_of_group(model.get(), Group::first_moments)) EXPECT_EQ(value, 0);
 }
 
+// What backward computes again is what forward computed: every level trains to the same bits, over
+// two passes a step, with dropout and without, heads tied and not.
+TEST(Model, RecomputingChangesNoBit) {
+    constexpr int B = 3, T = 70;
+    for (int variant = 0; variant < 3; variant++) {
+        GPT2Config config = odd_config();
+        config.layers = 3, config.context = T;
+        config.dropout = variant == 1 ? 0.2 : 0;
+        config.tied = config.bias = variant < 2;
+        std::vector<real> expected[3];
+        double losses[2] = {0, 0};
+        for (int level = 0; level < kRecomputeLevels; level++) {
+            GPT2Shape shape = training_shape(B, T, 1);
+            shape.recompute = level;
+            GPT2Ptr model = random_model(config, shape);
+            for (int step = 0; step < 2; step++) {
+                Batch batch(B, T, config.vocab_size, unsigned(step), true);
+                GPT2Pass pass{true, batch.scale, 1, uint64_t(step), 0, nullptr};
+                gpt2_zero_gradients(model.get());
+                for (int pass_rows : {2, 1}) {  // the second pass is smaller than the model
+                    size_t first = pass.first_sequence * T;
+                    gpt2_forward(model.get(), &batch.inputs[first], &batch.targets[first],
+                                 pass_rows, T - step, pass);
+                    gpt2_backward(model.get());
+                    pass.first_sequence += uint64_t(pass_rows);
+                }
+                double loss = gpt2_stats(model.get()).loss;
+                if (level == 0) losses[step] = loss;
+                EXPECT_EQ(loss, losses[step]) << "level " << level << ", step " << step;
+                AdamW adamw;
+                adamw.step = uint64_t(step) + 1;
+                gpt2_update(model.get(), adamw);
+            }
+            std::vector<real> logits(size_t(config.vocab_size));
+            std::vector<int> prompt = random_ids(9, config.vocab_size, 3);
+            gpt2_generate(model.get(), prompt.data(), 1, 9, 0, logits.data());
+            std::vector<real> results[3] = {all_of_group(model.get(), Group::gradients),
+                                            all_of_group(model.get(), Group::parameters), logits};
+            for (int i = 0; i < 3; i++) {
+                if (level == 0) expected[i] = results[i];
+                EXPECT_TRUE(results[i] == expected[i])
+                    << "result " << i << ", variant " << variant << ", level " << level;
+            }
+        }
+    }
+}
+
+// Each row of the tables has its place: what is written to one is not found in another, and the
+// numbers between rows take no part in the norm of the gradient.
+TEST(Model, RowsAreAlignedAndApart) {
+    for (bool tied : {true, false}) {
+        GPT2Config config = odd_config();
+        config.tied = tied;
+        for (const ParameterRow& row : parameter_table(config)) {
+            EXPECT_EQ(row.allocated() % kRowAlignment, 0u) << row.name;
+            EXPECT_TRUE(row.allocated() - row.size() * row.count < kRowAlignment) << row.name;
+        }
+        GPT2Ptr model = random_model(config, training_shape(2, 9), 1);
+        Batch batch(2, 9, config.vocab_size, 1);
+        forward_loss(model.get(), batch, 2, 9, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+        gpt2_backward(model.get());
+        double squares = 0;
+        for (real value : all_of_group(model.get(), Group::gradients))
+            squares += double(value) * double(value);
+        gpt2_update(model.get(), AdamW{});
+        double norm = gpt2_stats(model.get()).grad_norm;
+        EXPECT_AT_MOST(std::abs(norm / std::sqrt(squares) - 1), 1e-6);
+
+        ParameterTable table = parameter_table(config);
+        auto each = [&](auto f) {
+            real number = 1;
+            for (size_t group = 0; group < 4; group++)
+                for (int index = 0; index < kParameterRows; index++)
+                    for (int l = 0;
+                         table[size_t(index)].present && l < int(table[size_t(index)].count); l++)
+                        f(Group(group), index, l, number++);
+        };
+        each([&](Group group, int index, int layer, real number) {
+            std::vector<real> host(table[size_t(index)].file_size(), number);
+            gpt2_copy_in(model.get(), group, index, layer, host.data());
+        });
+        each([&](Group group, int index, int layer, real number) {
+            std::vector<real> host(table[size_t(index)].file_size());
+            gpt2_copy_out(model.get(), group, index, layer, host.data());
+            EXPECT_TRUE(host == std::vector<real>(host.size(), number))
+                << table[size_t(index)].name << ", layer " << layer;
+        });
+    }
+}
+
+// A step is read while the next one is at work: the stats of the update before the last.
+TEST(Model, PreviousStatsAreThoseOfTheUpdateBefore) {
+    GPT2Config config = odd_config();
+    GPT2Ptr model = random_model(config, training_shape(2, 9));
+    GPT2Stats before = {};
+    for (int step = 1; step <= 4; step++) {
+        Batch batch(2, 9, config.vocab_size, unsigned(step));
+        forward_loss(model.get(), batch, 2, 9, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+        gpt2_backward(model.get());
+        gpt2_update(model.get(), AdamW{0.01, 0.9, 0.95, 1e-8, 0.1, 1, uint64_t(step)});
+        GPT2Stats previous = gpt2_previous_stats(model.get()), now = gpt2_stats(model.get());
+        if (step > 1) {
+            EXPECT_EQ(previous.loss, before.loss) << step;
+            EXPECT_EQ(previous.grad_norm, before.grad_norm) << step;
+        }
+        EXPECT_NE(now.loss, before.loss);
+        before = now;
+        forward_loss(model.get(), batch, 2, 9, GPT2Pass{});  // an evaluation changes neither
+        EXPECT_EQ(gpt2_previous_stats(model.get()).loss, previous.loss);
+    }
+}
+
 TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
     GPT2Config config;
     named_config("gpt2-xl", &config);
-    config.layers = 900, config.channels = 6400, config.heads = 100;
+    config.layers = 900, config.channels = 4096, config.heads = 64;
     std::string error =
-        error_of([&] { gpt2_destroy(gpt2_create(config, training_shape(8, 1024), 0, 1)); });
+        error_of([&] { gpt2_destroy(gpt2_create(config, training_shape(1, 64), 0, 1)); });
     EXPECT_EQ(error.substr(0, 18), "1 out of memory: p") << error;
     EXPECT_NE(error.find("a smaller --model would fit"), std::string::npos) << error;
 }
@@ -928,7 +1129,7 @@ TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
 namespace {
 
 // What dev/reference/make_fixtures.py wrote: a small GPT-2, a batch, and PyTorch's float64 results
-// for them, each with the error that PyTorch itself makes in float32 and in float64
+// for them, each with the error that PyTorch itself makes in float32, in bf16 and in float64
 // (dev/reference/README.md).
 constexpr const char* kFixtureFolder = "dev/reference/fixtures/";
 constexpr const char* kFixtures[] = {"odd", "least", "masked", "untied", "long"};
@@ -1018,10 +1219,7 @@ void from_file_order(const ParameterRow& row, const std::vector<double>& file,
 
 // A model that trains, with the fixture's parameters, for `rows` sequences at a time.
 GPT2Ptr fixture_model(const Fixture& fixture, int rows) {
-    GPT2Shape shape;
-    shape.B = rows, shape.T = fixture.T, shape.training = true,
-    shape.threads = omp_get_max_threads();
-    GPT2Ptr model(gpt2_create(fixture.config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(fixture.config, training_shape(rows, fixture.T), 0, 1));
     for_each_tensor(fixture.config,
                     [&](int index, const ParameterRow& row, int layer, std::string name) {
                         std::vector<real> host;
@@ -1049,8 +1247,9 @@ void fixture_gradients(GPT2* model, const Fixture& fixture, int rows, real* logi
 }
 
 // The bound of every golden test. In float each tensor is at most twice as far from PyTorch's
-// float64 as PyTorch's float32 is. PyTorch can be right by luck where a tensor is small, so its
-// error counts as at least one unit roundoff of the tensor's largest element. c_attn is judged as
+// float64 as PyTorch's float32 is, and in bf16 as PyTorch's bf16 is (with float32 parameters for
+// AdamW, as here). PyTorch can be right by luck where a tensor is small, so its error counts as at
+// least one unit roundoff of the tensor's largest element. c_attn is judged as
 // the query, key and value that it holds. The double build is there to see wrong formulas and
 // constants that float's rounding hides; its reference is itself only a float64 result, of which
 // the fixtures know the spread. It is given four bits of that, which is some 1e-15 to 1e-13 of the
@@ -1059,8 +1258,10 @@ constexpr double kTimesPyTorch = kDouble ? 16 : 2;
 
 void expect_golden(const Fixture& fixture, const std::string& name, const real* ours) {
     std::vector<double> reference = fixture.read(name);
-    std::vector<double> error = fixture.read((kDouble ? "error64." : "error32.") + name);
-    double roundoff = std::numeric_limits<real>::epsilon() / 2, largest = 0;
+    bool narrow = test_dtype() == Dtype::bf16;
+    const char* kind = kDouble ? "error64." : narrow ? "errorbf16." : "error32.";
+    std::vector<double> error = fixture.read(kind + name);
+    double roundoff = narrow ? 0x1p-9 : kEps / 2, largest = 0;
     for (double value : reference) largest = std::max(largest, std::abs(value));
     size_t columns = fixture.file.entry(name).shape.back(), width = columns / error.size();
     ASSERT_EQ(width * error.size(), columns) << name;
@@ -4033,7 +4234,7 @@ TEST(Checkpoint, MomentsOfAnotherModelOrPrecisionAreRefused) {
         },
         "shape (1, 15), the configuration says");
     expect([&](RawTensors& t) { t[name].dtype = "F16", t[name].bytes.resize(30); },
-           "is F16, this program computes in");
+           "is F16, this program keeps it in");
 }
 
 TEST(Checkpoint, APathIsResolvedToAModelFolder) {
@@ -4117,12 +4318,24 @@ struct SmallRun {
         options.batch_size = 4, options.steps = 6, options.warmup = 2;
         options.eval_every = 2, options.eval_batches = 2;
         options.sample_every = 0, options.save_every = 3, options.keep = 0;
-        options.threads = 1, options.peak_flops = 1e9;
+        options.compute.threads = 1, options.compute.dtype = dtype_name(test_dtype());
+        options.peak = {1e9, "given"};
         options.out = folder + "/run";
         static FILE* const nobody = fopen("/dev/null", "w");
         options.screen = nobody;
     }
-    int train() const { return train_command(options, now_s(), "train_gpt2 train"); }
+    int train() const {
+        return train_command(options, now_s(), std::string(gpt2_program()) + " train");
+    }
+    // What people see of it.
+    std::string train_and_read(int code = 0) {
+        FILE* file = fopen((folder + "/screen").c_str(), "w");
+        std::swap(file, options.screen);
+        EXPECT_EQ(train(), code);
+        std::swap(file, options.screen);
+        fclose(file);
+        return read_file(folder + "/screen");
+    }
 
     // Lets every run do one step more and stop, as if a signal had come, until one finishes.
     int train_step_by_step() {
@@ -4290,12 +4503,105 @@ TEST(Plan, AddsUpToWhatTheTwinAllocates) {
         for (int generate : {0, 1, 3}) {
             GPT2Config config = default_config();
             config.vocab_size = 1000;
-            GPT2Shape shape{3, 17, training, generate, 2};
-            size_t parameters = allocated_parameters(config) * (training ? 4 : 1);
-            size_t numbers = parameters + allocated_activations(config, shape);
-            EXPECT_EQ(total_bytes(memory_plan(config, shape)), numbers * sizeof(real));
+            GPT2Shape shape = test_shape(3, 17, training, generate);
+            size_t parameters = allocated_parameters(config), narrow = 0, exact = 0;
+            for (const ActivationRow& row : activation_table(config, shape))
+                (row.narrow ? narrow : exact) += row.allocated();
+            exact += parameters * (training ? 4 : 1);
+            shape.dtype = Dtype::fp32;
+            size_t bytes = (narrow + exact) * sizeof(real);
+            EXPECT_EQ(total_bytes(tensor_memory(config, shape)), bytes);
+            EXPECT_LE(bytes, total_bytes(gpt2_memory(config, shape)));
+            shape.dtype =
+                Dtype::bf16;  // a copy of the parameters, which is all that sampling needs
+            if (!training) exact -= parameters;
+            EXPECT_EQ(total_bytes(tensor_memory(config, shape)),
+                      2 * (narrow + parameters) + exact * sizeof(real));
         }
     }
+}
+
+// A level keeps what its name says for one layer in place of all.
+TEST(Plan, EachLevelOfRecomputingSavesItsRows) {
+    GPT2Config config = default_config();
+    config.layers = 5;
+    GPT2Shape shape = training_shape(3, 17);
+    ActivationTable all = activation_table(config, shape);
+    const std::set<int> gelu = {a_fch_gelu}, norms = {a_ln1, a_ln2};
+    for (int level = 1; level < kRecomputeLevels; level++) {
+        shape.recompute = level;
+        ActivationTable table = activation_table(config, shape);
+        for (int i = 0; i < kActivationRows; i++) {
+            bool saved = all[size_t(i)].count == 5;
+            bool once = gelu.count(i) > 0 || (level >= 2 && norms.count(i) > 0) ||
+                        (level == 3 && i != a_residual3);
+            EXPECT_EQ(table[size_t(i)].count, saved && once ? 1 : all[size_t(i)].count)
+                << all[size_t(i)].name << ", level " << level;
+        }
+    }
+    shape.training = false;
+    for (const ActivationRow& row : activation_table(config, shape)) EXPECT_LE(row.count, 1u);
+}
+
+// The largest batch fits and the next does not; of the levels, the lowest that fits is taken.
+TEST(Plan, WhatFitsIsFoundExactly) {
+    GPT2Config config = default_config();
+    config.layers = 6, config.context = 512;
+    GPT2Shape shape = training_shape(1, 512);
+    auto bytes = [&](int batch, int level) {
+        shape.B = batch, shape.recompute = level;
+        return total_bytes(gpt2_memory(config, shape));
+    };
+    for (int batch : {1, 2, 3, 64, 65, 1000}) {
+        for (int level = 0; level < kRecomputeLevels; level++) {
+            size_t free = bytes(batch, level);
+            EXPECT_EQ(largest_batch(config, shape, free), batch);
+            EXPECT_EQ(largest_batch(config, shape, free - 1), batch - 1);
+            EXPECT_EQ(choose_recompute("auto", config, shape, free), level);
+            EXPECT_EQ(choose_recompute("2", config, shape, free), 2);
+        }
+    }
+    EXPECT_EQ(choose_recompute("auto", config, shape, 0), 0) << "nobody knows what is free";
+    EXPECT_EQ(choose_recompute("auto", config, shape, 1), 3) << "nothing fits";
+
+    size_t free = bytes(8, 3);
+    bytes(8, 1);
+    EXPECT_EQ(what_would_fit(config, shape, free), "--recompute 3 would fit");
+    int batch = largest_batch(config, shape, free);
+    bytes(100, 1);
+    EXPECT_EQ(what_would_fit(config, shape, free), format("--batch-size %d would fit", batch));
+    size_t least = bytes(1, 3);
+    bytes(100, 1);
+    EXPECT_EQ(what_would_fit(config, shape, least), "--batch-size 1 --recompute 3 would fit");
+    EXPECT_EQ(what_would_fit(config, shape, least - 1), "a smaller --sequence-length would fit");
+    EXPECT_EQ(what_would_fit(config, shape, 1000), "a smaller --model would fit");
+}
+
+TEST(Plan, SaysWhatFitsAndWhetherTheRunDoes) {
+    GPT2Config config = default_config();
+    config.layers = 6, config.context = 512;
+    GPT2Shape shape = training_shape(8, 512);
+    size_t needed = total_bytes(gpt2_memory(config, shape));
+    std::string size = readable_bytes(double(needed));
+    std::vector<std::string> lines = fit_report(config, shape, needed);
+    ASSERT_EQ(lines.size(), 2u);
+    EXPECT_EQ(lines[0], "fits       --batch-size 8 --recompute 0 at most; as asked: " + size +
+                            " of " + size + " (--recompute 0)");
+    std::string above = "           --batch-size ";
+    for (int level = 1; level < kRecomputeLevels; level++) {
+        shape.recompute = level;
+        above += format(level == 1 ? "%d with --recompute %d" : ", %d with %d",
+                        largest_batch(config, shape, needed), level);
+    }
+    EXPECT_EQ(lines[1], above);
+    shape.recompute = 0;
+    lines = fit_report(config, shape, needed - 1);
+    EXPECT_EQ(lines[0].find("fits       --batch-size 7 --recompute 0 at most; as asked"), 0u);
+    EXPECT_NE(lines[0].find(" (--recompute 0), too much"), std::string::npos) << lines[0];
+    lines = fit_report(config, shape, 1000);
+    ASSERT_EQ(lines.size(), 1u);
+    EXPECT_EQ(lines[0].find("fits       no batch; as asked"), 0u) << lines[0];
+    EXPECT_EQ(fit_report(config, shape, 0)[0].find("fits       unknown"), 0u);
 }
 
 TEST(Plan, NumbersForPeopleAreReadable) {
@@ -4410,6 +4716,7 @@ TEST(Run, FourMicroBatchesOfOneEqualOneOfFour) {
     four.options.total_batch_tokens = 4 * 9;
     for (SmallRun* run : {&one, &four}) {
         run->options.model.dropout = 0.1;
+        run->options.compute.dtype = "fp32";
         run->options.epsilon = 1e-4;  // where a gradient is nearly 0, Adam makes its rounding count
         EXPECT_EQ(run->train(), 0);
     }
@@ -4419,6 +4726,62 @@ TEST(Run, FourMicroBatchesOfOneEqualOneOfFour) {
     for (size_t i = 0; i < 6; i++)
         EXPECT_NEAR(one.log()[i].at("train_loss").get<double>(),
                     four.log()[i].at("train_loss").get<double>(), 1e-5);
+}
+
+// A step is looked at while the next one is at work, unless something needs it done: evaluating
+// after every step waits for each, and changes neither the records nor the checkpoints.
+TEST(Run, LookingAtStepsLaterChangesNoRecordAndNoCheckpoint) {
+    SmallRun later, at_once;
+    at_once.options.eval_every = 1;
+    later.options.eval_every = 4, later.options.sample_every = 6, later.options.save_every = 5;
+    for (SmallRun* run : {&later, &at_once}) {
+        run->options.steps = 23, run->options.total_batch_tokens = 72;
+        EXPECT_EQ(run->train(), 0);
+    }
+    std::vector<json> log = later.log(), expected = at_once.log();
+    ASSERT_EQ(log.size(), 23u);
+    ASSERT_EQ(expected.size(), 23u);
+    for (size_t i = 0; i < 23; i++) {
+        EXPECT_EQ(log[i].at("step"), i + 1);
+        for (const char* key :
+             {"step", "train_loss", "learning_rate", "grad_norm", "epoch", "tokens"})
+            EXPECT_EQ(log[i].at(key), expected[i].at(key)) << key << " of record " << i;
+        bool evaluated = i % 4 == 3 || i == 22;
+        EXPECT_EQ(log[i].contains("val_loss"), evaluated) << i;
+        if (evaluated) { EXPECT_EQ(log[i].at("val_loss"), expected[i].at("val_loss")) << i; }
+        EXPECT_GT(log[i].at("step_ms").get<double>(), 0) << i;
+        EXPECT_GE(log[i].at("elapsed_s").get<double>(),
+                  i > 0 ? log[i - 1].at("elapsed_s").get<double>() : 0.0);
+    }
+    for (size_t step : {5, 10, 15, 20, 23}) {
+        std::string name = step_name(step);
+        RunState state = read_state(later.out(name), nullptr);
+        EXPECT_EQ(state.step, step);
+        EXPECT_EQ(state.tokens, step * 72);
+        if (!path_exists(at_once.out(name))) continue;  // kept there as the best only
+        RunState other = read_state(at_once.out(name), nullptr);
+        EXPECT_EQ(state.position.epoch, other.position.epoch) << name;
+        EXPECT_EQ(state.position.window, other.position.window) << name;
+        expect_same_file(later.out(name) + "/model.safetensors",
+                         at_once.out(name) + "/model.safetensors");
+    }
+    expect_same_file(later.out("last/optimizer.safetensors"),
+                     at_once.out("last/optimizer.safetensors"));
+}
+
+TEST(Run, EveryLevelOfRecomputingTrainsToTheSameBits) {
+    SmallRun plain;
+    plain.options.model.dropout = 0.1;
+    plain.options.recompute = "0";
+    EXPECT_EQ(plain.train(), 0);
+    for (const char* level : {"1", "2", "3"}) {
+        SmallRun run;
+        run.options.model.dropout = 0.1;
+        run.options.recompute = level;
+        std::string said = run.train_and_read();
+        EXPECT_NE(said.find(std::string("recompute level ") + level), std::string::npos) << said;
+        expect_same_file(plain.out("last/model.safetensors"), run.out("last/model.safetensors"));
+    }
 }
 
 TEST(Run, OverfitsOneBatchToNearlyNothing) {
@@ -4570,6 +4933,54 @@ TEST(Run, ALossThatIsNotANumberEndsIt) {
     EXPECT_EQ(latest_checkpoint(tuned.options.out), "");
 }
 
+// A rate beyond all numbers makes the first update the last one that counts. Whether step 2 is
+// waited for or step 3 is at work already, step 2 is named, and nothing of it is kept.
+TEST(Run, TheStepThatFailsIsNamedAlsoWhenTheNextIsAtWork) {
+    for (size_t eval_every : {0, 1, 2, 3}) {
+        SmallRun run;
+        run.options.schedule = "constant", run.options.warmup = 0;
+        run.options.learning_rate = 1e20;
+        run.options.eval_every = eval_every == 1 ? 0 : eval_every, run.options.eval_batches = 1;
+        run.options.save_every = 1 + eval_every;
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.substr(0, 2), "1 ");
+        EXPECT_NE(error.find("step 2: loss"), std::string::npos) << error;
+        std::vector<json> log = run.log();
+        ASSERT_EQ(log.size(), 1u);
+        EXPECT_EQ(log[0].at("step"), 1u);
+        for (const StepFolder& folder : list_steps(run.options.out, "")) EXPECT_EQ(folder.step, 1u);
+    }
+}
+
+TEST(Run, ResumingInAnotherPrecisionIsSaid) {
+    SmallRun run;
+    stop_signal() = SIGINT;
+    EXPECT_EQ(run.train(), 130);
+    stop_signal() = 0;
+    EXPECT_EQ(run.state().at("dtype"), run.options.compute.dtype);
+    ordered_json state = ordered_json::parse(read_file(run.out("last/trainer.json")));
+    for (const char* key : {"step", "files", "checksum"}) state.erase(key);
+    std::string folder = join_path(run.options.out, linked_step(run.options.out, "last"));
+    for (bool known : {true, false}) {
+        state["dtype"] = "fp8";
+        if (!known) state.erase("dtype");  // as it was before there was a choice: fp32
+        fs::remove(folder + "/trainer.json");
+        write_trainer_json(folder, 1, state, {});
+        RunState read = read_state(folder, nullptr);
+        EXPECT_EQ(read.dtype, known ? "fp8" : "fp32");
+    }
+    state["dtype"] = "fp8";
+    fs::remove(folder + "/trainer.json");
+    write_trainer_json(folder, 1, state, {});
+    std::string said = run.train_and_read();
+    EXPECT_NE(said.find("note       the run used --dtype fp8 so far and goes on with " +
+                        run.options.compute.dtype),
+              std::string::npos)
+        << said;
+    EXPECT_EQ(run.state().at("dtype"), run.options.compute.dtype);
+    EXPECT_EQ(run.log().size(), 6u);
+}
+
 TEST(Run, ATimeLimitFinishesTheRun) {
     SmallRun run;
     run.options.steps = 0, run.options.time_limit_s = 1;
@@ -4664,15 +5075,11 @@ TEST(Sampling, StartsFromTheEndOfThePromptOrTheEndOfText) {
 
 // ==== the command line ===========================================================================
 
-#ifndef GPT2_BINARY
-#    define GPT2_BINARY "./train_gpt2"
-#endif
-
 namespace cli_test {
 
 std::string binary() {
     const char* path = getenv("GPT2_BINARY");
-    return fs::absolute(path != nullptr ? path : GPT2_BINARY).string();
+    return fs::absolute(path != nullptr ? path : gpt2_program()).string();
 }
 
 struct Outcome {
@@ -4742,8 +5149,9 @@ class Cli : public testing::Test {
     // `train` of a model that takes a moment; later words override nothing and must be new.
     static std::vector<std::string> train_words(const std::vector<std::string>& more) {
         std::vector<std::string> words = {
-            "train", "--layers",     "1", "--heads",   "1", "--channels", "8", "--context",
-            "16",    "--batch-size", "2", "--threads", "1"};
+            "train",      "--layers",  "1",         "--heads", "1",
+            "--channels", "8",         "--context", "16",      "--batch-size",
+            "2",          "--threads", "1",         "--dtype", dtype_name(test_dtype())};
         words.insert(words.end(), more.begin(), more.end());
         return words;
     }
@@ -4759,7 +5167,7 @@ class Cli : public testing::Test {
     static void expect_error(const Outcome& outcome, int code, const std::string& part) {
         EXPECT_EQ(outcome.code, code) << outcome.err;
         EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
-        std::string name = fs::path(binary()).filename().string();
+        std::string name = gpt2_program();
         EXPECT_EQ(outcome.err.rfind(name + ": error: ", 0), 0u) << outcome.err;
         EXPECT_NE(outcome.err.find(part), std::string::npos) << outcome.err << "lacks " << part;
     }
@@ -4778,6 +5186,7 @@ class Cli : public testing::Test {
 };
 
 }  // namespace cli_test
+using cli_test::binary;
 using cli_test::Call;
 using cli_test::Cli;
 using cli_test::Outcome;
@@ -4843,7 +5252,9 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
                               {"--epsilon", "0"},
                               {"--schedule", "sine"},
                               {"--dtype", "fp8"},
-                              {"--dtype", "bf16"},
+                              {"--recompute", "4"},
+                              {"--tf32", "1"},
+                              {"--deterministic", "yes"},
                               {"--time-limit", "nan"},
                               {"--seed", "-1"},
                               {"--keep", "-1"},
@@ -4864,6 +5275,51 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
     expect_error(call({"train", "--data", "text.txt", "--steps", "1", "--epochs", "1"}), 2,
                  "--steps and --epochs");
     EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
+}
+
+// A precision that this program lacks is refused by every command that computes, before it begins.
+TEST_F(Cli, APrecisionThatIsNotThereIsRefused) {
+    if (error_of([] { gpt2_dtype("bf16"); }) == "") GTEST_SKIP() << "this program computes in bf16";
+    make_model();
+    const std::vector<std::string> commands[] = {
+        {"train", "--data", "text.txt"},
+        {"plan"},
+        {"sample", "--model", "run"},
+        {"evaluate", "--model", "run", "--data", "text.txt"},
+        {"dump", "--model", "run", "--tokens", "ids.npy", "--out", "d.safetensors"}};
+    for (std::vector<std::string> words : commands) {
+        words.insert(words.end(), {"--dtype", "bf16"});
+        expect_error(call(words), 2, "--dtype bf16");
+    }
+    EXPECT_FALSE(fs::exists(path("runs/text")));
+}
+
+// Weights of another format are converted, and one line says so.
+TEST_F(Cli, ConvertedWeightsAreSaid) {
+    make_model("bytes");
+    std::string file = path("run/last/model.safetensors");
+    checkpoint_test::RawTensors tensors = checkpoint_test::read_raw(file);
+    for (auto& [name, tensor] : tensors) {
+        std::string halves;
+        for (size_t i = 2; i < tensor.bytes.size(); i += 4) halves += tensor.bytes.substr(i, 2);
+        tensor.dtype = "BF16", tensor.bytes = halves;
+    }
+    fs::create_directories(path("half"));
+    for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json"})
+        fs::copy_file(path(std::string("run/last/") + name), path(std::string("half/") + name));
+    checkpoint_test::write_raw(path("half/model.safetensors"), tensors);
+    const std::string note = "weights are BF16 in half/model.safetensors: converted to float32\n";
+    std::vector<std::string> words = {"sample", "--threads", "1", "--max-new-tokens", "3"};
+    words.insert(words.end(), {"--model", "half"});
+    Outcome sampled = call(words);
+    EXPECT_EQ(sampled.code, 0) << sampled.err;
+    EXPECT_EQ(sampled.err, "note: " + note);
+    words.back() = "run";
+    EXPECT_EQ(call(words).err, "");
+    Outcome tuned = call({"train", "--threads", "1", "--data", "text.txt", "--model", "half",
+                          "--steps", "1", "--out", "tuned"});
+    EXPECT_EQ(tuned.code, 0) << tuned.err;
+    EXPECT_NE(tuned.out.find("note       " + note), std::string::npos) << tuned.out;
 }
 
 TEST_F(Cli, DataThatIsNoDataIsRefused) {
@@ -5039,6 +5495,54 @@ TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
     }
 }
 
+// A kill leaves no time for anything: the run goes on from its last checkpoint and ends with the
+// same bits and the same log as one that was left alone. The pipe holds few lines, so that the
+// program waits for its reader and dies in the middle.
+TEST_F(Cli, AKilledRunGoesOnAndEndsWithTheSameBits) {
+    auto words = [](const std::string& out) {
+        return train_words({"--data", "text.txt", "--steps", "80", "--save-every", "7",
+                            "--eval-every", "5", "--eval-batches", "1", "--sample-every", "0",
+                            "--out", out});
+    };
+    int ends[2];
+    ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    fcntl(ends[1], F_SETPIPE_SZ, 4096);
+    Call killed{folder_, words("killed")};
+    killed.out_fd = ends[1];
+    pid_t child = killed.start();
+    close(ends[1]);
+    std::string seen;
+    char part[256];
+    while (seen.find("step 16/80") == std::string::npos) {
+        ssize_t size = read(ends[0], part, sizeof part);
+        ASSERT_GT(size, 0) << seen;
+        seen.append(part, size_t(size));
+    }
+    kill(child, SIGKILL);
+    EXPECT_EQ(killed.finish(child).code, 128 + SIGKILL);
+    close(ends[0]);
+    ASSERT_EQ(latest_checkpoint(path("killed")) == "", false);
+    Outcome rest = call(words("killed"));
+    EXPECT_EQ(rest.code, 0) << rest.err;
+    EXPECT_NE(rest.out.find("going on with killed/step_"), std::string::npos) << rest.out;
+    EXPECT_EQ(call(words("whole")).code, 0);
+    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
+        EXPECT_TRUE(read_file(path(std::string("killed/last/") + name)) ==
+                    read_file(path(std::string("whole/last/") + name)))
+            << name;
+    auto records = [&](const std::string& out) {
+        std::vector<json> log;
+        std::stringstream lines(read_file(path(out + "/log.jsonl")));
+        for (std::string line; std::getline(lines, line);) {
+            log.push_back(json::parse(line));
+            for (const char* key : {"step_ms", "tokens_per_s", "elapsed_s"}) log.back().erase(key);
+        }
+        return log;
+    };
+    EXPECT_EQ(records("killed"), records("whole"));
+    EXPECT_EQ(records("whole").size(), 80u);
+}
+
 TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
     std::vector<std::string> words =
         train_words({"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes"});
@@ -5060,12 +5564,14 @@ TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
     std::string log = read_file(path("run/log.jsonl"));
     log.pop_back();
     json last = json::parse(log.substr(log.rfind('\n') + 1));
-    Outcome outcome = call({"evaluate", "--model", "run", "--data", "val.txt", "--json"});
+    Outcome outcome = call({"evaluate", "--model", "run", "--data", "val.txt", "--json", "--dtype",
+                            dtype_name(test_dtype())});
+    double bound = 1e-6 + tolerance(0, 1);  // the batch is another
     ASSERT_EQ(outcome.code, 0) << outcome.err;
     json result = json::parse(outcome.out);
-    EXPECT_NEAR(result.at("loss").get<double>(), last.at("val_loss").get<double>(), 1e-6);
+    EXPECT_NEAR(result.at("loss").get<double>(), last.at("val_loss").get<double>(), bound);
     EXPECT_NEAR(result.at("bits_per_byte").get<double>(),
-                last.at("val_bits_per_byte").get<double>(), 1e-6);
+                last.at("val_bits_per_byte").get<double>(), bound);
     EXPECT_EQ(result.at("tokens"), 45);
     EXPECT_EQ(call({"evaluate", "--model", "run", "--data", "val.txt"}).code, 0);
 }
@@ -5105,6 +5611,10 @@ TEST_F(Cli, PlanTakesNoMemoryForTheModel) {
     Outcome plan = call({"plan", "--model", "gpt2-xl", "--batch-size", "64"});
     EXPECT_EQ(plan.code, 0) << plan.err;
     EXPECT_NE(plan.out.find("1,557,611,200"), std::string::npos) << plan.out;
+    EXPECT_NE(plan.out.find("\nfits       "), std::string::npos) << plan.out;
+    EXPECT_NE(plan.out.find("as asked: "), std::string::npos) << plan.out;
+    plan = call({"plan", "--model", "tiny", "--recompute", "2", "--dtype", "fp32"});
+    EXPECT_NE(plan.out.find("computing  fp32, recompute level 2"), std::string::npos) << plan.out;
 }
 
 TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
@@ -5122,6 +5632,173 @@ TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
         call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "256", "--out", "t"}), 2,
         "--vocab-size");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "gpt2"}, "x"), 2, "vocab.bpe");
+}
+
+// ==== the CUDA program alone =====================================================================
+
+// These run where the program is train_gpt2cu, on the emulator or on a card: what it says of
+// machines that it cannot run on, of memory, and of its file of timed products. The emulator's card
+// is described by the environment (dev/emu/README.md).
+class Cuda : public Cli {
+  protected:
+    void SetUp() override {
+        Cli::SetUp();
+        if (!fs::exists(binary()) || !emulated()) GTEST_SKIP() << "the program has a real card";
+    }
+    static bool emulated() { return binary().find("_emu") != std::string::npos; }
+
+    // A call with variables of the environment set for it alone.
+    Outcome call_with(const std::vector<std::pair<const char*, std::string>>& variables,
+                      const std::vector<std::string>& words) const {
+        for (const auto& [name, value] : variables) setenv(name, value.c_str(), 1);
+        Outcome outcome = call(words);
+        for (const auto& variable : variables) unsetenv(variable.first);
+        return outcome;
+    }
+    std::vector<std::string> short_run(const std::vector<std::string>& more = {}) const {
+        std::vector<std::string> words = {"--data",  "text.txt", "--tokenizer", "bytes",
+                                          "--steps", "2",        "--out",       "run"};
+        words.insert(words.end(), more.begin(), more.end());
+        return train_words(words);
+    }
+};
+
+TEST_F(Cuda, MachinesThatCannotRunItAreToldWhy) {
+    expect_error(call_with({{"EMU_DEVICES", "none"}}, short_run()), 1, "no NVIDIA driver");
+    expect_error(call_with({{"EMU_DEVICES", "0"}}, short_run()), 1, "no GPU here");
+    expect_error(call_with({{"EMU_DRIVER", "12000"}}, short_run()), 1,
+                 "the driver supports CUDA 12.0, and this program needs ");
+    expect_error(call_with({{"EMU_CAPABILITY", "7.5"}, {"EMU_NAME", "Tesla T4"}}, short_run()), 1,
+                 "Tesla T4 has compute capability 7.5; this program needs 8.0");
+    // What needs no card does without one.
+    Outcome help = call_with({{"EMU_DEVICES", "none"}}, {"train", "--help"});
+    EXPECT_EQ(help.code, 0) << help.err;
+}
+
+TEST_F(Cuda, TooLittleMemoryNamesTheGroupTheBytesAndWhatWouldFit) {
+    std::vector<std::string> words = {"train", "--data",      "text.txt", "--tokenizer",
+                                      "bytes", "--model",     "small",    "--batch-size",
+                                      "64",    "--recompute", "0",        "--steps",
+                                      "1",     "--out",       "run"};
+    Outcome outcome = call_with({{"EMU_MEMORY", "400000000"}}, words);
+    expect_error(outcome, 1, "out of memory: activations need ");
+    EXPECT_NE(outcome.err.find("MiB more than the"), std::string::npos) << outcome.err;
+    std::smatch fit;
+    ASSERT_TRUE(std::regex_search(outcome.err, fit, std::regex("(--[a-z-]+) (\\d+) would fit")))
+        << outcome.err;
+    // The plan of what it names does fit.
+    words[0] = "plan";
+    words.resize(words.size() - 4);
+    auto option = std::find(words.begin(), words.end(), fit[1].str());
+    ASSERT_NE(option, words.end());
+    *(option + 1) = fit[2].str();
+    Outcome plan = call_with({{"EMU_MEMORY", "400000000"}}, words);
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_EQ(plan.out.find("does not fit"), std::string::npos) << plan.out;
+}
+
+TEST_F(Cuda, EveryAllocationMayFail) {
+    for (int n = 1;; n++) {
+        ASSERT_LT(n, 100) << "no allocation fails any more, and the run does not end";
+        fs::remove_all(path("run"));
+        Outcome outcome = call_with({{"EMU_FAIL_MALLOC", std::to_string(n)}}, short_run());
+        if (outcome.code == 0) break;
+        expect_error(outcome, 1, "out of memory");
+    }
+}
+
+TEST_F(Cuda, SizesThatTheKernelsDoNotTakeAreRefused) {
+    expect_error(
+        call({"train", "--data", "text.txt", "--tokenizer", "bytes", "--layers", "1", "--heads",
+              "1", "--channels", "136", "--context", "16", "--steps", "1", "--out", "run"}),
+        2, "heads of 136; on a GPU at most 128, as with --heads 2");
+    expect_error(
+        call({"train", "--data", "text.txt", "--tokenizer", "bytes", "--layers", "1", "--heads",
+              "64", "--channels", "8192", "--context", "16", "--steps", "1", "--out", "run"}),
+        2, "--channels 8192: on a GPU at most 4096");
+}
+
+// A model whose products are large enough to be timed.
+TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
+    std::vector<std::string> words = {
+        "train", "--data",       "text.txt", "--tokenizer",       "bytes", "--layers",
+        "1",     "--heads",      "2",        "--channels",        "128",   "--context",
+        "64",    "--batch-size", "8",        "--sequence-length", "64",    "--steps",
+        "1",     "--out",        "run"};
+    std::string cache = path("products");
+    auto run = [&] {
+        fs::remove_all(path("run"));
+        Outcome outcome = call_with({{"XDG_CACHE_HOME", cache}}, words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return outcome;
+    };
+    run();
+    std::vector<fs::path> files;
+    for (const auto& entry : fs::recursive_directory_iterator(cache))
+        if (entry.is_regular_file()) files.push_back(entry.path());
+    ASSERT_EQ(files.size(), 1u);
+    std::string first = read_file(files[0].string());
+    EXPECT_GT(json::parse(first).at("winners").size(), 5u);
+    run();
+    EXPECT_EQ(read_file(files[0].string()), first) << "nothing is timed a second time";
+
+    std::string wrong_value = first;
+    wrong_value.replace(wrong_value.find("\": \"") + 4, 4, "zzzz");
+    for (const std::string& broken : {std::string("{"), std::string("[]"), first.substr(0, 40),
+                                      std::string("{\"winners\": {\"a\": 1}}")}) {
+        write_file_atomic(files[0].string(), broken);
+        Outcome outcome = run();
+        EXPECT_NE(outcome.err.find("not a file of timed products; made anew"), std::string::npos)
+            << broken;
+        EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
+        EXPECT_EQ(json::parse(read_file(files[0].string())).at("winners").size(),
+                  json::parse(first).at("winners").size());
+    }
+    write_file_atomic(files[0].string(), wrong_value);
+    EXPECT_EQ(run().err, "") << "an algorithm that the library refuses is replaced";
+
+    fs::remove_all(path("run"));
+    Outcome outcome = call_with({{"XDG_CACHE_HOME", "/dev/null"}}, words);
+    EXPECT_EQ(outcome.code, 0) << "no cache can be written: " << outcome.err;
+}
+
+// The losses of a run's log, by step.
+std::vector<double> logged_losses(const std::string& log) {
+    std::vector<double> losses;
+    std::istringstream lines(read_file(log));
+    for (std::string line; std::getline(lines, line);)
+        losses.push_back(json::parse(line).at("train_loss"));
+    return losses;
+}
+
+// A run that one program begins, the other goes on with and the first ends has the losses of the
+// run that nothing interrupted: the checkpoints are the same files. Five digits: AdamW divides each
+// gradient by its own size, and so makes a step of what is left of a gradient that should be 0.
+TEST_F(Cuda, RunsGoFromOneProgramToTheOther) {
+    const char* given = getenv("GPT2_OTHER_BINARY");
+    if (given == nullptr) GTEST_SKIP() << "GPT2_OTHER_BINARY, the CPU program, is not set";
+    if (test_dtype() != Dtype::fp32) GTEST_SKIP() << "the CPU program computes in float32";
+    std::string other = fs::absolute(given).string();
+    auto train = [&](const std::string& program, const std::string& out, int from) {
+        std::string command = "cd " + folder_ + " && " + program;
+        for (const std::string& word :
+             train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "6",
+                          "--save-every", "2", "--keep", "0", "--out", out}))
+            command += " " + word;
+        if (from > 0) command += format(" --resume %s/step_%08d", out.c_str(), from);
+        return system((command + " >" + out + ".out 2>&1").c_str());
+    };
+    ASSERT_EQ(train(binary(), "whole", 0), 0) << read_file(path("whole.out"));
+    fs::copy(path("whole"), path("run"),
+             fs::copy_options::recursive | fs::copy_options::copy_symlinks);
+    ASSERT_EQ(train(other, "run", 2), 0) << read_file(path("run.out"));
+    ASSERT_EQ(train(binary(), "run", 4), 0) << read_file(path("run.out"));
+    std::vector<double> whole = logged_losses(path("whole/log.jsonl"));
+    std::vector<double> run = logged_losses(path("run/log.jsonl"));
+    ASSERT_EQ(whole.size(), 6u);
+    ASSERT_EQ(run.size(), 6u);
+    for (size_t i = 0; i < 6; i++)
+        EXPECT_NEAR(run[i], whole[i], 1e-5 * whole[i]) << "step " << i + 1;
 }
 
 // ==== main =======================================================================================

@@ -25,6 +25,18 @@
 constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
 constexpr double kGeluCube = 0.044715;
 
+constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
+constexpr int kAttentionRows = 64;    // queries that share a block of scores
+constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
+
+// Scores of attention exist for a block of queries on each thread, those of the weights and of
+// their gradient; a model that generates sees up to `context` keys.
+TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t keys = size_t(shape.generate > 0 ? config.context : shape.T);
+    return {size_t(kClassifierRows), size_t(shape.threads) * 2 * kAttentionRows * keys,
+            size_t(kReduceRows)};
+}
+
 // e^x in a form that compilers turn into vector code. For float: x = n ln2 + r with |r| <= ln2 / 2,
 // a polynomial for e^r (its own error is below half a unit in the last place), and n added to the
 // exponent; within 1.5 units in the last place on [-87, 88], flat outside, NaN for NaN. For double,
@@ -99,6 +111,29 @@ void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* input
 
 // ==== layer norm =================================================================================
 
+// One row of layer norm: y (C) from x (C), and its mean and rstd. Everything that normalises calls
+// this one, never inlined, so that what is computed a second time has the same bits.
+__attribute__((noinline)) static void layernorm_row(real* y, real* mean, real* rstd, const real* x,
+                                                    const real* weight, const real* bias,
+                                                    double epsilon, int C) {
+    real sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < C; c++) sum += x[c];
+    real m = sum / C;
+#pragma omp simd reduction(+ : squares)
+    for (int c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+    real r = 1 / std::sqrt(squares / C + real(epsilon));
+    if (bias != nullptr) {
+#pragma omp simd
+        for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c] + bias[c];
+    } else {
+#pragma omp simd
+        for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c];
+    }
+    *mean = m;
+    *rstd = r;
+}
+
 // y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)  [Ba et al. 2016,
 // arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
 // backward inp (B,T,C), weight (C), bias (C) or null. The variance is taken in a second pass, about
@@ -106,26 +141,8 @@ void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* input
 void layernorm_forward(real* out, real* mean, real* rstd, const real* inp, const real* weight,
                        const real* bias, double epsilon, int B, int T, int C) {
 #pragma omp parallel for schedule(static)
-    for (size_t bt = 0; bt < size_t(B) * T; bt++) {
-        const real* x = inp + bt * C;
-        real* y = out + bt * C;
-        real sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int c = 0; c < C; c++) sum += x[c];
-        real m = sum / C;
-#pragma omp simd reduction(+ : squares)
-        for (int c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
-        real r = 1 / std::sqrt(squares / C + real(epsilon));
-        if (bias != nullptr) {
-#pragma omp simd
-            for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c] + bias[c];
-        } else {
-#pragma omp simd
-            for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c];
-        }
-        mean[bt] = m;
-        rstd[bt] = r;
-    }
+    for (size_t bt = 0; bt < size_t(B) * T; bt++)
+        layernorm_row(out + bt * C, mean + bt, rstd + bt, inp + bt * C, weight, bias, epsilon, C);
 }
 
 // column[c] += sum over rows of partial (kReduceRows,C): the second stage of a deterministic sum
@@ -502,13 +519,52 @@ void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N) {
     }
 }
 
+// pre = inp weight^T + bias;  out = gelu(pre)
+// pre and out (BT,OC) are written, both kept for backward; inp (BT,C), weight (OC,C), bias (OC) or
+// null. One name because the other twin's product applies GELU to its result before it is stored.
+void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
+                         const real* bias, int BT, int C, int OC) {
+    matmul_forward(pre, inp, weight, bias, BT, C, OC);
+    gelu_forward(out, pre, size_t(BT) * OC);
+}
+
+// forward: inp = gelu(pre);  out = inp weight^T + bias
+// dpre = (dout weight) * gelu'(pre);  dweight += dout^T inp;  dbias += sum over rows of dout
+// dpre (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. dout (BT,OC); inp and
+// pre (BT,C); scratch (kReduceRows,OC).
+void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
+                          const real* pre, const real* weight, real* scratch, int BT, int C,
+                          int OC) {
+    matmul_backward(dpre, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
+    gelu_backward(dpre, dpre, pre, size_t(BT) * C);
+}
+
 // ==== residual ===================================================================================
 
-// out = inp1 + inp2, each (N) [He et al. 2015, arXiv:1512.03385]; out is written. Its gradient is a
-// copy.
-void residual_forward(real* out, const real* inp1, const real* inp2, size_t N) {
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < N; i++) out[i] = inp1[i] + inp2[i];
+// residual = inp + dropout(branch)   [He et al. 2015, arXiv:1512.03385];  out = layer norm of it
+// residual, out (B,T,C) and mean, rstd (B,T) are written; inp, branch (B,T,C), neither of them
+// residual; weight (C), bias (C) or null. A row is normalised while it is in cache. The gradient of
+// residual goes to inp as it is, and to branch through dropout_forward.
+void residual_layernorm_forward(real* residual, real* out, real* mean, real* rstd, const real* inp,
+                                const real* branch, const real* weight, const real* bias,
+                                double epsilon, const Dropout& dropout, int B, int T, int C) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int t = 0; t < T; t++) {
+            size_t bt = size_t(b) * T + t;
+            const real *inp_bt = inp + bt * C, *added = branch + bt * C;
+            real* residual_bt = residual + bt * C;
+            if (dropout.probability > 0) {
+                dropout_row(residual_bt, added, dropout, dropout.first_sequence + uint64_t(b), t, C,
+                            C);
+                added = residual_bt;
+            }
+#pragma omp simd
+            for (int c = 0; c < C; c++) residual_bt[c] = inp_bt[c] + added[c];
+            layernorm_row(out + bt * C, mean + bt, rstd + bt, residual_bt, weight, bias, epsilon,
+                          C);
+        }
+    }
 }
 
 // ==== classifier =================================================================================
@@ -622,7 +678,8 @@ struct GPT2 {
     int B = 0, T = 0;  // of the last forward
     const int* inputs = nullptr;
     GPT2Pass pass;
-    double loss = 0, grad_norm = 0;
+    double loss = 0;                        // of the passes since gpt2_zero_gradients
+    GPT2Stats last = {}, before_last = {};  // of the last two updates
 
     ~GPT2() {
         for (real* group : groups) free(group);
@@ -649,6 +706,23 @@ struct GPT2 {
 #undef X
         return tensors;
     }
+    // The layer norm that block l begins with, or, after the last block, the last one.
+    struct Norm {
+        real *out, *mean, *rstd;
+        const real *weight, *bias;
+    };
+    Norm norm_before(int l) const {
+        if (l == config.layers) {
+            const ParameterTensors& p = layer0[0];
+            const ActivationTensors& a = activations;
+            return {a.lnf, a.lnf_mean, a.lnf_rstd, p.lnfw, p.lnfb};
+        }
+        ParameterTensors p = layer(Group::parameters, l);
+        ActivationTensors a = layer(l);
+        return {a.ln1, a.ln1_mean, a.ln1_rstd, p.ln1w, p.ln1b};
+    }
+    // What block l adds to: the embeddings, or what the block before it left.
+    real* block_input(int l) const { return l == 0 ? activations.encoded : layer(l - 1).residual3; }
     Dropout dropout(RandomUse use, int l) const {
         double probability = pass.training ? config.dropout : 0;
         return {probability, pass.seed, pass.step, pass.first_sequence, use, l};
@@ -656,27 +730,39 @@ struct GPT2 {
 };
 
 // The memory that this machine could still give, in bytes; 0 when it does not say.
-static double available_memory() {
+size_t gpt2_memory_free() {
     std::ifstream file("/proc/meminfo");
     std::string word;
-    double kib = 0;
+    size_t kib = 0;
     while (file >> word)
         if (word == "MemAvailable:" && file >> kib) break;
     return kib * 1024;
 }
 
+// What the whole process will take: the tables; the copies of one tensor at a time, of which
+// initialisation, files and the library's packing hold at most two; and the program with its
+// libraries, as measured.
+std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    constexpr size_t kProgramBytes = size_t(30) << 20;
+    std::vector<MemoryRow> rows = tensor_memory(config, shape);
+    size_t largest = 0;
+    for (const ParameterRow& row : parameter_table(config))
+        largest = std::max(largest, row.file_size());
+    rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
+    rows.push_back({"program, libraries", kProgramBytes});
+    return rows;
+}
+
+// Refuses what is larger than the memory that is free, before any of it is taken.
 static void check_memory(const GPT2Config& config, const GPT2Shape& shape) {
-    double parameters =
-        double(allocated_parameters(config)) * sizeof(real) * (shape.training ? 4 : 1);
-    double activations = double(allocated_activations(config, shape)) * sizeof(real);
-    double missing = parameters + activations - available_memory();
-    if (missing <= 0 || available_memory() == 0) return;
-    bool model = parameters > activations;
-    fail_machine(
-        "out of memory: %s need %.1f MiB, %.1f MiB more than there is; a smaller %s would fit",
-        model ? "parameters, gradients and moments" : "activations",
-        (model ? parameters : activations) / 1048576, missing / 1048576,
-        model ? "--model" : "--batch-size or --sequence-length");
+    std::vector<MemoryRow> rows = gpt2_memory(config, shape);
+    size_t needed = total_bytes(rows), free = gpt2_memory_free();
+    if (free == 0 || needed <= free) return;
+    auto smaller = [](const MemoryRow& a, const MemoryRow& b) { return a.bytes < b.bytes; };
+    const MemoryRow& largest = *std::max_element(rows.begin(), rows.end(), smaller);
+    fail_machine("out of memory: %s need %.1f MiB, all together %.1f MiB more than there is; %s",
+                 largest.group.c_str(), double(largest.bytes) / 1048576,
+                 double(needed - free) / 1048576, what_would_fit(config, shape, free).c_str());
 }
 
 GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
@@ -685,6 +771,7 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
     check_range("--batch-size", shape.B, 1, 1 << 24);
     check_range("--sequence-length", shape.T, 1, config.context);
     check_range("tokens in a batch", double(shape.B) * shape.T, 1, INT32_MAX);
+    assert(shape.dtype == Dtype::fp32 && shape.recompute >= 0 && shape.recompute <= 3);
     check_memory(config, shape);
     omp_set_num_threads(shape.threads);
     auto model = std::make_unique<GPT2>();
@@ -697,20 +784,21 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
                                        "second moments"};
     for (size_t group = 0; group < (shape.training ? 4u : 1u); group++)
         model->groups[group] = allocate(model->parameters, kGroups[group]);
-    model->activation_memory = allocate(allocated_activations(config, shape), "activations");
-    size_t offset = 0;
-#define X(name, ...)                                                                              \
-    if (model->parameter_rows[k_##name].present) {                                                \
-        model->layer0[0].name = model->groups[0] + offset;                                        \
-        if (shape.training) model->layer0[1].name = model->groups[1] + offset;                    \
-        offset += model->parameter_rows[k_##name].size() * model->parameter_rows[k_##name].count; \
+    size_t numbers = 0, offset = 0;
+    for (const ActivationRow& row : model->activation_rows) numbers += row.allocated();
+    model->activation_memory = allocate(numbers, "activations");
+#define X(name, ...)                                                           \
+    if (model->parameter_rows[k_##name].present) {                             \
+        model->layer0[0].name = model->groups[0] + offset;                     \
+        if (shape.training) model->layer0[1].name = model->groups[1] + offset; \
+        offset += model->parameter_rows[k_##name].allocated();                 \
     }
     GPT2_PARAMETER_TABLE(X)
 #undef X
     offset = 0;
 #define X(name, ...)                                             \
     model->activations.name = model->activation_memory + offset; \
-    offset += model->activation_rows[a_##name].size * model->activation_rows[a_##name].count;
+    offset += model->activation_rows[a_##name].allocated();
     GPT2_ACTIVATION_TABLE(X)
 #undef X
     return model.release();
@@ -722,8 +810,7 @@ const GPT2Shape& gpt2_shape(const GPT2* model) { return model->shape; }
 
 static real* tensor_address(const GPT2* model, Group group, int row, int layer) {
     size_t offset = 0;
-    for (int i = 0; i < row; i++)
-        offset += model->parameter_rows[size_t(i)].size() * model->parameter_rows[size_t(i)].count;
+    for (int i = 0; i < row; i++) offset += model->parameter_rows[size_t(i)].allocated();
     return model->groups[size_t(group)] + offset +
            size_t(layer) * model->parameter_rows[size_t(row)].size();
 }
@@ -740,35 +827,42 @@ void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host
 
 // ==== gpt2_forward ===============================================================================
 
-// The second half of a block: x = x + fcproj(gelu(fc(ln2(x)))).
-static void mlp_forward(const GPT2* model, const ParameterTensors& p, const ActivationTensors& a,
-                        int l, int B, int T) {
-    int C = model->config.channels, F = model->config.hidden_size(), BT = B * T;
-    layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b,
-                      model->config.layer_norm_epsilon, B, T, C);
-    matmul_forward(a.fch, a.ln2, p.fcw, p.fcb, BT, C, F);
-    gelu_forward(a.fch_gelu, a.fch, size_t(BT) * F);
-    matmul_forward(a.branch, a.fch_gelu, p.fcprojw, p.fcprojb, BT, F, C);
-    Dropout dropout = model->dropout(RandomUse::mlp_projection, l);
-    if (dropout.probability > 0) dropout_forward(a.branch, a.branch, dropout, B, T, C);
-    residual_forward(a.residual3, a.residual2, a.branch, size_t(BT) * C);
+// The second half of block l up to its last product, from the residual stream between the halves:
+// residual2 = inp + dropout(branch);  fch_gelu = gelu(fc(ln2(residual2))).
+static void mlp_forward(const GPT2* model, const real* inp, int l, int B, int T) {
+    ParameterTensors p = model->layer(Group::parameters, l);
+    ActivationTensors a = model->layer(l);
+    int C = model->config.channels, F = model->config.hidden_size();
+    residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
+                               p.ln2b, model->config.layer_norm_epsilon,
+                               model->dropout(RandomUse::attention_projection, l), B, T, C);
+    matmul_gelu_forward(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, B * T, C, F);
 }
 
-// One block: x = x + attproj(attention(ln1(x))), then the MLP. inp and a.residual3 are (B,T,C).
+// Block l up to its last product, whose input ln1 is there: branch = attproj(attention(ln1)), then
+// the MLP. inp (B,T,C) is the residual stream.
 static void block_forward(const GPT2* model, const real* inp, int l, int B, int T) {
     ParameterTensors p = model->layer(Group::parameters, l);
     ActivationTensors a = model->layer(l);
     int C = model->config.channels, NH = model->config.heads, BT = B * T;
-    layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, p.ln1w, p.ln1b,
-                      model->config.layer_norm_epsilon, B, T, C);
     matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, BT, C, 3 * C);
     attention_forward(a.atty, a.logsumexp, a.qkv, a.att_scratch,
                       model->dropout(RandomUse::attention, l), B, T, C, NH);
     matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, BT, C, C);
-    Dropout dropout = model->dropout(RandomUse::attention_projection, l);
-    if (dropout.probability > 0) dropout_forward(a.branch, a.branch, dropout, B, T, C);
-    residual_forward(a.residual2, inp, a.branch, size_t(BT) * C);
-    mlp_forward(model, p, a, l, B, T);
+    mlp_forward(model, inp, l, B, T);
+}
+
+// The end of block l: residual3 = residual2 + dropout(fcproj(fch_gelu)), and the layer norm that
+// follows it.
+static void block_end_forward(const GPT2* model, int l, int B, int T) {
+    ParameterTensors p = model->layer(Group::parameters, l);
+    ActivationTensors a = model->layer(l);
+    GPT2::Norm next = model->norm_before(l + 1);
+    int C = model->config.channels, F = model->config.hidden_size();
+    matmul_forward(a.branch, a.fch_gelu, p.fcprojw, p.fcprojb, B * T, F, C);
+    residual_layernorm_forward(a.residual3, next.out, next.mean, next.rstd, a.residual2, a.branch,
+                               next.weight, next.bias, model->config.layer_norm_epsilon,
+                               model->dropout(RandomUse::mlp_projection, l), B, T, C);
 }
 
 // The classifier over kClassifierRows rows of logits at a time, so that (B,T,Vp) is never whole.
@@ -815,30 +909,27 @@ void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int
     encoder_forward(a.encoded, inputs, p.wte, p.wpe, B, T, C);
     Dropout dropout = model->dropout(RandomUse::encoder, 0);
     if (dropout.probability > 0) dropout_forward(a.encoded, a.encoded, dropout, B, T, C);
-    const real* residual = a.encoded;
-    for (int l = 0; l < config.layers; l++) {
-        block_forward(model, residual, l, B, T);
-        residual = model->layer(l).residual3;
-    }
-    layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, residual, p.lnfw, p.lnfb,
+    layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
                       config.layer_norm_epsilon, B, T, C);
+    for (int l = 0; l < config.layers; l++) {
+        block_forward(model, model->block_input(l), l, B, T);
+        block_end_forward(model, l, B, T);
+    }
     head_forward(model, targets, pass);
 }
 
-// One block over the new tokens alone, with keys and values of the earlier ones from the cache.
+// Block l, as block_forward does it, over the new tokens alone, with keys and values of the earlier
+// ones from the cache.
 static void block_generate(const GPT2* model, const real* inp, int l, int B, int n, int position) {
     ParameterTensors p = model->layer(Group::parameters, l);
     ActivationTensors a = model->layer(l);
     const GPT2Config& config = model->config;
     int C = config.channels;
-    layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, p.ln1w, p.ln1b, config.layer_norm_epsilon,
-                      B, n, C);
     matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, B * n, C, 3 * C);
     attention_cached_forward(a.atty, a.key_cache, a.value_cache, a.qkv, a.att_scratch, B, n,
                              position, config.context, C, config.heads);
     matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, B * n, C, C);
-    residual_forward(a.residual2, inp, a.branch, size_t(B) * n * C);
-    mlp_forward(model, p, a, l, B, n);
+    mlp_forward(model, inp, l, B, n);
 }
 
 void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits) {
@@ -860,23 +951,22 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
                           tokens + size_t(b) * n + done + now);
         encoder_forward(a.encoded, inputs.data(), p.wte, p.wpe + size_t(position + done) * C, B,
                         now, C);
-        const real* residual = a.encoded;
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
+                          config.layer_norm_epsilon, B, now, C);
         for (int l = 0; l < config.layers; l++) {
-            block_generate(model, residual, l, B, now, position + done);
-            residual = model->layer(l).residual3;
+            block_generate(model, model->block_input(l), l, B, now, position + done);
+            block_end_forward(model, l, B, now);
         }
         if (done + now < n) continue;
         for (int b = 0; b < B; b++) {
-            const real* last = residual + (size_t(b) * now + now - 1) * C;
+            const real* last = a.lnf + (size_t(b) * now + now - 1) * C;
             std::copy(last, last + C, a.branch + size_t(b) * C);
         }
     }
-    layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, a.branch, p.lnfw, p.lnfb,
-                      config.layer_norm_epsilon, B, 1, C);
     for (int first = 0; first < B; first += kClassifierRows) {
         int rows = std::min(kClassifierRows, B - first);
-        matmul_forward(a.logits, a.lnf + size_t(first) * C, config.tied ? p.wte : p.headw, nullptr,
-                       rows, C, Vp);
+        matmul_forward(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
+                       nullptr, rows, C, Vp);
         for (int b = 0; b < rows; b++)
             std::copy(a.logits + size_t(b) * Vp, a.logits + size_t(b) * Vp + V,
                       logits + size_t(first + b) * V);
@@ -894,6 +984,24 @@ static const real* branch_gradient(const GPT2* model, const ActivationTensors& a
     return a.dbranch;
 }
 
+// Computes again what forward did not keep of block l, with the functions that forward used: [Chen
+// et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174]. inp is the
+// residual stream before the block, which is always kept.
+static void block_recompute(const GPT2* model, const real* inp, int l) {
+    ParameterTensors p = model->layer(Group::parameters, l);
+    ActivationTensors a = model->layer(l);
+    const GPT2Config& config = model->config;
+    int level = model->shape.recompute, B = model->B, T = model->T, C = config.channels;
+    if (level >= 2)
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, p.ln1w, p.ln1b,
+                          config.layer_norm_epsilon, B, T, C);
+    if (level >= 3) return block_forward(model, inp, l, B, T);
+    if (level >= 2)
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b,
+                          config.layer_norm_epsilon, B, T, C);
+    if (level >= 1) gelu_forward(a.fch_gelu, a.fch, size_t(B) * T * config.hidden_size());
+}
+
 // forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
 // a.dresidual is the gradient of residual3 on entry and of inp on exit.
 static void block_backward(const GPT2* model, const real* inp, int l) {
@@ -903,9 +1011,8 @@ static void block_backward(const GPT2* model, const real* inp, int l) {
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
 
     const real* dbranch = branch_gradient(model, a, RandomUse::mlp_projection, l);
-    matmul_backward(a.dfch, d.fcprojw, d.fcprojb, dbranch, a.fch_gelu, p.fcprojw, a.reduce_scratch,
-                    BT, F, C);
-    gelu_backward(a.dfch, a.dfch, a.fch, size_t(BT) * F);
+    gelu_matmul_backward(a.dfch, d.fcprojw, d.fcprojb, dbranch, a.fch_gelu, a.fch, p.fcprojw,
+                         a.reduce_scratch, BT, F, C);
     matmul_backward(a.dnorm, d.fcw, d.fcb, a.dfch, a.ln2, p.fcw, a.reduce_scratch, BT, C, F);
     layernorm_backward(a.dresidual, d.ln2w, d.ln2b, a.dnorm, a.residual2, p.ln2w, a.ln2_mean,
                        a.ln2_rstd, a.reduce_scratch, B, T, C);
@@ -929,8 +1036,10 @@ void gpt2_backward(GPT2* model) {
     std::fill(a.dresidual, a.dresidual + size_t(B) * T * C, real(0));
     layernorm_backward(a.dresidual, d.lnfw, d.lnfb, a.dnorm, model->layer(L - 1).residual3, p.lnfw,
                        a.lnf_mean, a.lnf_rstd, a.reduce_scratch, B, T, C);
-    for (int l = L - 1; l >= 0; l--)
-        block_backward(model, l == 0 ? a.encoded : model->layer(l - 1).residual3, l);
+    for (int l = L - 1; l >= 0; l--) {
+        block_recompute(model, model->block_input(l), l);
+        block_backward(model, model->block_input(l), l);
+    }
     encoder_backward(d.wte, d.wpe, branch_gradient(model, a, RandomUse::encoder, 0), model->inputs,
                      B, T, C);
 }
@@ -947,22 +1056,37 @@ void gpt2_zero_gradients(GPT2* model) {
 
 void gpt2_update(GPT2* model, const AdamW& adamw) {
     auto [params, grads, m, v] = model->groups;
-    model->grad_norm = global_norm(grads, model->parameters);
-    if (!std::isfinite(model->grad_norm) || !std::isfinite(model->loss)) return;
+    double grad_norm = global_norm(grads, model->parameters);
+    bool finite = std::isfinite(grad_norm) && std::isfinite(model->loss);
     double grad_scale =
-        adamw.grad_clip > 0 ? std::min(1.0, adamw.grad_clip / (model->grad_norm + 1e-6)) : 1;
+        adamw.grad_clip > 0 ? std::min(1.0, adamw.grad_clip / (grad_norm + 1e-6)) : 1;
     size_t offset = 0;
     for (const ParameterRow& row : model->parameter_rows) {
         size_t N = row.size() * row.count;
-        adamw_update(params + offset, m + offset, v + offset, grads + offset, N, adamw,
-                     row.decays ? adamw.weight_decay : 0, grad_scale);
-        offset += N;
+        if (finite)
+            adamw_update(params + offset, m + offset, v + offset, grads + offset, N, adamw,
+                         row.decays ? adamw.weight_decay : 0, grad_scale);
+        offset += row.allocated();
     }
+    model->before_last = model->last;
+    model->last = {model->loss, grad_norm, now_s()};
 }
 
-GPT2Stats gpt2_stats(GPT2* model) { return {model->loss, model->grad_norm}; }
+GPT2Stats gpt2_stats(GPT2* model) {
+    return {model->loss, model->last.grad_norm, model->last.finished_s};
+}
+
+GPT2Stats gpt2_previous_stats(GPT2* model) { return model->before_last; }
 
 // ==== device =====================================================================================
+
+const char* gpt2_program() { return "train_gpt2"; }
+
+Dtype gpt2_dtype(const std::string& option) {
+    if (option == "bf16")
+        fail_input("--dtype bf16: this program computes in float32; give --dtype fp32 or auto");
+    return Dtype::fp32;
+}
 
 std::string gpt2_device() {
     std::string name = "CPU", line;
@@ -981,9 +1105,10 @@ std::string gpt2_device() {
 #endif
 }
 
-// The best of a few products of 768 x 768 matrices, about 50 ms in all.
-double gpt2_peak_flops() {
+// The best of a few products of 768 x 768 matrices on the shape's threads, about 50 ms in all.
+PeakRate gpt2_peak(const GPT2Shape& shape) {
     constexpr int kSize = 768, kTries = 6;
+    omp_set_num_threads(shape.threads);
     std::vector<real> a(size_t(kSize) * kSize, 1), b = a, c = a;
     double best = 0;
     for (int i = 0; i < kTries; i++) {
@@ -993,7 +1118,7 @@ double gpt2_peak_flops() {
         std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         best = std::max(best, 2.0 * kSize * kSize * kSize / seconds.count());
     }
-    return best;
+    return {best, "measured"};
 }
 
 // ==== main =======================================================================================

@@ -69,6 +69,12 @@ inline double now_s() {
 
 // ==== options ====================================================================================
 
+// What decides how a model is computed; choose_shape() makes a shape of it.
+struct ComputeOptions {
+    std::string dtype = "auto", tf32 = "off", deterministic = "on";
+    int threads = 0;  // 0: all cores
+};
+
 // What decides the model. 0 stands for "as --model says".
 struct ModelOptions {
     std::string model;
@@ -101,8 +107,8 @@ struct TrainOptions {
     double final_lr_fraction = 0.1;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.99, epsilon = 1e-8, grad_clip = 1;
     uint64_t seed = 42;
-    std::string dtype = "auto";
-    int threads = 0;  // 0: all cores
+    ComputeOptions compute;
+    std::string recompute = "auto";
 
     size_t eval_every = 250;    // steps; 0: only at the end
     size_t eval_batches = 20;   // of an evaluation on the way; 0: all
@@ -113,7 +119,7 @@ struct TrainOptions {
     bool overfit_one_batch = false;
     std::string out, resume = "auto";
     FILE* screen = stdout;  // where progress is shown
-    double peak_flops = 0;  // of this machine; 0: to be measured
+    PeakRate peak;          // of this machine; 0: to be asked for
 };
 
 struct SampleOptions {
@@ -121,13 +127,14 @@ struct SampleOptions {
     size_t max_new_tokens = 200, num_samples = 1;
     uint64_t seed = 42;
     SamplerOptions sampler;
-    int threads = 0;
+    ComputeOptions compute;
 };
 
 struct EvaluateOptions {
     std::string model, tokenizer;
     std::vector<std::string> data;
-    int sequence_length = 0, batch_size = 8, threads = 0;
+    int sequence_length = 0, batch_size = 8;
+    ComputeOptions compute;
     bool as_json = false;
 };
 
@@ -145,10 +152,10 @@ struct ShardOptions {
 };
 
 struct DumpOptions {
-    std::string model, tokens, out, dtype = "auto";
+    std::string model, tokens, out;
     size_t steps = 0;
     AdamW adamw;
-    int threads = 0;
+    ComputeOptions compute;
 };
 
 struct PlanOptions {
@@ -218,8 +225,17 @@ inline CLI::Option* add_paths(CLI::App* app, const std::string& name,
 
 constexpr double kMaxSteps = 1e12, kMaxSeed = 9007199254740992;  // what a double counts exactly
 
-inline void add_threads(CLI::App* app, int& threads) {
-    add_number(app, "--threads", threads, 1, 4096, "N", "threads")->default_str("all cores");
+inline void add_compute_options(CLI::App* app, ComputeOptions& o) {
+    add_choice(app, "--dtype", o.dtype, {"auto", "fp32", "bf16"},
+               "precision of products; auto: the fastest that this program has for the device");
+    add_choice(app, "--tf32", o.tf32, {"on", "off"},
+               "float32 products of numbers rounded to 10 bits, on the tensor cores of a card "
+               "(CUDA only)");
+    add_choice(app, "--deterministic", o.deterministic, {"on", "off"},
+               "only algorithms that give the same bits every time; off allows faster ones "
+               "(CUDA only)");
+    add_number(app, "--threads", o.threads, 1, 4096, "N", "threads of the processor")
+        ->default_str("all cores");
 }
 
 inline void add_model_options(CLI::App* app, ModelOptions& o) {
@@ -276,7 +292,6 @@ inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {
     add_number(app, "--grad-clip", o.grad_clip, 0, 1e9, "X",
                "largest norm of the gradient; 0: no limit");
     add_number(app, "--seed", o.seed, 0, kMaxSeed, "N", "of weights, order of data and dropout");
-    add_choice(app, "--dtype", o.dtype, {"auto", "fp32", "bf16"}, "precision of products");
 }
 
 inline void add_watch_options(CLI::App* app, TrainOptions& o) {
@@ -311,7 +326,11 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_model_options(app, o.model);
     add_length_options(app, o);
     add_optimizer_options(app, o);
-    add_threads(app, o.threads);
+    app->option_defaults()->group("Computing");
+    add_compute_options(app, o.compute);
+    add_choice(app, "--recompute", o.recompute, {"auto", "0", "1", "2", "3"},
+               "what backward computes again to save memory: 0 nothing, 1 GELU, 2 also layer "
+               "norms, 3 the whole block; auto: the least that makes the run fit");
     add_watch_options(app, o);
 }
 
@@ -331,7 +350,7 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
     add_number(app, "--seed", o.seed, 0, kMaxSeed, "N", "of the choice; sample i has seed + i");
     add_number(app, "--num-samples", o.num_samples, 1, 1e6, "N", "samples to make");
     add_text(app, "--out", o.out, "FILE", "write there")->default_str("standard output");
-    add_threads(app, o.threads);
+    add_compute_options(app, o.compute);
 }
 
 inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
@@ -343,7 +362,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
         ->default_str("the context");
     add_number(app, "--batch-size", o.batch_size, 1, 1 << 24, "N", "windows at a time");
     app->add_flag("--json", o.as_json, "one JSON object in place of text");
-    add_threads(app, o.threads);
+    add_compute_options(app, o.compute);
 }
 
 inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
@@ -381,7 +400,6 @@ inline void add_dump_options(CLI::App* app, DumpOptions& o) {
     add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
     add_text(app, "--tokens", o.tokens, "IDS.npy", "int32 (B, T+1); a target of -1 is ignored");
     add_text(app, "--out", o.out, "FILE.safetensors", "gets loss, logits, grad.NAME, ...");
-    add_choice(app, "--dtype", o.dtype, {"auto", "fp32", "bf16"}, "precision of products");
     add_number(app, "--steps", o.steps, 0, 1e6, "N", "steps of AdamW on the batch, dumped too");
     add_number(app, "--learning-rate", o.adamw.learning_rate, 0, 10, "X", "constant");
     add_number(app, "--weight-decay", o.adamw.weight_decay, 0, 100, "X", "on matrices");
@@ -389,7 +407,7 @@ inline void add_dump_options(CLI::App* app, DumpOptions& o) {
     add_number(app, "--beta1", o.adamw.beta1, 0, 0.999999, "X", "of AdamW");
     add_number(app, "--beta2", o.adamw.beta2, 0, 0.999999, "X", "of AdamW");
     add_number(app, "--epsilon", o.adamw.epsilon, 1e-30, 1, "X", "of AdamW");
-    add_threads(app, o.threads);
+    add_compute_options(app, o.compute);
 }
 
 inline void add_commands(CLI::App* app, Options& o) {
@@ -520,13 +538,18 @@ inline void require(const char* option, bool given) {
     if (!given) fail_input("%s is missing; --help says what it takes", option);
 }
 
-// --threads, or all cores; --dtype is checked too, as this program computes in one precision.
-inline int resolve_threads(int threads) { return threads > 0 ? threads : omp_get_max_threads(); }
-
-inline void check_dtype(const std::string& dtype) {
-    if (dtype == "bf16")
-        fail_input("--dtype bf16: this program computes in float32; give --dtype fp32 or auto");
+// The part of a shape that says how to compute, as the options ask for it; fail_input where this
+// program cannot.
+inline GPT2Shape choose_shape(const ComputeOptions& o) {
+    GPT2Shape shape;
+    shape.dtype = gpt2_dtype(o.dtype);
+    shape.tf32 = o.tf32 == "on";
+    shape.deterministic = o.deterministic == "on";
+    shape.threads = o.threads > 0 ? o.threads : omp_get_max_threads();
+    return shape;
 }
+
+inline const char* dtype_name(Dtype dtype) { return dtype == Dtype::bf16 ? "bf16" : "fp32"; }
 
 // ==== schedules ==================================================================================
 
@@ -572,55 +595,76 @@ inline double learning_rate(const TrainOptions& o, const Goal& goal, size_t step
 
 // ==== memory plan ================================================================================
 
-struct MemoryRow {
-    std::string group;
-    size_t bytes;
-};
+constexpr int kRecomputeLevels = 4;
 
-inline const char* activation_group(int index) {
-    if (index < a_logits) return "activations";
-    if (index < a_att_scratch) return "classifier";
-    if (index < a_dresidual) return "attention scratch";
-    return index < a_key_cache ? "backward" : "key-value cache";
+inline bool fits(const GPT2Config& config, const GPT2Shape& shape, size_t free) {
+    return total_bytes(gpt2_memory(config, shape)) <= free;
 }
 
-// What gpt2_create will allocate, by group, in bytes: the tensor tables, added up.
-inline std::vector<MemoryRow> memory_plan(const GPT2Config& config, const GPT2Shape& shape) {
-    size_t parameters = allocated_parameters(config) * sizeof(real);
-    std::vector<MemoryRow> rows = {{"parameters", parameters}};
-    if (shape.training) {
-        rows.push_back({"gradients", parameters});
-        rows.push_back({"first moments", parameters});
-        rows.push_back({"second moments", parameters});
+// The largest micro-batch that fits into `free` bytes with all else as the shape says, found by
+// doubling and bisection; 0 where a single sequence does not fit.
+inline int largest_batch(const GPT2Config& config, GPT2Shape shape, size_t free) {
+    int limit = INT_MAX / shape.T, fitting = 0, step = 1;
+    auto grow = [&] {
+        shape.B = fitting + step;
+        if (step > limit - fitting || !fits(config, shape, free)) return false;
+        fitting += step;
+        return true;
+    };
+    while (grow()) step *= 2;
+    while ((step /= 2) > 0) grow();
+    return fitting;
+}
+
+// --recompute as a level. auto is the lowest that fits into `free` bytes: 0 where nobody knows how
+// many there are, and 3, which gpt2_create will refuse, where none does.
+inline int choose_recompute(const std::string& option, const GPT2Config& config, GPT2Shape shape,
+                            size_t free) {
+    if (option != "auto") return option[0] - '0';
+    if (free == 0) return 0;
+    for (shape.recompute = 0; shape.recompute + 1 < kRecomputeLevels; shape.recompute++)
+        if (fits(config, shape, free)) break;
+    return shape.recompute;
+}
+
+// What to change so that a model that does not fit into `free` bytes does, for an error message.
+inline std::string what_would_fit(const GPT2Config& config, GPT2Shape shape, size_t free) {
+    int levels = shape.training ? kRecomputeLevels : 1, level = shape.recompute;
+    for (shape.recompute = level; shape.recompute < levels; shape.recompute++)
+        if (fits(config, shape, free)) return format("--recompute %d would fit", shape.recompute);
+    shape.recompute = level;
+    int batch = largest_batch(config, shape, free);
+    if (batch > 0) return format("--batch-size %d would fit", batch);
+    shape.recompute = levels - 1;
+    batch = largest_batch(config, shape, free);
+    if (batch > 0) return format("--batch-size %d --recompute %d would fit", batch, levels - 1);
+    shape.B = shape.T = 1;
+    bool shorter = fits(config, shape, free);
+    return shorter ? "a smaller --sequence-length would fit" : "a smaller --model would fit";
+}
+
+// For `plan`: the largest batch and the lowest level for it, what the levels above allow, and what
+// the shape itself takes.
+inline std::vector<std::string> fit_report(const GPT2Config& config, GPT2Shape shape, size_t free) {
+    size_t needed = total_bytes(gpt2_memory(config, shape));
+    std::string asked = "as asked: " + readable_bytes(double(needed));
+    if (free > 0) asked += " of " + readable_bytes(double(free));
+    asked += format(" (--recompute %d)", shape.recompute);
+    if (free == 0) return {"fits       unknown: nothing says how much memory is free; " + asked};
+    if (needed > free) asked += ", too much";
+    std::string most, above;
+    for (shape.recompute = 0; shape.recompute < kRecomputeLevels; shape.recompute++) {
+        int batch = largest_batch(config, shape, free);
+        if (batch == 0) continue;
+        if (most.empty())
+            most = format("--batch-size %d --recompute %d at most; ", batch, shape.recompute);
+        else if (above.empty())
+            above = format("--batch-size %d with --recompute %d", batch, shape.recompute);
+        else above += format(", %d with %d", batch, shape.recompute);
     }
-    ActivationTable table = activation_table(config, shape);
-    for (int i = 0; i < kActivationRows; i++) {
-        size_t bytes = table[size_t(i)].size * table[size_t(i)].count * sizeof(real);
-        if (bytes == 0) continue;
-        if (rows.back().group != activation_group(i)) rows.push_back({activation_group(i), 0});
-        rows.back().bytes += bytes;
-    }
-    return rows;
-}
-
-// What the whole process will take: the tables; the copies of one tensor at a time, of which
-// initialisation, files and the library's packing hold at most two; and the program with its
-// libraries, as measured.
-inline std::vector<MemoryRow> process_plan(const GPT2Config& config, const GPT2Shape& shape) {
-    constexpr size_t kProgramBytes = size_t(30) << 20;
-    std::vector<MemoryRow> rows = memory_plan(config, shape);
-    size_t largest = 0;
-    for (const ParameterRow& row : parameter_table(config))
-        largest = std::max(largest, row.file_size());
-    rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
-    rows.push_back({"program, libraries", kProgramBytes});
-    return rows;
-}
-
-inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
-    size_t total = 0;
-    for (const MemoryRow& row : rows) total += row.bytes;
-    return total;
+    std::vector<std::string> lines = {"fits       " + (most.empty() ? "no batch; " : most) + asked};
+    if (!above.empty()) lines.push_back("           " + above);
+    return lines;
 }
 
 // Two tables side by side, a line each: parameters by tensor, memory by group.
@@ -636,7 +680,7 @@ inline std::vector<std::string> size_report(const GPT2Config& config, const GPT2
     }
     left.push_back(
         format("  %-9s%18s%14s", "total", "", with_commas(count_parameters(config)).c_str()));
-    std::vector<MemoryRow> rows = process_plan(config, shape);
+    std::vector<MemoryRow> rows = gpt2_memory(config, shape);
     rows.push_back({"total", total_bytes(rows)});
     for (const MemoryRow& row : rows)
         right.push_back(
@@ -1039,7 +1083,8 @@ struct Progress {
     double fraction = 0;  // of the run, 0 to 1
     size_t step = 0, steps = 0;
     double loss = 0, learning_rate = 0, grad_norm = 0;
-    double tokens_per_s = 0, peak_share = 0, eta_s = 0;
+    double tokens_per_s = 0, eta_s = 0;
+    double peak_share = 0;  // operations/s over those that the device can do; 0: not known
 };
 
 // Shows a run on `file`: on a terminal the last line is redrawn, elsewhere a line is printed for
@@ -1096,11 +1141,11 @@ class Screen {
             readable_rate(p.tokens_per_s) + " tokens/s",
             format("rate %.2e", p.learning_rate),
             format("norm %.2f", p.grad_norm),
-            format("%.0f%% of peak", 100 * p.peak_share),
+            p.peak_share > 0 ? format("%.0f%% of peak", 100 * p.peak_share) : "",
         };
         size_t width = fit ? columns() : 1000;
         for (const std::string& field : fields)
-            if (line.size() + 2 + field.size() < width) line += "  " + field;
+            if (!field.empty() && line.size() + 2 + field.size() < width) line += "  " + field;
         return line;
     }
 
@@ -1176,6 +1221,7 @@ struct RunState {
     double best_loss = INFINITY;      // of the evaluations on the way
     size_t best_step = 0, stale = 0;  // evaluations since the best
     bool finished = false;
+    std::string dtype = "fp32";  // of the steps since the run was last started
     Goal goal;
 };
 
@@ -1192,6 +1238,7 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     root["best_step"] = state.best_step;
     root["evaluations_without_gain"] = state.stale;
     root["finished"] = state.finished;
+    root["dtype"] = state.dtype;
     root["goal"] = {{"steps", state.goal.steps}, {"time_limit_s", state.goal.time_limit_s}};
     root["run"] = identity;
     return root;
@@ -1216,6 +1263,7 @@ inline RunState read_state(const std::string& folder, json* identity) {
         state.best_step = root.at("best_step").get<size_t>();
         state.stale = root.at("evaluations_without_gain").get<size_t>();
         state.finished = root.at("finished").get<bool>();
+        state.dtype = root.value("dtype", state.dtype);
         state.goal.steps = root.at("goal").at("steps").get<size_t>();
         state.goal.time_limit_s = root.at("goal").at("time_limit_s").get<double>();
         if (identity != nullptr) *identity = root.at("run");
@@ -1433,15 +1481,16 @@ class RunLog {
 // ==== the training loop ==========================================================================
 
 // The shape of the model that trains: with a cache for one sequence when it also samples.
-inline GPT2Shape training_shape(const TrainOptions& o, int T, bool samples) {
-    GPT2Shape shape;
+inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
+                                bool samples) {
+    GPT2Shape shape = choose_shape(o.compute);
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = samples && o.sample_every > 0 ? 1 : 0;
-    shape.threads = resolve_threads(o.threads);
+    shape.recompute = choose_recompute(o.recompute, config, shape, gpt2_memory_free());
     return shape;
 }
 
-// The part of the measured rate of large products that a step is assumed to reach, for estimates.
+// The part of the device's rate of large products that a step is assumed to reach, for estimates.
 constexpr double kAssumedShare = 0.6;
 
 // --steps or --epochs as steps, and --time-limit. With none of them, two minutes for a text that
@@ -1464,6 +1513,15 @@ inline Goal choose_goal(const TrainOptions& o, const TrainingData& data, size_t 
     return goal;
 }
 
+// A step that was given to the device, and what its record will say.
+struct LaunchedStep {
+    size_t step;  // counts from 1
+    double learning_rate;
+    DataLoader::Position position;  // of the data, behind its batches
+    double epoch;                   // the same in epochs
+    double begin_s;
+};
+
 // One run, from data to the last checkpoint. Members are what a step needs; each is made once,
 // before step 0.
 class Training {
@@ -1472,7 +1530,7 @@ class Training {
     // the command began, from which the time limit counts.
     Training(const TrainOptions& options, double start_s, const std::string& how_to_go_on)
         : o_(options), screen_(options.screen), start_s_(start_s), how_to_go_on_(how_to_go_on) {
-        check_dtype(o_.dtype);
+        choose_shape(o_.compute);  // refuses early what this program cannot
         choice_ = choose_model(o_.model);
         T_ = choose_sequence_length(o_.sequence_length, choice_.config);
         micro_batches_ = accumulation(o_, T_, world_);
@@ -1494,19 +1552,29 @@ class Training {
     }
 
     // Trains to the goal. Returns 0, or 128 + the signal that stopped it after a save.
+    //
+    // A step is launched before the one before it is looked at, so that the device always has work;
+    // only where something must see the result of a step does the loop wait for it.
     int run() {
-        peak_flops_ = o_.peak_flops > 0 ? o_.peak_flops : gpt2_peak_flops();
+        peak_ = o_.peak.flops > 0 ? o_.peak : gpt2_peak(gpt2_shape(model_.get()));
         report();
         StopOnSignal signals;
+        std::optional<LaunchedStep> before;
+        if (!is_over()) fetch_batches();
         for (bool last = is_over(); !last;) {
-            ordered_json record = step();
+            LaunchedStep now = launch();
+            if (before) log_->write(finish(*before, gpt2_previous_stats(model_.get())));
+            before = now;
+            if (!is_awaited(now)) continue;
+            before.reset();
+            ordered_json record = finish(now, gpt2_stats(model_.get()));
             last = is_over();
             if (stop_signal() != 0 && !last) return stop(&record);
             bool best = false;
-            if (is_due(o_.eval_every) || last) best = evaluate(&record, &last);
+            if (is_due(o_.eval_every, now.step) || last) best = evaluate(&record, &last);
             log_->write(record);
-            if (is_due(o_.sample_every) && !last) sample();
-            if (last || best || is_due(o_.save_every)) save(best, last);
+            if (is_due(o_.sample_every, now.step) && !last) sample();
+            if (last || best || is_due(o_.save_every, now.step)) save(best, last);
         }
         conclude();
         return 0;
@@ -1518,7 +1586,9 @@ class Training {
     }
     size_t tokens_a_step() const { return sequences_a_step() * size_t(T_); }
     double elapsed_s() const { return elapsed_before_s_ + now_s() - start_s_; }
-    bool is_due(size_t interval) const { return interval > 0 && state_.step % interval == 0; }
+    static bool is_due(size_t interval, size_t step) {
+        return interval > 0 && step % interval == 0;
+    }
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
 
@@ -1546,26 +1616,51 @@ class Training {
         return goal_.time_limit_s > 0 && step_s_ > 0 && next_s >= goal_.time_limit_s;
     }
 
+    // Whether the step that was launched last must be done before anything else happens: it may be
+    // the last one, something is due after it, or nothing is known yet of how long a step takes.
+    bool is_awaited(const LaunchedStep& now) const {
+        if (stop_signal() != 0 || step_s_ == 0 || now.step == goal_.steps) return true;
+        if (is_due(o_.eval_every, now.step) || is_due(o_.sample_every, now.step) ||
+            is_due(o_.save_every, now.step))
+            return true;
+        double after_next_s = elapsed_s() + 2 * step_s_ + reserve_s();
+        return goal_.time_limit_s > 0 && after_next_s >= goal_.time_limit_s;
+    }
+
     void prepare_model() {
         bool samples = data_.tokenizer.has_value();
-        model_.reset(gpt2_create(choice_.config, training_shape(o_, T_, samples), rank_, world_));
+        GPT2Shape shape = training_shape(o_, choice_.config, T_, samples);
+        const char* dtype = dtype_name(shape.dtype);
+        model_.reset(gpt2_create(choice_.config, shape, rank_, world_));
         if (!folder_.checkpoint.empty()) {
             load_checkpoint(model_.get(), folder_.checkpoint);
             state_ = read_state(folder_.checkpoint, nullptr);
             elapsed_before_s_ = state_.elapsed_s;
             loader_->seek(state_.position);
+            if (state_.dtype != dtype)
+                add_note(format("the run used --dtype %s so far and goes on with %s",
+                                one_line(state_.dtype).c_str(), dtype));
         } else if (!choice_.folder.empty()) {
             load_model(model_.get(), choice_.folder);
         } else {
             gpt2_initialise(model_.get(), o_.seed);
         }
+        std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
+        if (!from.empty()) add_note(conversion_note(from));
         state_.finished = false;
+        state_.dtype = dtype;
         state_.goal = goal_;
+        launched_ = state_.step;
+    }
+    void add_note(const std::string& note) {
+        if (!note.empty()) notes_.push_back(note);
     }
 
     void report();
-    ordered_json step();
+    void report_goal();
     void fetch_batches();
+    LaunchedStep launch();
+    ordered_json finish(const LaunchedStep& launched, const GPT2Stats& stats);
     void show_progress(double loss, double rate, double grad_norm);
     bool evaluate(ordered_json* record, bool* last);
     void sample();
@@ -1586,21 +1681,38 @@ class Training {
     Goal goal_;
     ordered_json identity_;
     RunFolder folder_;
+    std::vector<std::string> notes_;  // for people
     GPT2Ptr model_;
-    RunState state_;
+    RunState state_;       // after the last step that is known to be done
+    size_t launched_ = 0;  // steps, of which the last may not be done
     std::optional<RunLog> log_;
-    std::vector<int> inputs_, targets_;  // (micro-batches, B, T)
-    double elapsed_before_s_ = 0, peak_flops_ = 0;
+    std::vector<int> inputs_, targets_;             // of the next step: (micro-batches, B, T)
+    double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
+    PeakRate peak_;
     double step_s_ = 0, window_s_ = 0, save_s_ = 0;  // how long each took, lately
     Evaluation final_;
 };
+
+// The device, and how fast it is where that is known.
+inline std::string describe_machine(const PeakRate& peak) {
+    if (peak.flops == 0) return gpt2_device();
+    return gpt2_device() + ", " + readable_rate(peak.flops) + "FLOP/s " + peak.source;
+}
+
+// The precision and whatever else was asked for, as a run will compute.
+inline std::string describe_computing(const GPT2Shape& shape) {
+    std::string text = dtype_name(shape.dtype);
+    if (shape.tf32 && shape.dtype == Dtype::fp32) text += " with tf32 products";
+    if (!shape.deterministic) text += ", not deterministic";
+    return text + format(", recompute level %d", shape.recompute);
+}
 
 // What is about to happen: configuration, sizes, memory, the length of the run.
 inline void Training::report() {
     const GPT2Config& c = choice_.config;
     GPT2Shape shape = gpt2_shape(model_.get());
-    screen_.line("machine    " + gpt2_device() + ", " + readable_rate(peak_flops_) +
-                 "FLOP/s measured");
+    screen_.line("machine    " + describe_machine(peak_));
+    screen_.line("computing  " + describe_computing(shape));
     screen_.line("data       " + data_.description);
     screen_.line("tokenizer  " + describe_tokenizer(data_.tokenizer));
     screen_.line(
@@ -1608,30 +1720,37 @@ inline void Training::report() {
                c.layers, c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str(),
                choice_.folder.empty() ? "" : ", from ", choice_.folder.c_str()));
     for (const std::string& line : size_report(c, shape)) screen_.line(line);
-    double tokens = double(tokens_a_step());
     screen_.line(format("step       %s tokens: %d x %d sequences of %d; an epoch is %s steps",
                         with_commas(tokens_a_step()).c_str(), micro_batches_, o_.batch_size, T_,
                         with_commas(size_t(std::ceil(double(loader_->windows_per_epoch()) /
                                                      double(sequences_a_step()))))
                             .c_str()));
-    double step_s = operations_per_token(c, T_) * tokens / (kAssumedShare * peak_flops_);
+    report_goal();
+    screen_.line("out        " + folder_.out);
+    if (!folder_.note.empty()) screen_.line("note       " + folder_.note);
+    for (const std::string& note : notes_) screen_.line("note       " + note);
+    if (data_.val.empty() && !o_.overfit_one_batch)
+        screen_.line(
+            "note       too little data for validation: the last checkpoint is the result");
+}
+
+// The length of the run, in steps and in time; one from the other where the device's rate is known.
+inline void Training::report_goal() {
+    double operations = operations_per_token(choice_.config, T_) * double(tokens_a_step());
+    double step_s = peak_.flops > 0 ? operations / (kAssumedShare * peak_.flops) : 0;
     std::string goal;
     if (goal_.steps > 0) {
         double left = double(goal_.steps - std::min(goal_.steps, state_.step));
-        goal = with_commas(goal_.steps) + " steps, about " + readable_time(left * step_s);
+        goal = with_commas(goal_.steps) + " steps";
+        if (step_s > 0) goal += ", about " + readable_time(left * step_s);
     }
     if (goal_.time_limit_s > 0) {
         goal += (goal.empty() ? "" : "; ") + readable_time(goal_.time_limit_s) + " of time";
-        if (goal_.steps == 0)
+        if (goal_.steps == 0 && step_s > 0)
             goal += format(", about %s steps",
                            with_commas(size_t(goal_.time_limit_s / step_s)).c_str());
     }
     screen_.line("goal       " + goal);
-    screen_.line("out        " + folder_.out);
-    if (!folder_.note.empty()) screen_.line("note       " + folder_.note);
-    if (data_.val.empty() && !o_.overfit_one_batch)
-        screen_.line(
-            "note       too little data for validation: the last checkpoint is the result");
 }
 
 inline void Training::fetch_batches() {
@@ -1642,19 +1761,20 @@ inline void Training::fetch_batches() {
     if (o_.overfit_one_batch) loader_->seek({});
 }
 
-// One step: rate, batches, zero, forward and backward of each micro-batch, clip and update. All
-// batches are there before the first forward pass, because loss and gradient are means over the
-// targets that count in the whole step.
-inline ordered_json Training::step() {
-    double begin_s = now_s();
-    AdamW adamw{0, o_.beta1, o_.beta2, o_.epsilon, o_.weight_decay, o_.grad_clip, state_.step + 1};
-    double progress = run_progress(goal_, state_.step, elapsed_s(), reserve_s());
-    adamw.learning_rate = learning_rate(o_, goal_, state_.step, progress);
-    fetch_batches();
+// Gives one step to the device: rate, zero, forward and backward of each micro-batch, clip and
+// update; then fetches the batches of the next one, while the device works. All batches of a step
+// are there before its first forward pass, because loss and gradient are means over the targets
+// that count in the whole step.
+inline LaunchedStep Training::launch() {
+    double progress = run_progress(goal_, launched_, elapsed_s(), reserve_s());
+    LaunchedStep now{launched_ + 1, learning_rate(o_, goal_, launched_, progress),
+                     loader_->position(), loader_->epoch_fraction(), now_s()};
+    AdamW adamw{now.learning_rate, o_.beta1,     o_.beta2, o_.epsilon,
+                o_.weight_decay,   o_.grad_clip, now.step};
     size_t batch = size_t(o_.batch_size) * size_t(T_);
     auto count = targets_.size() - size_t(std::count(targets_.begin(), targets_.end(), kIgnore));
     GPT2Pass pass;
-    pass.training = true, pass.seed = o_.seed, pass.step = state_.step;
+    pass.training = true, pass.seed = o_.seed, pass.step = launched_;
     pass.loss_scale = 1 / (double(std::max<size_t>(count, 1)) * world_);
     gpt2_zero_gradients(model_.get());
     for (int m = 0; m < micro_batches_; m++) {
@@ -1664,32 +1784,41 @@ inline ordered_json Training::step() {
         gpt2_backward(model_.get());
     }
     gpt2_update(model_.get(), adamw);
-    GPT2Stats stats = gpt2_stats(model_.get());
+    launched_++;
+    fetch_batches();
+    return now;
+}
+
+// Takes note of a step that is done, and makes its record. fail_machine where its loss or gradient
+// is not finite; a step that was launched after it is lost with it.
+inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Stats& stats) {
     if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm))
         fail_machine(
             "%s: step %zu: loss %g, gradient norm %g; the checkpoints before it are intact; a "
             "lower --learning-rate or a longer --warmup may help",
-            folder_.out.c_str(), state_.step + 1, stats.loss, stats.grad_norm);
+            folder_.out.c_str(), launched.step, stats.loss, stats.grad_norm);
 
-    state_.step++;
+    state_.step = launched.step;
     state_.tokens += tokens_a_step();
-    state_.position = loader_->position();
-    double took_s = now_s() - begin_s;
+    state_.position = launched.position;
+    double done_s = stats.finished_s > 0 ? stats.finished_s : now_s();
+    double took_s = std::max(1e-9, done_s - std::max(finished_s_, launched.begin_s));
+    finished_s_ = done_s;
     step_s_ = step_s_ == 0 ? took_s : 0.9 * step_s_ + 0.1 * took_s;
     if (state_.step == 1)
         screen_.line(format("first loss %.4f; a uniform guess has ln(%d) = %.4f", stats.loss,
                             choice_.config.vocab_size, std::log(choice_.config.vocab_size)));
-    show_progress(stats.loss, adamw.learning_rate, stats.grad_norm);
+    show_progress(stats.loss, launched.learning_rate, stats.grad_norm);
     ordered_json record;
     record["step"] = state_.step;
     record["train_loss"] = stats.loss;
-    record["learning_rate"] = adamw.learning_rate;
+    record["learning_rate"] = launched.learning_rate;
     record["grad_norm"] = stats.grad_norm;
     record["tokens_per_s"] = double(tokens_a_step()) / took_s;
     record["step_ms"] = 1000 * took_s;
-    record["epoch"] = loader_->epoch_fraction();
+    record["epoch"] = launched.epoch;
     record["tokens"] = state_.tokens;
-    record["elapsed_s"] = elapsed_s();
+    record["elapsed_s"] = elapsed_before_s_ + done_s - start_s_;
     return record;
 }
 
@@ -1698,7 +1827,8 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
     p.step = state_.step, p.steps = goal_.steps;
     p.loss = loss, p.learning_rate = rate, p.grad_norm = grad_norm;
     p.tokens_per_s = double(tokens_a_step()) / step_s_;
-    p.peak_share = operations_per_token(choice_.config, T_) * p.tokens_per_s / peak_flops_;
+    if (peak_.flops > 0)
+        p.peak_share = operations_per_token(choice_.config, T_) * p.tokens_per_s / peak_.flops;
     p.fraction = run_progress(goal_, state_.step, elapsed_s(), reserve_s());
     p.eta_s = INFINITY;
     if (goal_.steps > 0) p.eta_s = double(goal_.steps - state_.step) * step_s_ + reserve_s();
@@ -1769,7 +1899,7 @@ inline void Training::save(bool best, bool last) {
 inline int Training::stop(ordered_json* record) {
     int signal = stop_signal();
     bool last = false, best = false;
-    if (is_due(o_.eval_every)) best = evaluate(record, &last);
+    if (is_due(o_.eval_every, state_.step)) best = evaluate(record, &last);
     log_->write(*record);
     save(best, last);
     screen_.line(format("stopped by signal %d at step %zu; saved %s", signal, state_.step,
@@ -1790,7 +1920,8 @@ inline void Training::conclude() {
                             join_path(folder_.out, "best").c_str()));
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));
     if (data_.tokenizer)
-        screen_.line("try        sample --model " + folder_.out + " --prompt TEXT");
+        screen_.line(format("try        %s sample --model %s --prompt TEXT", gpt2_program(),
+                            folder_.out.c_str()));
 }
 
 // ==== commands: train, plan ======================================================================
@@ -1799,6 +1930,28 @@ inline int train_command(const TrainOptions& o, double start_s, const std::strin
     require("--data", !o.data.empty());
     Training training(o, start_s, how_to_go_on);
     return training.run();
+}
+
+// Operations and time of a run; no time where nothing is known of the device's rate.
+inline void print_time_plan(double operations, size_t tokens_a_step, const Goal& goal,
+                            const PeakRate& peak) {
+    double step = operations * double(tokens_a_step);
+    printf("operations %s a token, %s a step of %s tokens\n", readable_rate(operations).c_str(),
+           readable_rate(step).c_str(), with_commas(tokens_a_step).c_str());
+    printf("machine    %s\n", describe_machine(peak).c_str());
+    if (peak.flops == 0) {
+        printf("time       unknown, as the rate of this device is\n");
+        return;
+    }
+    double step_s = step / (kAssumedShare * peak.flops);
+    printf("time       %.3g s a step at the peak (%s), about %.3g s at %.0f%% of it\n",
+           step / peak.flops, peak.source.c_str(), step_s, 100 * kAssumedShare);
+    if (goal.steps > 0)
+        printf("run        %s steps, about %s\n", with_commas(goal.steps).c_str(),
+               readable_time(step_s * double(goal.steps)).c_str());
+    if (goal.time_limit_s > 0)
+        printf("run        %s, about %s steps\n", readable_time(goal.time_limit_s).c_str(),
+               with_commas(size_t(goal.time_limit_s / step_s)).c_str());
 }
 
 // Sizes, operations and time of a run, from its options alone: no memory is taken for the model.
@@ -1818,25 +1971,14 @@ inline int plan_command(const PlanOptions& p) {
         printf("data       %s\n", data.description.c_str());
     }
     const GPT2Config& c = choice.config;
-    GPT2Shape shape = training_shape(o, T, true);
+    GPT2Shape shape = training_shape(o, c, T, true);
     printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %s\n", c.layers,
            c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str());
     for (const std::string& line : size_report(c, shape)) printf("%s\n", line.c_str());
-    double operations = operations_per_token(c, T), peak = gpt2_peak_flops();
-    double step = operations * double(sequences) * T;
-    printf("operations %s a token, %s a step of %s tokens\n", readable_rate(operations).c_str(),
-           readable_rate(step).c_str(), with_commas(sequences * size_t(T)).c_str());
-    printf("machine    %s, %sFLOP/s measured\n", gpt2_device().c_str(),
-           readable_rate(peak).c_str());
-    double step_s = step / (kAssumedShare * peak);
-    printf("time       %.3g s a step at the measured peak, about %.3g s at %.0f%% of it\n",
-           step / peak, step_s, 100 * kAssumedShare);
-    if (goal.steps > 0)
-        printf("run        %s steps, about %s\n", with_commas(goal.steps).c_str(),
-               readable_time(step_s * double(goal.steps)).c_str());
-    if (goal.time_limit_s > 0)
-        printf("run        %s, about %s steps\n", readable_time(goal.time_limit_s).c_str(),
-               with_commas(size_t(goal.time_limit_s / step_s)).c_str());
+    for (const std::string& line : fit_report(c, shape, gpt2_memory_free()))
+        printf("%s\n", line.c_str());
+    printf("computing  %s\n", describe_computing(shape).c_str());
+    print_time_plan(operations_per_token(c, T), sequences * size_t(T), goal, gpt2_peak(shape));
     return 0;
 }
 
@@ -1861,16 +2003,22 @@ inline std::optional<Tokenizer> model_tokenizer(const std::string& name, const s
     return tokenizer;
 }
 
+// Fills a model from a folder's weights; says on stderr when they are of another precision.
+inline void load_model_noted(GPT2* model, const std::string& folder) {
+    load_model(model, folder);
+    std::string note = conversion_note(folder);
+    if (!note.empty()) fprintf(stderr, "note: %s\n", note.c_str());
+}
+
 inline LoadedModel load_for_inference(const std::string& path, const std::string& tokenizer,
-                                      GPT2Shape shape, int threads) {
+                                      GPT2Shape shape) {
     std::string folder = resolve_model_folder(path);
     GPT2Config config = read_model_config(folder);
     config.dropout = 0;
     LoadedModel loaded{nullptr, model_tokenizer(tokenizer, folder, config)};
-    shape.threads = resolve_threads(threads);
     shape.T = std::min(shape.T, config.context);
     loaded.model.reset(gpt2_create(config, shape, 0, 1));
-    load_model(loaded.model.get(), folder);
+    load_model_noted(loaded.model.get(), folder);
     return loaded;
 }
 
@@ -1893,9 +2041,9 @@ inline std::vector<int> prompt_tokens(const std::string& prompt, const Tokenizer
 inline int sample_command(const SampleOptions& o) {
     require("--model", !o.model.empty());
     check_sampler_options(o.sampler);
-    GPT2Shape shape;
+    GPT2Shape shape = choose_shape(o.compute);
     shape.T = 128, shape.generate = 1;  // a longer prompt goes in by parts
-    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, o.threads);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
     int context = gpt2_config(loaded.model.get()).context;
@@ -1932,8 +2080,8 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
     // A shard outlives its file, so that nothing of this stays behind.
-    TemporaryFolder folder(
-        join_path(fs::temp_directory_path().string(), format("train_gpt2-%d", int(getpid()))));
+    TemporaryFolder folder(join_path(fs::temp_directory_path().string(),
+                                     format("%s-%d", gpt2_program(), int(getpid()))));
     TextCorpus corpus = read_text(o.data);
     shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
     if (shards[0].size() < 2)
@@ -1946,9 +2094,9 @@ inline int evaluate_command(const EvaluateOptions& o) {
     require("--model", !o.model.empty());
     require("--data", !o.data.empty());
     GPT2Config config = read_model_config(resolve_model_folder(o.model));
-    GPT2Shape shape;
+    GPT2Shape shape = choose_shape(o.compute);
     shape.B = o.batch_size, shape.T = choose_sequence_length(o.sequence_length, config);
-    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, o.threads);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
     std::vector<Shard> shards = evaluation_shards(o, loaded);
     std::vector<int> bytes;
     if (loaded.tokenizer) {
@@ -2138,16 +2286,14 @@ inline int dump_command(const DumpOptions& o) {
     require("--model", !o.model.empty());
     require("--tokens", !o.tokens.empty());
     require("--out", !o.out.empty());
-    check_dtype(o.dtype);
+    GPT2Shape shape = choose_shape(o.compute);
     std::string folder = resolve_model_folder(o.model);
     GPT2Config config = read_model_config(folder);
     config.dropout = 0;
     DumpBatch batch = read_dump_batch(o.tokens, config);
-    GPT2Shape shape;
     shape.B = batch.B, shape.T = batch.T, shape.training = true;
-    shape.threads = resolve_threads(o.threads);
     GPT2Ptr model(gpt2_create(config, shape, 0, 1));
-    load_model(model.get(), folder);
+    load_model_noted(model.get(), folder);
     size_t rows = batch.inputs.size();
     std::vector<real> logits(rows * size_t(config.vocab_size));
     std::vector<real> losses;
@@ -2224,12 +2370,12 @@ inline std::string command_to_go_on(int argc, char** argv) {
 }
 
 // The one line that an error is: without control characters, whatever a file or path held.
-inline int print_error(const std::string& program, const std::string& message, int code) {
+inline int print_error(const std::string& message, int code) {
     std::string line = message;
     for (char& c : line)
         if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
     fflush(stdout);
-    fprintf(stderr, "%s: error: %s\n", program.c_str(), line.c_str());
+    fprintf(stderr, "%s: error: %s\n", gpt2_program(), line.c_str());
     return code;
 }
 
@@ -2251,9 +2397,9 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     return convert_command(o.tokenizer);
 }
 
-inline int parse_and_call(int argc, char** argv, const std::string& program, double start_s) {
+inline int parse_and_call(int argc, char** argv, double start_s) {
     Options options;
-    CLI::App app("Trains GPT-2 models: text in, a model folder out.", program);
+    CLI::App app("Trains GPT-2 models: text in, a model folder out.", gpt2_program());
     app.formatter(std::make_shared<HelpFormatter>());
     app.require_subcommand(1);
     add_commands(&app, options);
@@ -2277,23 +2423,18 @@ inline bool reader_is_gone() {
 // 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
 inline int run(int argc, char** argv) {
     double start_s = now_s();
-    std::string program = argc > 0 ? fs::path(argv[0]).filename().string() : "train_gpt2";
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
     signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
     int code = 0;
     try {
-        code = parse_and_call(argc, argv, program, start_s);
+        code = parse_and_call(argc, argv, start_s);
     } catch (const Error& error) {
-        return print_error(program, error.what(), error.exit_code);
+        return print_error(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
-        return print_error(program, "out of memory; a smaller model or batch needs less",
-                           kExitMachine);
-    } catch (const std::exception& error) {
-        return print_error(program, error.what(), kExitMachine);
-    }
+        return print_error("out of memory; a smaller model or batch needs less", kExitMachine);
+    } catch (const std::exception& error) { return print_error(error.what(), kExitMachine); }
     bool lost = fflush(stdout) != 0 || ferror(stdout);
     if (lost && code == 0 && !reader_is_gone())
-        return print_error(program, "standard output: cannot write; is the disk full?",
-                           kExitMachine);
+        return print_error("standard output: cannot write; is the disk full?", kExitMachine);
     return code;
 }

@@ -38,6 +38,17 @@ std::vector<real> numbers(size_t N, uint64_t seed) {
     return values;
 }
 
+// Memory that layers work in, at the sizes above.
+std::vector<real> attention_scratch(int length) {
+    GPT2Shape shape;
+    shape.T = length, shape.threads = threads();
+    return std::vector<real>(gpt2_sizes(GPT2Config{}, shape).attention_scratch);
+}
+
+std::vector<real> reduce_scratch(size_t columns) {
+    return std::vector<real>(gpt2_sizes(GPT2Config{}, GPT2Shape{}).reduce_rows * columns);
+}
+
 void count_operations(benchmark::State& state, double operations) {
     state.counters["op/s"] =
         benchmark::Counter(operations * double(state.iterations()), benchmark::Counter::kIsRate);
@@ -81,7 +92,7 @@ void layernorm_forward_124m(benchmark::State& state) {
 void layernorm_backward_124m(benchmark::State& state) {
     std::vector<real> inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2), mean(BT), rstd(BT);
     std::vector<real> dout = numbers(inp.size(), 3), dinp(inp.size()), dweight(C), dbias(C);
-    std::vector<real> scratch(size_t(2) * kReduceRows * C), out(inp.size());
+    std::vector<real> scratch = reduce_scratch(2 * C), out(inp.size());
     layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), nullptr,
                       1e-5, B, T, C);
     for (auto _ : state)
@@ -110,7 +121,7 @@ void matmul_backward_124m(benchmark::State& state) {
     int in = int(state.range(0)), out = int(state.range(1));
     std::vector<real> inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
     std::vector<real> dout = numbers(size_t(BT) * out, 3), dinp(inp.size()), dweight(weight.size());
-    std::vector<real> dbias(out), scratch(size_t(kReduceRows) * out);
+    std::vector<real> dbias(out), scratch = reduce_scratch(size_t(out));
     for (auto _ : state)
         matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
                         weight.data(), scratch.data(), BT, in, out);
@@ -126,7 +137,7 @@ void attention_forward_124m(benchmark::State& state) {
     int length = int(state.range(0)), batch = std::max(1, BT / length);
     size_t rows = size_t(batch) * length;
     std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
-    std::vector<real> scratch(size_t(threads()) * 2 * kAttentionRows * length);
+    std::vector<real> scratch = attention_scratch(length);
     for (auto _ : state)
         attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(),
                           batch, length, C, NH);
@@ -138,7 +149,7 @@ void attention_backward_124m(benchmark::State& state) {
     size_t rows = size_t(batch) * length;
     std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
     std::vector<real> dout = numbers(rows * C, 2), dqkv(qkv.size());
-    std::vector<real> scratch(size_t(threads()) * 2 * kAttentionRows * length);
+    std::vector<real> scratch = attention_scratch(length);
     attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(), batch,
                       length, C, NH);
     for (auto _ : state)
@@ -168,11 +179,15 @@ void dropout_forward_124m(benchmark::State& state) {
     count_bytes(state, 2 * inp.size());
 }
 
-void residual_forward_124m(benchmark::State& state) {
-    std::vector<real> inp1 = numbers(size_t(BT) * C, 1), inp2 = numbers(inp1.size(), 2);
-    std::vector<real> out(inp1.size());
-    for (auto _ : state) residual_forward(out.data(), inp1.data(), inp2.data(), out.size());
-    count_bytes(state, 3 * out.size());
+void residual_layernorm_forward_124m(benchmark::State& state) {
+    std::vector<real> inp = numbers(size_t(BT) * C, 1), branch = numbers(inp.size(), 2);
+    std::vector<real> weight = numbers(C, 3), bias = numbers(C, 4), mean(BT), rstd(BT);
+    std::vector<real> residual(inp.size()), out(inp.size());
+    for (auto _ : state)
+        residual_layernorm_forward(residual.data(), out.data(), mean.data(), rstd.data(),
+                                   inp.data(), branch.data(), weight.data(), bias.data(), 1e-5,
+                                   Dropout(), B, T, C);
+    count_bytes(state, 4 * inp.size());
 }
 
 // Loss and gradient over the logits of BT tokens, which the gradient replaces: each round reads the
@@ -219,7 +234,7 @@ void register_layers() {
     add("gelu_forward", gelu_forward_124m);
     add("gelu_backward", gelu_backward_124m);
     add("dropout_forward", dropout_forward_124m);
-    add("residual_forward", residual_forward_124m);
+    add("residual_layernorm_forward", residual_layernorm_forward_124m);
     add("classifier_forward", classifier_124m);
     add("global_norm", global_norm_16m);
     add("adamw_update", adamw_update_16m);

@@ -8,7 +8,7 @@
                                      tokenizers both ways
 
 Each tensor that `train_gpt2 dump` gives may be at most twice as far from PyTorch's float64 as
-PyTorch's own float32 is (reference.py). The last line is `N passed, N failed, N skipped`; exit
+PyTorch's own float32 is, or its bf16 with --dtype bf16 (reference.py). The last line is `N passed, N failed, N skipped`; exit
 code 0 when nothing failed, 1 when something did, 2 when the comparison cannot be made.
 """
 
@@ -67,6 +67,7 @@ def run(options, *words):
 def dump(options, folder, tokens, recipe, work):
     numpy.save(work / "ids.npy", tokens.numpy().astype("int32"))
     words = ["--model", folder, "--tokens", work / "ids.npy", "--out", work / "dump.safetensors"]
+    words += ["--dtype", options.dtype]
     for name, value in vars(recipe).items():
         words += ["--" + name.replace("_", "-"), value]
     run(options, "dump", *words)
@@ -88,7 +89,7 @@ class Row:
     name: str
     largest: float  # element of the float64 result
     ours: float  # distance from it
-    theirs: float  # PyTorch's float32 distance from it
+    theirs: float  # PyTorch's distance from it
     ratio: float  # of the two, for the worst of its parts
 
     @property
@@ -121,14 +122,14 @@ def load(folder):
     return model.config, {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def compare_row(name, ours, expected, errors):
+def compare_row(name, ours, expected, errors, kind):
     if ours.numel() != expected.numel() or (ours.dim() > 1 and ours.shape != expected.shape):
         raise Failure(f"{name}: shape {tuple(ours.shape)}, PyTorch's is {tuple(expected.shape)}")
     if not torch.isfinite(ours).all():
         raise Failure(f"{name}: holds numbers that are not finite")
     largest = expected.abs().max()
     distances = reference.largest_distances(name, ours.double().reshape(expected.shape), expected)
-    allowed = reference.bound(errors, largest, 32)
+    allowed = reference.bound(errors, largest, kind)
     # nothing may be off where nothing is allowed: 0 / 0 is a pass, anything else over 0 is not
     ratios = torch.where(distances > 0, 2 * distances / allowed, torch.zeros_like(distances))
     worst = int(ratios.argmax())
@@ -153,12 +154,12 @@ def compare(options, folder, tokens, recipe, work):
     # a large tensor has samples enough of its own
     count = 8 if sum(value.numel() for value in state.values()) < 1_000_000 else 2
     errors = {name: torch.zeros(reference.parts(name), dtype=torch.float64) for name in expected}
+    kind = "bf16" if options.dtype == "bf16" else "32"
+    dtype = reference.KINDS[kind]
     for orders in (range(count), range(count, 8 * count)):
-        more = reference.pytorch_error(
-            config, state, batch, recipe, expected, torch.float32, orders
-        )
+        more = reference.pytorch_error(config, state, batch, recipe, expected, dtype, orders)
         errors = {name: torch.maximum(errors[name], more[name]) for name in errors}
-        rows = [compare_row(name, ours[name], expected[name], errors[name]) for name in expected]
+        rows = [compare_row(n, ours[n], expected[n], errors[n], kind) for n in expected]
         comparison = Comparison(rows, orders.stop)
         if comparison.passes or comparison.worst.ratio > 100:  # no number of samples would help
             break
@@ -335,6 +336,7 @@ def our_folder(options, tokenizer, text, work):
     words = ["--data", work / "train.txt", "--val", work / "train.txt", "--tokenizer", tokenizer]
     words += ["--layers", 2, "--heads", 3, "--channels", 15, "--context", 24, "--batch-size", 2]
     words += ["--steps", 3, "--eval-batches", 1, "--sample-every", 0, "--out", work / "run"]
+    words += ["--dtype", options.dtype]
     run(options, "train", *words)
     return roundtrip(options, work / "run", text, work)
 
@@ -411,6 +413,7 @@ def parse_options():
     add("--roundtrip", action="store_true", help="the folders were written by train_gpt2")
     add("--tests", action="store_true", help="random models (20), folders and tokenizers both ways")
     add("--train-gpt2", default=str(ROOT / "train_gpt2"), metavar="PATH", help="the program")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of program and PyTorch (fp32)")
     add("--text", metavar="FILE", help="what --roundtrip tokenizes; else the program's own text")
     add("--batch-size", type=int, default=2, help="of FOLDER (2)")
     add("--sequence-length", type=int, default=64, help="of FOLDER, at most its context (64)")

@@ -12,6 +12,7 @@ A fixture holds, in float64 unless said otherwise:
   param.NAME        after them
   error32.RESULT    PyTorch's float32 error for that tensor (see reference.py); one number, or one
                     each for query, key and value
+  errorbf16.RESULT  the same in bf16
   error64.RESULT    the same in float64: the spread of the reference itself
 and in its metadata, under "fixture", JSON: config, adamw, made_with. Vectors of one number stand
 for scalars. NAME is that of the transformers state dict.
@@ -30,7 +31,7 @@ import torch
 import transformers
 from transformers import GPT2Config
 
-from reference import Recipe, bound, build, evaluate, largest_distances, pytorch_error
+from reference import KINDS, Recipe, bound, build, evaluate, largest_distances, pytorch_error
 from reference import random_state, random_tokens, split
 
 EVALUATIONS = 32  # orders in which PyTorch's error is taken; the fixtures must hold on any machine
@@ -93,10 +94,10 @@ def make(name, seed):
         if key != "lm_head.weight" or not config.tie_word_embeddings:
             tensors[f"start.{key}"] = value.clone()
     tensors |= results
-    for bits, dtype in ((32, torch.float32), (64, torch.float64)):
+    for kind, dtype in KINDS.items():
         errors = pytorch_error(config, state, batch, recipe, results, dtype, range(EVALUATIONS))
         for key, error in errors.items():
-            tensors[f"error{bits}.{key}"] = error
+            tensors[f"error{kind}.{key}"] = error
     keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
     keys += ("layer_norm_epsilon", "tie_word_embeddings")
     facts = {
@@ -122,13 +123,14 @@ def differs(key, old, new, tensors):
         return None if torch.equal(old, new) else "differs"
     old, new = old.double(), new.double()
     if key.startswith("error"):  # they depend on the processor a little
-        largest = tensors[key[8:]].abs().max()
-        low, high = (bound(error, largest, int(key[5:7])) for error in (old, new))
+        kind, result = key.removeprefix("error").split(".", 1)
+        largest = tensors[result].abs().max()
+        low, high = (bound(error, largest, kind) for error in (old, new))
         return (
             None if (torch.maximum(low, high) <= 3 * torch.minimum(low, high)).all() else "differs"
         )
     distances = largest_distances(key, old, new)
-    allowed = bound(tensors[f"error64.{key}"], new.abs().max(), 64)
+    allowed = bound(tensors[f"error64.{key}"], new.abs().max(), "64")
     return None if (distances <= allowed).all() else f"differs by {float(distances.max()):.2e}"
 
 

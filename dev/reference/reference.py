@@ -1,4 +1,4 @@
-"""What PyTorch says about a GPT-2, and how far PyTorch's own float32 is from it.
+"""What PyTorch says about a GPT-2, and how far PyTorch's own float32 and bf16 are from it.
 
 A model, a batch of tokens and a recipe for AdamW give one table of named results, the same names
 that `train_gpt2 dump` writes: loss, logits (B,T,V), grad.NAME, and after N optimizer steps losses
@@ -12,6 +12,13 @@ channels within a head and the sequences of the batch are permuted, which change
 sum and nothing else, and attention alternates between the two implementations of transformers,
 eager and sdpa. The largest distance of any of them from the reference is PyTorch's error for that
 tensor.
+
+In bf16 the same is asked of a model in bf16, as people train one: parameters and AdamW in float32,
+of which the model holds a copy rounded to bf16 before each forward pass; its gradients are cast to
+float32, and logits too before the loss is taken of them, as transformers itself does. The rounding
+of the copy is part of the error, and most of it; another order does not change it. So in bf16 each
+evaluation also starts from other parameters, within half a unit in the last place of bf16 of the
+model's, and is held against float64 for those.
 """
 
 import copy
@@ -47,18 +54,22 @@ class Recipe:
 # ==== a bound ====================================================================================
 
 
-def unit_roundoff(bits):
+# what PyTorch computes in, by the names under which fixtures store its errors
+KINDS = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16}
+
+
+def unit_roundoff(kind):
     """Half the distance from 1 to the next number: what rounding one result costs at most."""
-    return {32: 2.0**-24, 64: 2.0**-53}[bits]
+    return torch.finfo(KINDS[kind]).eps / 2
 
 
-def bound(error, largest, bits):
+def bound(error, largest, kind):
     """The largest error that passes: twice PyTorch's own.
 
     A tensor of few elements can be right in PyTorch by luck, even exactly; no program can be asked
     for less than the rounding of its results, so PyTorch's error counts as at least one unit
     roundoff of the largest element of the tensor."""
-    return 2 * torch.clamp(error, min=unit_roundoff(bits) * largest)
+    return 2 * torch.clamp(error, min=unit_roundoff(kind) * largest)
 
 
 # ==== one evaluation =============================================================================
@@ -84,18 +95,28 @@ def split(tokens):
 
 def evaluate(model, state, batch, recipe):
     """The table of results for one model in its own dtype, as float64; batch: inputs and targets
-    (B, T)."""
+    (B, T). AdamW works on float32 parameters where the model is in bf16."""
     model.load_state_dict(state)
     model.tie_weights()
     model.train()
-    parameters = {n: p for n, p in model.named_parameters() if is_trained(model.config, n)}
     inputs, targets = batch
+    narrow = model.dtype == torch.bfloat16
+    held = {n: p for n, p in model.named_parameters() if is_trained(model.config, n)}
+    parameters = {n: state[n].float().clone() for n in held} if narrow else held
 
     def forward_backward():
         model.zero_grad(set_to_none=True)
+        if narrow:
+            with torch.no_grad():
+                for name, copy_of in held.items():
+                    copy_of.copy_(parameters[name])
         logits = model(inputs, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        judged = logits.float() if narrow else logits
+        loss = F.cross_entropy(judged.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         loss.backward()
+        if narrow:
+            for name, copy_of in held.items():
+                parameters[name].grad = copy_of.grad.float()
         return loss.detach(), logits.detach()
 
     loss, logits = forward_backward()
@@ -241,20 +262,35 @@ def largest_distances(name, result, reference):
     return torch.stack([piece.max() for piece in difference.chunk(parts(name), dim=-1)])
 
 
+def jittered(state, seed):
+    """Parameters within a unit roundoff of bf16 of these, which it rounds another way."""
+    draw = torch.Generator().manual_seed(seed)
+    roundoff = unit_roundoff("bf16")
+    return {
+        name: value * (1 + roundoff * (2 * torch.rand(value.shape, generator=draw).double() - 1))
+        for name, value in state.items()
+    }
+
+
 def pytorch_error(config, state, batch, recipe, reference, dtype, orders):
     """{name: largest distances (parts) from the reference} over the evaluations that `orders`, a
     range of integers, numbers; number 0 is the model as it stands."""
     errors = {name: torch.zeros(parts(name), dtype=torch.float64) for name in reference}
     models = [build(config, dtype, attention) for attention in ("eager", "sdpa")]
+    exact = build(config, torch.float64)
     for index in orders:
         order = Reordering(config, len(batch[0]), seed=index)
+        near, expected = state, reference
+        if dtype == torch.bfloat16 and index > 0:
+            near = jittered(state, seed=index)
+            expected = evaluate(exact, near, batch, recipe)
         if index == 0:
             result = evaluate(models[0], state, batch, recipe)
         else:
-            permuted = {name: order.apply(name, value) for name, value in state.items()}
+            permuted = {name: order.apply(name, value) for name, value in near.items()}
             result = evaluate(models[index % 2], permuted, order.apply_to_batch(batch), recipe)
             result = {name: order.undo(name, value) for name, value in result.items()}
         for name, value in result.items():
-            distances = largest_distances(name, value, reference[name])
+            distances = largest_distances(name, value, expected[name])
             errors[name] = torch.maximum(errors[name], distances)
     return errors
