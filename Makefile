@@ -2,8 +2,10 @@
 #
 # What is made lies under build/, in a folder for each compiler and variant (build/g++,
 # build/clang++-double, ...), so that switching between them mixes nothing. ./train_gpt2 is a link
-# to the program that was built last. Variables that a user may set: CXX, CXXFLAGS, CPPFLAGS,
-# LDFLAGS, OPT, ARCH, ONEDNN=no; DATA, OUT, TIME, PROMPT for `make train`; BENCH for `make bench`.
+# to the program that was built last, and so are ./train_gpt2cu (for a GPU) and ./train_gpt2cu_emu
+# (the same on the emulator). Variables that a user may set: CXX, CXXFLAGS, CPPFLAGS, LDFLAGS, OPT,
+# ARCH, ONEDNN=no; CUDA_HOME, CUDA_ARCH for `make cuda`; DATA, OUT, TIME, PROMPT for `make train`;
+# BENCH for `make bench`.
 
 VARIANT ?=
 ARCH ?= -march=native
@@ -33,6 +35,14 @@ export GOMP_SPINCOUNT ?= 3000
 # Words such as run:utf8proc.h, for the headers that the compiler does not find.
 MISSING := $(shell scripts/install_deps.sh missing)
 MISSING_HERE := $(filter run:%,$(MISSING))
+
+# NVIDIA's headers and nvcc: under CUDA_HOME, else beside the nvcc that is in the path, else where
+# its installer puts them.
+NVCC_PATH := $(shell command -v nvcc 2>/dev/null)
+CUDA_HOME ?= $(firstword $(if $(NVCC_PATH),$(patsubst %/bin/nvcc,%,$(shell readlink -f $(NVCC_PATH)))) \
+    $(wildcard /usr/local/cuda))
+CUDA_HEADERS := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/include/cublasLt.h))
+NVCC := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc))
 
 # ==== flags ======================================================================================
 
@@ -79,7 +89,7 @@ endif
 
 # ==== programs ===================================================================================
 
-.PHONY: programs help own-text train test bench sanitize format clean FORCE
+.PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs help own-text train test bench sanitize format clean FORCE
 
 PLAIN_MATMUL := oneDNN not found: using the plain OpenMP matmul \
     (scripts/install_deps.sh installs it)
@@ -117,10 +127,143 @@ endif
 
 programs: $(FOLDER)/train_gpt2 $(FOLDER)/test_gpt2
 
+# ==== the CUDA program on the emulator ===========================================================
+
+# train_gpt2.cu is plain C++ where dev/emu stands in for the card: NVIDIA's headers, our libraries.
+# It is compiled with -O2: the kernels are large, and -O3 gains nothing where fibers switch.
+EMU_FLAGS = -isystem $(CUDA_HOME)/include -I. -Wno-unknown-pragmas
+NO_HEADERS := no NVIDIA headers here (cublasLt.h): install the CUDA toolkit, or set CUDA_HOME
+EMU_OBJECTS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out dev/emu/test_%,$(wildcard dev/emu/*.cpp)))
+CHECKS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
+
+$(FOLDER)/dev/emu/%.o: OWN_FLAGS = $(EMU_FLAGS)
+# The scheduler switches stacks, which no sanitizer may look into but the thread sanitizer is told
+# of. Products are slow under them, and find out of bounds for themselves.
+$(FOLDER)/dev/emu/scheduler.o: OWN_FLAGS = $(EMU_FLAGS) -fno-sanitize=all \
+    $(if $(filter tsan,$(VARIANT)),-DEMU_TSAN)
+$(FOLDER)/dev/emu/cublaslt.o: OWN_FLAGS = $(EMU_FLAGS) -O2 -fno-sanitize=all
+EMU_OPT = $(if $(filter asan tsan,$(VARIANT)),-O1,-O2)
+
+# A program of a layer's takes all layers, and does not call all.
+$(FOLDER)/dev/cuda/%.o: OWN_FLAGS = -Wno-unused-function
+$(CUDA_FOLDER)/dev/cuda/%.o: OWN_FLAGS = -diag-suppress 177
+
+$(FOLDER)/%.cu.o: %.cu $(FOLDER)/flags
+	$(if $(CUDA_HEADERS),,@echo "$(NO_HEADERS)" >&2; exit 1)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $(EMU_OPT) $(EMU_FLAGS) $(OWN_FLAGS) -MMD -MP -x c++ -c $< -o $@
+
+$(FOLDER)/train_gpt2cu_emu: $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS)
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
+
+# The CPU twin's layers are what kernels are held against, in float and in double. Its functions are
+# made weak, so that those of the contract give way to the CUDA program's.
+WEAKEN = nm -g --defined-only $< | awk '{print $$NF}' >$@.names && \
+    objcopy --weaken-symbols=$@.names $< $@
+$(FOLDER)/twin_double.o: train_gpt2.cpp $(FOLDER)/flags
+	$(CXX) $(filter-out -DGPT2_ONEDNN,$(FLAGS)) -DGPT2_REAL=double -MMD -MP -c $< -o $@
+$(FOLDER)/weak_%.o: $(FOLDER)/%.o
+	$(WEAKEN)
+
+$(FOLDER)/test_gpt2cu_emu: $(FOLDER)/test_gpt2.o $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) \
+    $(FOLDER)/weak_train_gpt2.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
+$(FOLDER)/test_emu: $(FOLDER)/dev/emu/test_emu.o $(EMU_OBJECTS)
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
+$(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_train_gpt2.o \
+    $(FOLDER)/weak_twin_double.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
+
+-include $(wildcard $(FOLDER)/dev/emu/*.d $(FOLDER)/dev/cuda/*.d)
+
+# For scripts: where the headers and the compiler are, or an empty line.
+cuda-headers:
+	@echo $(CUDA_HEADERS)
+nvcc:
+	@echo $(NVCC)
+
+emu: $(FOLDER)/train_gpt2cu_emu
+	@ln -sf $< train_gpt2cu_emu
+
+emu-programs: $(addprefix $(FOLDER)/,train_gpt2cu_emu test_gpt2cu_emu test_emu) \
+    $(addprefix $(FOLDER)/check_,$(CHECKS))
+
+# ==== the CUDA program ===========================================================================
+
+# For the cards of these architectures, or for the one that is here (CUDA_ARCH=native).
+CUDA_ARCH ?= 80 90a
+CUDA_CODE = $(if $(filter native,$(CUDA_ARCH)),-arch=native,$(foreach a,$(CUDA_ARCH),\
+    -gencode arch=compute_$(a),code=sm_$(a)) $(if $(filter 80,$(CUDA_ARCH)),\
+    -gencode arch=compute_80$(comma)code=compute_80))
+comma := ,
+empty :=
+space := $(empty) $(empty)
+NVCC_FLAGS = -std=c++20 -O3 --expt-relaxed-constexpr --threads 0 $(CUDA_CODE) -I. \
+    -Werror all-warnings -Xptxas -v \
+    -Xcompiler $(subst $(space),$(comma),$(strip $(ARCH) -fopenmp -Wall -Wextra)) $(CPPFLAGS)
+CUDA_FOLDER ?= build/cuda
+
+# The compiler's report on registers and spills is kept beside the object, for the tests.
+$(CUDA_FOLDER)/%.o: %.cu $(wildcard *.h) train_gpt2.cu $(wildcard dev/cuda/*.cuh)
+	$(if $(NVCC),,@echo "no nvcc here: install the CUDA toolkit, or set CUDA_HOME" >&2; exit 1)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(OWN_FLAGS) -c $< -o $@ 2>$(basename $@).ptxas || (cat $(basename $@).ptxas; exit 1)
+
+CUDA_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -Xcompiler -fopenmp $(LDFLAGS) -lcublasLt
+
+$(CUDA_FOLDER)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o
+	$(CUDA_LINK) $(LIBRARIES)
+
+cuda: $(CUDA_FOLDER)/train_gpt2cu
+	@ln -sf $< train_gpt2cu
+
+# For a machine with a GPU and little else: the program, its tests and the layers' benchmarks, with
+# all but cuBLASLt and the driver linked in. dev/bench/gpu.sh takes them from build/gpu-portable.
+PORTABLE := build/gpu-portable
+PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static -Xcompiler -static-libstdc++,-static-libgcc \
+    -lcublasLt -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread -ldl
+PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN,$(FLAGS)) -march=x86-64-v3
+
+gpu-portable:
+	@$(MAKE) --no-print-directory ARCH=-march=x86-64-v3 CUDA_FOLDER=build/cuda-portable portable-programs
+
+portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu train_gpt2 $(CHECKS))
+
+$(PORTABLE)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o
+	@mkdir -p $(@D)
+	$(PORTABLE_LINK)
+$(PORTABLE)/test_gpt2cu: $(CUDA_FOLDER)/test_gpt2.cpp.o $(CUDA_FOLDER)/train_gpt2.o \
+    $(CUDA_FOLDER)/weak_twin.o
+	@mkdir -p $(@D)
+	$(PORTABLE_LINK) -l:libgtest.a
+$(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o
+	@mkdir -p $(@D)
+	$(PORTABLE_CXX) $^ -o $@ -static-libstdc++ -static-libgcc -l:libutf8proc.a -l:libxxhash.a \
+	    -l:libgomp.a -lpthread
+$(addprefix $(PORTABLE)/,$(CHECKS)): $(PORTABLE)/%: $(CUDA_FOLDER)/dev/cuda/%.o \
+    $(CUDA_FOLDER)/weak_twin.o $(CUDA_FOLDER)/weak_twin_double.o
+	@mkdir -p $(@D)
+	$(PORTABLE_LINK)
+$(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h)
+	@mkdir -p $(@D)
+	$(PORTABLE_CXX) -O1 -c $< -o $@
+$(CUDA_FOLDER)/twin.o: train_gpt2.cpp $(wildcard *.h)
+	@mkdir -p $(@D)
+	$(PORTABLE_CXX) -c $< -o $@
+$(CUDA_FOLDER)/twin_double.o: train_gpt2.cpp $(wildcard *.h)
+	@mkdir -p $(@D)
+	$(PORTABLE_CXX) -DGPT2_REAL=double -c $< -o $@
+$(CUDA_FOLDER)/weak_%.o: $(CUDA_FOLDER)/%.o
+	$(WEAKEN)
+
 # ==== what a person asks for =====================================================================
 
 help:
 	@echo "make            builds ./train_gpt2; ./train_gpt2 --help says what that can do"
+	@echo "make cuda       builds ./train_gpt2cu, the same for NVIDIA GPUs: [CUDA_ARCH=native]"
+	@echo "make emu        builds ./train_gpt2cu_emu: that program on a CPU, slowly, to test it"
 	@echo "make train      trains a model and samples from it: [DATA=path] [OUT=folder] [TIME=120]"
 	@echo "make test       runs every test, with every compiler that is here"
 	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
@@ -181,9 +324,9 @@ bench:
 	@$(MAKE) --no-print-directory $(FOLDER)/bench
 	$(FOLDER)/bench $(BENCH)
 
-SOURCES = $(wildcard *.h *.cpp dev/*/*.h dev/*/*.cpp)
+SOURCES = $(wildcard *.h *.cpp *.cu dev/*/*.h dev/*/*.cpp dev/*/*.cuh dev/*/*.cu)
 format:
 	clang-format -i $(SOURCES)
 
 clean:
-	rm -rf build train_gpt2
+	rm -rf build train_gpt2 train_gpt2cu train_gpt2cu_emu

@@ -3,8 +3,11 @@
 #
 #   dev/test.sh test       the tests in float and double, with $CXX and with the other compiler; the
 #                          comparison with PyTorch and transformers, where a Python ($PYTHON) has
-#                          them; the build itself
-#   dev/test.sh sanitize   the tests under the address, undefined-behaviour and thread sanitizers
+#                          them; the CUDA program on the emulator, and compiled by nvcc where there
+#                          is one; the build itself
+#   dev/test.sh cuda       of these, what concerns the CUDA program
+#   dev/test.sh sanitize   the tests under the address, undefined-behaviour and thread sanitizers,
+#                          with the kernels on the emulator
 #
 # A part is a program whose last line is `N passed, N failed, N skipped`. One that ends without it,
 # or in an error with no failure counted, counts as one failure. A part that cannot be run here says
@@ -133,6 +136,119 @@ build_tests() {
     fi
 }
 
+# ==== the CUDA program ===========================================================================
+
+# emulated NAME [VARIABLE=VALUE...] PROGRAM...: a part, with a folder of its own for the
+# cache of timed products.
+emulated() {
+    name=$1
+    shift
+    part "$name" env XDG_CACHE_HOME="$PWD/build/cache" "$@"
+}
+
+# The kernels, one layer at a time against the CPU twin, in a thread order of the emulator's.
+kernel_checks() {
+    for check in "$1"/check_*; do
+        case $check in *.d | *.o) continue ;; esac
+        emulated "$check, thread order $2" EMU_ORDER="$2" OMP_NUM_THREADS=1 "$check" check
+    done
+}
+
+# build_emulated COMPILER VARIANT: sets $folder; fails where there are no headers, or no program.
+build_emulated() {
+    folder=build/$(basename "$1")${2:+-$2}
+    if [ -z "$($make -s cuda-headers)" ]; then
+        skip "the kernels on the emulator: no NVIDIA headers (cublasLt.h of the CUDA toolkit, 12.8 or newer; set CUDA_HOME)"
+        return 1
+    fi
+    echo "== building $folder, emulated"
+    $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$1" VARIANT="$2" emu-programs programs && return
+    echo "-- FAILED: $folder, emulated, does not build"
+    failed=$((failed + 1))
+    return 1
+}
+
+emulated_tests() {
+    rm -rf build/cache
+    build_emulated "$CXX" "" || return
+    emulated "$folder/test_emu" "$folder/test_emu"
+    for order in 0 1 2; do kernel_checks "$folder" $order; done
+    tests="env GPT2_BINARY=$folder/train_gpt2cu_emu GPT2_OTHER_BINARY=$folder/train_gpt2"
+    tests="$tests OMP_NUM_THREADS=1 $folder/test_gpt2cu_emu"
+    for dtype in fp32 bf16; do
+        emulated "$folder/test_gpt2cu_emu, $dtype" GPT2_TEST_DTYPE=$dtype EMU_ORDER=0 $tests
+        for order in 1 2; do
+            emulated "$folder/test_gpt2cu_emu, $dtype, thread order $order" \
+                GPT2_TEST_DTYPE=$dtype EMU_ORDER=$order $tests --gtest_filter='Model.*:Golden.*'
+        done
+    done
+    # What a machine with a GPU will be asked; the checks and tests of it have just been run.
+    emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
+        dev/bench/gpu.sh --emulated environment training pytorch layers sanitizer
+}
+
+# The same commands in both programs, and the same sections in both sources.
+sections() { grep '^// ====' "$1" | tr -d '/= '; }
+same_sections() { [ "$(sections train_gpt2.cpp)" = "$(sections train_gpt2.cu)" ]; }
+same_words() {
+    for command in train sample evaluate tokenizer shard dump plan info; do
+        for program in train_gpt2 train_gpt2cu_emu; do
+            "$folder/$program" $command --help | sed 's/train_gpt2cu/train_gpt2/g' >$log.$program
+        done
+        cmp $log.train_gpt2 $log.train_gpt2cu_emu || return 1
+    done
+}
+
+# What nvcc says of the kernels, and what it made of them.
+compiled_tests() {
+    if [ -z "$($make -s nvcc)" ]; then
+        skip "the compile for GPUs: no nvcc (the CUDA toolkit; set CUDA_HOME)"
+        return
+    fi
+    echo "== nvcc, for sm_80 and sm_90a"
+    check "train_gpt2cu compiles" $make cuda
+    check "no kernel spills registers" no_spills build/cuda/train_gpt2.ptxas
+    check "without a GPU, one line says so and the exit code is 1" says_no_gpu
+    if ! command -v cuobjdump >/dev/null; then
+        skip "whether machine code moves 128 bits at a time: no cuobjdump"
+    else
+        check "memory-bound kernels move 128 bits at a time" wide_accesses
+    fi
+}
+
+no_spills() {
+    grep -q 'bytes spill stores' "$1" || return 1
+    ! grep 'bytes spill stores' "$1" | grep -v ' 0 bytes spill stores, 0 bytes spill loads'
+}
+
+says_no_gpu() {
+    if [ -e /dev/nvidia0 ]; then return 0; fi
+    build/cuda/train_gpt2cu plan >$log 2>&1
+    [ $? -eq 1 ] && [ "$(wc -l <$log)" -eq 1 ] && grep -q 'no NVIDIA driver\|no GPU' $log
+}
+
+# The kernels whose time is that of their bytes, in the form that GPT-2's sizes use.
+WIDE_KERNELS='encoder_forward layernorm_forward residual_layernorm_forward layernorm_backward
+    gelu_forward gelu_backward dropout_forward bias_backward classifier_forward global_norm
+    adamw_update'
+wide_accesses() {
+    for kernel in $WIDE_KERNELS; do
+        cuobjdump -sass build/cuda/train_gpt2.o | awk -v kernel="${kernel}_kernel" '
+            /Function :/ { inside = index($0, kernel) && !/Li1E/ && /(^|[^a-z_])_Z[0-9]+/ }
+            inside && /LDG\.E[^ ]*\.128/ { wide = 1 }
+            END { exit !wide }' || { echo "no 128-bit load: $kernel"; return 1; }
+    done
+}
+
+cuda_tests() {
+    emulated_tests
+    check "both twins have the same sections in the same order" same_sections
+    if [ -x "build/$(basename "$CXX")/train_gpt2cu_emu" ]; then
+        check "both programs take the same words" same_words
+    fi
+    compiled_tests
+}
+
 # ==== sanitize ===================================================================================
 
 # OpenMP's barriers must be visible to the thread sanitizer, or every parallel loop looks like a
@@ -154,6 +270,18 @@ thread_sanitizer_tests() {
     fi
 }
 
+# Every CUDA thread is a fiber that the thread sanitizer knows: a missing barrier is a race.
+sanitized_kernels() {
+    build_emulated "$1" "$2" || return
+    emulated "$folder/test_emu" "$folder/test_emu"
+    kernel_checks "$folder" 0
+    for dtype in fp32 bf16; do
+        emulated "$folder/test_gpt2cu_emu, $dtype" GPT2_TEST_DTYPE=$dtype OMP_NUM_THREADS=1 \
+            GPT2_BINARY="$folder/train_gpt2cu_emu" "$folder/test_gpt2cu_emu" \
+            --gtest_filter='Golden.*'
+    done
+}
+
 # ==== main =======================================================================================
 
 case $1 in
@@ -162,14 +290,21 @@ test)
     program_tests "$CXX" double
     other_compiler_tests
     live_comparison
+    cuda_tests
     build_tests
+    ;;
+cuda)
+    $make programs
+    cuda_tests
     ;;
 sanitize)
     program_tests "$CXX" asan
     thread_sanitizer_tests
+    sanitized_kernels "$CXX" asan
+    if archer_works; then sanitized_kernels clang++ tsan; fi
     ;;
 *)
-    echo "usage: dev/test.sh test|sanitize" >&2
+    echo "usage: dev/test.sh test|cuda|sanitize" >&2
     exit 2
     ;;
 esac

@@ -1,0 +1,228 @@
+"""Times PyTorch at the work that dev/bench/gpu.sh times of train_gpt2cu: GPT-2 124M and attention.
+
+  torch_step.py --data IDS.npy [--batch-sizes 4,16,64] [--time-limit SECONDS] [--tiny]
+
+A step is forward, backward, clipping and AdamW, of a GPT-2 in plain torch.nn modules: compiled
+(torch.compile), attention by F.scaled_dot_product_attention, AdamW(fused=True), vocabulary padded
+to 50,304 as train_gpt2 pads it. Two ways of bf16: `autocast` (parameters in float32, as people
+train) and `bf16` (parameters and optimizer in bf16 too, which is less work than train_gpt2 does).
+Attention is timed alone too, by FlashAttention and by cuDNN, forward and backward, on q, k and v
+that lie in one (B,T,3C) tensor.
+
+Prints a line a result, for gpu.sh to read:
+  step WAY B T ms tokens/s        attention BACKEND forward|backward B T NH HS us
+A size that does not fit, or a backend that is not there, is said on a line of its own. With --tiny
+it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# ==== the model ==================================================================================
+
+
+@dataclass
+class Config:
+    layers: int = 12
+    heads: int = 12
+    channels: int = 768
+    padded_vocab: int = 50304
+    T: int = 1024
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.channels
+        self.heads = config.heads
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = (B, T, self.heads, C // self.heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab, config.channels)
+        self.wpe = nn.Embedding(config.T, config.channels)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.lnf = nn.LayerNorm(config.channels)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, inputs, targets):
+        T = inputs.shape[1]
+        x = self.wte(inputs) + self.wpe(torch.arange(T, device=inputs.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.lnf(x), self.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+# ==== timing =====================================================================================
+
+
+class Timer:
+    """Milliseconds between start() and stop(), by events where there is a GPU."""
+
+    def __init__(self, device):
+        self.cuda = device == "cuda"
+
+    def start(self):
+        if self.cuda:
+            self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.begin.record()
+        else:
+            self.begin = time.perf_counter()
+
+    def stop(self):
+        if not self.cuda:
+            return (time.perf_counter() - self.begin) * 1e3
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end)
+
+
+def median_ms(work, device, warmups, samples):
+    times = []
+    for i in range(warmups + samples):
+        timer = Timer(device)
+        timer.start()
+        work()
+        times.append(timer.stop())
+    return sorted(times[warmups:])[samples // 2]
+
+
+# ==== a training step ============================================================================
+
+
+def time_step(way, B, ids, config, options):
+    """Milliseconds of a step of B sequences: the median of several, after the compiler's first."""
+    device = options.device
+    torch.manual_seed(1)
+    model = Model(config).to(device)
+    if way == "bf16":
+        model = model.to(torch.bfloat16)
+    decays = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+    forward = model if options.tiny else torch.compile(model, dynamic=False)
+    place = 0
+
+    def step():
+        nonlocal place
+        count = B * config.T
+        place = place if place + count < len(ids) else 0
+        batch = torch.from_numpy(ids[place : place + count + 1].astype(numpy.int64))
+        place += count
+        if device == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=way == "autocast"):
+            loss = forward(batch[:-1].view(B, -1), batch[1:].view(B, -1))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return median_ms(step, device, *((1, 1) if options.tiny else (5, 20)))
+
+
+def time_steps(config, options, deadline):
+    ids = numpy.load(options.data, mmap_mode="r")
+    sizes = [int(size) for size in options.batch_sizes.split(",")]
+    runs = [("autocast", B) for B in sizes] + [("bf16", max(sizes))]
+    for way, B in runs:
+        if time.monotonic() > deadline:
+            print(f"step {way} B={B}: not timed, the time limit was reached", flush=True)
+            continue
+        try:
+            ms = time_step(way, B, ids, config, options)
+            print(f"step {way} {B} {config.T} {ms:.3f} {B * config.T / ms * 1e3:.0f}", flush=True)
+        except torch.OutOfMemoryError:
+            print(f"step {way} B={B}: out of memory", flush=True)
+        torch.compiler.reset()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+# ==== attention ==================================================================================
+
+
+def time_attention(backend, B, T, NH, HS, options):
+    qkv = torch.randn(B, T, 3 * NH * HS, device=options.device, dtype=torch.bfloat16)
+    qkv.requires_grad_()
+    q, k, v = (part.view(B, T, NH, HS).transpose(1, 2) for part in qkv.split(NH * HS, 2))
+    samples = (1, 1) if options.tiny else (5, 20)
+    with sdpa_kernel(backend):
+        attention = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        forward = median_ms(attention, options.device, *samples)
+        y = attention()
+        dout = torch.randn_like(y)
+        backward = median_ms(
+            lambda: torch.autograd.grad(y, (q, k, v), dout, retain_graph=True),
+            options.device,
+            *samples,
+        )
+    return forward, backward
+
+
+def time_attentions(options):
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    shapes = [(64, 1024, 12, 64), (64, 1024, 25, 64), (16, 4096, 12, 64), (32, 1024, 16, 128)]
+    if options.tiny:
+        backends, shapes = {"math": SDPBackend.MATH}, [(2, 32, 2, 32)]
+    for name, backend in backends.items():
+        for shape in shapes:
+            try:
+                for way, ms in zip(
+                    ("forward", "backward"), time_attention(backend, *shape, options)
+                ):
+                    sizes = " ".join(map(str, shape))
+                    print(f"attention {name} {way} {sizes} {ms * 1e3:.1f}", flush=True)
+            except RuntimeError as error:
+                print(f"attention {name} {shape}: {str(error).splitlines()[0]}", flush=True)
+
+
+# ==== main =======================================================================================
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--batch-sizes", default="64,16,4")
+    parser.add_argument("--time-limit", type=float, default=150)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.time_limit
+    options.device = "cpu" if options.tiny else "cuda"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch_step.py: error: this PyTorch sees no GPU")
+    torch.set_float32_matmul_precision("high")
+    print(f"PyTorch {torch.__version__}", flush=True)
+    time_attentions(options)  # first: it is quick
+    tiny = Config(layers=1, heads=2, channels=32, padded_vocab=50304, T=32)
+    time_steps(tiny if options.tiny else Config(), options, deadline)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3431 @@
+// GPT-2 on an NVIDIA GPU: every layer's forward and backward pass as kernels of our own, matrix
+// products through cuBLASLt, over memory laid out by hand. This is the twin of train_gpt2.cpp: the
+// same sections in the same order, and the same mathematics.
+//
+// A section holds a layer's kernels and then the launchers, which bear the names of the CPU
+// functions. Float is the type of activations and of the parameters that products read, bf16 or
+// float; gradients of parameters, statistics and losses are float whatever that is.
+//
+// The same source runs on a CPU, where dev/emu takes the place of the card (make emu).
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cassert>
+#include <map>
+
+#include "dataloader.h"
+#include "gpt2.h"
+#ifndef GPT2_LAYERS_ONLY  // the programs of dev/cuda take the layers alone
+#    include "trainer.h"
+#endif
+
+// ==== constants ==================================================================================
+
+using bf16 = __nv_bfloat16;
+
+constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
+constexpr double kGeluCube = 0.044715;
+
+constexpr int kWarp = 32;             // lanes of a warp
+constexpr int kMostThreads = 1024;    // of a block
+constexpr int kColumns = 8;           // columns of a row that a thread owns in the row kernels
+constexpr int kRowThreads = 512;      // of a block of theirs, at most
+constexpr int kMostChannels = kColumns * kRowThreads;
+constexpr int kMostHeadSize = 128;
+constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
+constexpr int kReduceRows = 1024;      // partial sums of a bias or layer norm gradient
+constexpr int kNormBlocks = 1024;      // partial sums of the global norm
+constexpr size_t kWorkspaceBytes = size_t(32) << 20;  // what NVIDIA advises for cuBLASLt on Hopper
+
+// What kernels use of the hardware beyond CUDA C++: shared memory, tensor cores and copies that go
+// on while a kernel computes, as PTX [NVIDIA, Parallel Thread Execution ISA]. Off the GPU, the
+// emulator defines the same names and checks how they are used.
+#ifdef __CUDACC__
+
+template <class T>
+using Shared = T*;
+
+// The next `count` T of the block's dynamic shared memory, from a multiple of 16 bytes on; `offset`
+// moves behind them.
+template <class T>
+__device__ Shared<T> shared_array(size_t& offset, int count) {
+    extern __shared__ __align__(128) unsigned char dynamic_shared[];
+    size_t begin = (offset + 15) / 16 * 16;
+    offset = begin + size_t(count) * sizeof(T);
+    return reinterpret_cast<T*>(dynamic_shared + begin);
+}
+
+template <class V, class T>
+__device__ V load_shared(const T* from) {
+    return *reinterpret_cast<const V*>(from);
+}
+
+template <class V, class T>
+__device__ void store_shared(T* to, V value) {
+    *reinterpret_cast<V*>(to) = value;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+// d (16,8) += a (16,16) b (16,8), spread over the lanes of a warp as the PTX ISA lays out m16n8k16
+__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane i names the i-th of their 32 rows.
+__device__ inline void ldmatrix(uint32_t (&r)[4], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+// 16 bytes on their way to shared memory; zeros where the source is not valid.
+template <class T>
+__device__ void cp_async16(T* to, const T* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Until at most N of the groups that this thread committed are still on their way.
+template <int N>
+__device__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+#else
+#    include "dev/emu/emu.h"
+#endif
+
+static void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) fail_machine("%s: %s", what, cudaGetErrorString(status));
+}
+
+// Launches a kernel on blocks of `shared` bytes of dynamic shared memory, after making sure that
+// the card can run it so. `name` is for messages.
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+            cudaStream_t stream, A... arguments) {
+    static std::map<const void*, cudaFuncAttributes> known;
+    auto address = reinterpret_cast<const void*>(kernel);
+    auto [found, is_new] = known.try_emplace(address);
+    cudaFuncAttributes& limits = found->second;
+    if (is_new) check(cudaFuncGetAttributes(&limits, address), name);
+    unsigned threads = block.x * block.y * block.z;
+    if (threads > unsigned(limits.maxThreadsPerBlock))
+        fail_machine("%s: blocks of %u threads; with its %d registers a thread the card runs %d",
+                     name, threads, limits.numRegs, limits.maxThreadsPerBlock);
+    if (shared > size_t(limits.maxDynamicSharedSizeBytes)) {
+        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(shared)),
+              name);
+        limits.maxDynamicSharedSizeBytes = int(shared);
+    }
+#ifdef __CUDACC__
+    kernel<<<grid, block, shared, stream>>>(static_cast<P>(arguments)...);
+#else
+    emu::launch(name, kernel, grid, block, shared, stream, arguments...);
+#endif
+    check(cudaGetLastError(), name);
+}
+
+static int multiprocessors() {
+    static const int count = [] {
+        int device = 0, value = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device),
+              "multiprocessors");
+        return value;
+    }();
+    return count;
+}
+
+__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int round_up(int a, int b) { return divide_up(a, b) * b; }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+
+// To the nearest number of the type, ties to even.
+template <class Float>
+__device__ Float from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// The sum, or the largest, over the lanes of a warp; every lane gets it.
+template <class T>
+__device__ T warp_sum(T x) {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+
+// Width numbers that travel as one: 128 bits where the rows are aligned for them, else a number.
+template <class Float>
+constexpr int kWide = 16 / sizeof(Float);
+
+template <class Float, int Width>
+__device__ void load_pack(float* values, const Float* from) {
+    if constexpr (Width == 1) {
+        values[0] = to_float(*from);
+    } else {
+        static_assert(Width == kWide<Float>);
+        uint4 bits = *reinterpret_cast<const uint4*>(from);
+        Float numbers[Width];
+        memcpy(static_cast<void*>(numbers), &bits, sizeof(bits));
+#pragma unroll
+        for (int k = 0; k < Width; k++) values[k] = to_float(numbers[k]);
+    }
+}
+
+template <class Float, int Width>
+__device__ void store_pack(Float* to, const float* values) {
+    if constexpr (Width == 1) {
+        *to = from_float<Float>(values[0]);
+    } else {
+        static_assert(Width == kWide<Float>);
+        Float numbers[Width];
+#pragma unroll
+        for (int k = 0; k < Width; k++) numbers[k] = from_float<Float>(values[k]);
+        uint4 bits;
+        memcpy(&bits, numbers, sizeof(bits));
+        *reinterpret_cast<uint4*>(to) = bits;
+    }
+}
+
+// The row kernels: a block works on one row of C numbers at a time and each thread owns kColumns of
+// its columns, as packs of Width that lie a block's width apart, so that a warp's accesses are whole
+// lines. What a thread keeps of a row, or sums up over rows, stays in its registers.
+template <class Float, int Width>
+struct RowSlice {
+    static constexpr int kPacks = kColumns / Width;
+
+    // The first column of pack i of this thread; it owns the pack when that is below C.
+    static __device__ int column(int i) {
+        return (i * int(blockDim.x) + int(threadIdx.x)) * Width;
+    }
+    static __device__ void load(float (&values)[kColumns], const Float* row, int C) {
+#pragma unroll
+        for (int i = 0; i < kPacks; i++) {
+            if (column(i) < C) {
+                load_pack<Float, Width>(&values[i * Width], row + column(i));
+            } else {
+#pragma unroll
+                for (int k = 0; k < Width; k++) values[i * Width + k] = 0;
+            }
+        }
+    }
+    static __device__ void store(Float* row, const float (&values)[kColumns], int C) {
+#pragma unroll
+        for (int i = 0; i < kPacks; i++)
+            if (column(i) < C) store_pack<Float, Width>(row + column(i), &values[i * Width]);
+    }
+    static __device__ bool owns(int j, int C) { return column(j / Width) < C; }
+};
+
+static int row_threads(int C) { return round_up(divide_up(C, kColumns), kWarp); }
+
+// Blocks that fill the card with `threads` each, but no more than there are rows.
+static int row_blocks(int rows, int threads) {
+    return std::min(rows, multiprocessors() * std::max(1, 2048 / threads));
+}
+
+// Calls f.template operator()<Width>() with the widest pack that a row of C numbers allows.
+template <class Float, class F>
+void with_width(size_t C, F f) {
+    if (C % kWide<Float> == 0) f.template operator()<kWide<Float>>();
+    else f.template operator()<1>();
+}
+
+// Sums of N numbers over the block, to every thread, warps in their order. `partial` holds 2 * N *
+// kWarp floats, of which two calls in a row use different halves: a thread that is ahead cannot
+// overwrite what another still reads, since the next call's barrier lies between.
+template <int N>
+struct BlockSum {
+    Shared<float> partial;
+    int half = 0;
+
+    __device__ explicit BlockSum(size_t& offset)
+        : partial(shared_array<float>(offset, 2 * N * kWarp)) {}
+    static size_t bytes() { return 2 * N * kWarp * sizeof(float); }
+
+    __device__ void operator()(float (&values)[N]) {
+        int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] = warp_sum(values[i]);
+        if (warps == 1) return;
+        int base = half * N * kWarp;
+        half ^= 1;
+        if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+            for (int i = 0; i < N; i++) partial[base + warp * N + i] = values[i];
+        }
+        __syncthreads();  // every warp's sums are there before any thread adds them up
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] = 0;
+        for (int w = 0; w < warps; w++) {
+#pragma unroll
+            for (int i = 0; i < N; i++) values[i] += partial[base + w * N + i];
+        }
+    }
+};
+
+// Of values[0..Width) in the columns from `column` on of a row: those that dropout drops become 0,
+// the others grow by 1/(1-p) [Srivastava et al. 2014, JMLR 15:1929]. As in the CPU twin, whether an
+// element stays depends on the key and its place alone: four numbers a call of Philox.
+template <int Width>
+__device__ void drop_pack(float* values, const Dropout& dropout, uint64_t sequence, int row,
+                          int column, int cols) {
+    uint32_t threshold = uint32_t(dropout.probability * 4294967296.0);
+    uint32_t stream = random_stream(dropout.use, dropout.layer);
+    uint32_t group = uint32_t(row) * ((uint32_t(cols) + 3) / 4) + uint32_t(column) / 4;
+    float scale = float(1 / (1 - dropout.probability));
+    Philox random;
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        if (k % 4 == 0)
+            random = philox(dropout.seed, group + uint32_t(k) / 4, uint32_t(sequence), stream,
+                            uint32_t(dropout.step));
+        uint32_t word = random.word[Width == 1 ? column % 4 : k % 4];
+        values[k] = word >= threshold ? values[k] * scale : 0.f;
+    }
+}
+
+// ==== encoder ====================================================================================
+
+// A block a row, 128 bits a thread and pack. Moves 3 BTC numbers: two rows read, one written.
+template <class Float, int Width>
+__global__ void __launch_bounds__(kRowThreads)
+    encoder_forward_kernel(Float* out, const int* inputs, const Float* wte,
+                                       const Float* wpe, int BT, int T, int C) {
+    using Slice = RowSlice<Float, Width>;
+    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
+        float token[kColumns], position[kColumns];
+        Slice::load(token, wte + size_t(inputs[bt]) * C, C);
+        Slice::load(position, wpe + size_t(bt % T) * C, C);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) token[j] += position[j];
+        Slice::store(out + size_t(bt) * C, token, C);
+    }
+}
+
+// out = wte[token] + wpe[t]                           [Radford et al. 2019, section 2.3]
+// out (B,T,C) is written; inputs (B,T) are ids below the rows of wte; wte (Vp,C), wpe (T,C)
+template <class Float>
+void encoder_forward(Float* out, const int* inputs, const Float* wte, const Float* wpe, int B,
+                     int T, int C, cudaStream_t stream) {
+    with_width<Float>(size_t(C), [&]<int Width>() {
+        int threads = row_threads(C);
+        launch("encoder_forward", encoder_forward_kernel<Float, Width>,
+               unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inputs, wte,
+               wpe, B * T, T, C);
+    });
+}
+
+// The places of a batch sorted by their token, so that one block can own a token's gradient: token
+// tokens[i] stands at places[starts[i]] .. places[starts[i + 1] - 1], in order.
+struct TokenBuckets {
+    const int *tokens, *starts, *places;
+    int count;  // of different tokens
+};
+
+// Fills tokens (BT), starts (BT+1) and places (BT) from inputs (BT); counts (V) is scratch. Returns
+// how many different tokens there are. Runs on the host, while the device works on the pass before.
+inline int sort_tokens(int* tokens, int* starts, int* places, int* counts, const int* inputs,
+                       int BT, int V) {
+    std::fill(counts, counts + V, 0);
+    for (int bt = 0; bt < BT; bt++) counts[inputs[bt]]++;
+    int different = 0, place = 0;
+    for (int token = 0; token < V; token++) {
+        if (counts[token] == 0) continue;
+        tokens[different] = token;
+        starts[different++] = place;
+        place += std::exchange(counts[token], place);  // from now on, where its next place goes
+    }
+    starts[different] = place;
+    for (int bt = 0; bt < BT; bt++) places[counts[inputs[bt]]++] = bt;
+    return different;
+}
+
+constexpr int kBucketWarps = 8;
+
+// A block for a token and kWarp * Width of its columns; its warps take the token's places in turn,
+// and the first adds up what they found, in their order: no atomics, the same bits every time.
+// Moves BTC numbers of dout and reads and writes the rows of the tokens that occur.
+template <class Float, int Width>
+__global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout,
+                                               TokenBuckets buckets, int C) {
+    size_t offset = 0;
+    Shared<float> sums = shared_array<float>(offset, kBucketWarps * kWarp * Width);
+    int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    int c = (int(blockIdx.y) * kWarp + lane) * Width;
+    float sum[Width] = {};
+    int end = buckets.starts[blockIdx.x + 1];
+    for (int i = buckets.starts[blockIdx.x] + warp; c < C && i < end; i += kBucketWarps) {
+        float values[Width];
+        load_pack<Float, Width>(values, dout + size_t(buckets.places[i]) * C + c);
+#pragma unroll
+        for (int k = 0; k < Width; k++) sum[k] += values[k];
+    }
+#pragma unroll
+    for (int k = 0; k < Width; k++) sums[(warp * Width + k) * kWarp + lane] = sum[k];
+    __syncthreads();  // the first warp reads what every warp wrote
+    if (warp > 0 || c >= C) return;
+    float* dtoken = dwte + size_t(buckets.tokens[blockIdx.x]) * C + c;
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        float total = 0;
+        for (int w = 0; w < kBucketWarps; w++) total += sums[(w * Width + k) * kWarp + lane];
+        dtoken[k] += total;
+    }
+}
+
+// A block a position, which sums over the batch. Moves BTC numbers of dout.
+template <class Float, int Width>
+__global__ void __launch_bounds__(kRowThreads)
+    encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int T,
+                                                  int C) {
+    using Slice = RowSlice<Float, Width>;
+    int t = int(blockIdx.x);
+    float sum[kColumns] = {};
+    for (int b = 0; b < B; b++) {
+        float values[kColumns];
+        Slice::load(values, dout + (size_t(b) * T + t) * C, C);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) sum[j] += values[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; j++)
+        if (Slice::owns(j, C))
+            dwpe[size_t(t) * C + Slice::column(j / Width) + j % Width] += sum[j];
+}
+
+// forward: out = wte[token] + wpe[t], so dwte[token] += dout and dwpe[t] += dout
+// dwte (Vp,C) and dwpe (T,C) accumulate; dout (B,T,C).
+template <class Float>
+void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBuckets& buckets,
+                      int B, int T, int C, cudaStream_t stream) {
+    with_width<Float>(size_t(C), [&]<int Width>() {
+        dim3 grid(unsigned(buckets.count), unsigned(divide_up(C, kWarp * Width)));
+        launch("encoder_backward, tokens", encoder_backward_tokens_kernel<Float, Width>, grid,
+               kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream, dwte,
+               dout, buckets, C);
+        launch("encoder_backward, positions", encoder_backward_positions_kernel<Float, Width>,
+               unsigned(T), unsigned(row_threads(C)), 0, stream, dwpe, dout, B, T, C);
+    });
+}
+
+// ==== layer norm =================================================================================
+
+// Mean and 1/standard deviation of a row of which this thread holds `x`: the variance in a second
+// pass, about the mean.
+template <class Slice>
+__device__ float2 row_statistics(const float (&x)[kColumns], BlockSum<1>& block_sum, float epsilon,
+                                 int C) {
+    float sum[1] = {0}, squares[1] = {0};
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) sum[0] += x[j];  // columns past C hold 0
+    block_sum(sum);
+    float mean = sum[0] / C;
+#pragma unroll
+    for (int j = 0; j < kColumns; j++)
+        if (Slice::owns(j, C)) squares[0] += (x[j] - mean) * (x[j] - mean);
+    block_sum(squares);
+    return make_float2(mean, 1 / sqrtf(squares[0] / C + epsilon));
+}
+
+// A block a row at a time; weight and bias stay in registers over the rows. Moves 2 BTC numbers.
+template <class Float, int Width>
+__global__ void __launch_bounds__(kRowThreads)
+    layernorm_forward_kernel(Float* out, float* mean, float* rstd, const Float* inp,
+                                         const Float* weight, const Float* bias, float epsilon,
+                                         int BT, int C) {
+    using Slice = RowSlice<Float, Width>;
+    size_t offset = 0;
+    BlockSum<1> block_sum(offset);
+    float w[kColumns], b[kColumns] = {};
+    Slice::load(w, weight, C);
+    if (bias != nullptr) Slice::load(b, bias, C);
+    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
+        float x[kColumns];
+        Slice::load(x, inp + size_t(bt) * C, C);
+        float2 statistics = row_statistics<Slice>(x, block_sum, epsilon, C);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++)
+            x[j] = (x[j] - statistics.x) * statistics.y * w[j] + b[j];
+        Slice::store(out + size_t(bt) * C, x, C);
+        if (threadIdx.x == 0) mean[bt] = statistics.x, rstd[bt] = statistics.y;
+    }
+}
+
+// y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)  [Ba et al. 2016,
+// arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
+// backward. inp (B,T,C), weight (C), bias (C) or null.
+template <class Float>
+void layernorm_forward(Float* out, float* mean, float* rstd, const Float* inp, const Float* weight,
+                       const Float* bias, double epsilon, int B, int T, int C,
+                       cudaStream_t stream) {
+    with_width<Float>(size_t(C), [&]<int Width>() {
+        int threads = row_threads(C);
+        launch("layernorm_forward", layernorm_forward_kernel<Float, Width>,
+               unsigned(row_blocks(B * T, threads)), unsigned(threads), BlockSum<1>::bytes(),
+               stream, out, mean, rstd, inp, weight, bias, float(epsilon), B * T, C);
+    });
+}
+
+// first[c] += sum over rows of partial[row][c] for c < C; second likewise from column C on, where
+// it is given. A block takes kWarp columns; its warps take the rows in turn, and the first adds up
+// what they found: the second stage of a sum that has the same bits every time.
+__global__ void __launch_bounds__(kMostThreads)
+    add_partial_sums_kernel(float* first, float* second, const float* partial, int rows,
+                                        int C) {
+    size_t offset = 0;
+    Shared<float> sums = shared_array<float>(offset, int(blockDim.x));
+    int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    int warps = int(blockDim.x) / kWarp, columns = second != nullptr ? 2 * C : C;
+    int c = int(blockIdx.x) * kWarp + lane;
+    float sum = 0;
+    if (c < columns) {
+#pragma unroll 8
+        for (int row = warp; row < rows; row += warps) sum += partial[size_t(row) * columns + c];
+    }
+    sums[int(threadIdx.x)] = sum;
+    __syncthreads();  // the first warp reads what every warp wrote
+    if (warp > 0 || c >= columns) return;
+    float total = 0;
+    for (int w = 0; w < warps; w++) total += sums[w * kWarp + lane];
+    (c < C ? first[c] : second[c - C]) += total;
+}
+
+static void add_partial_sums(float* first, float* second, const float* partial, int rows, int C,
+                             cudaStream_t stream) {
+    int warps = std::min(rows, kMostThreads / kWarp), columns = second != nullptr ? 2 * C : C;
+    launch("add_partial_sums", add_partial_sums_kernel, unsigned(divide_up(columns, kWarp)),
+           unsigned(warps * kWarp), size_t(warps) * kWarp * sizeof(float), stream, first, second,
+           partial, rows, C);
+}
+
+// A block a row at a time. Each thread sums the weight's and the bias's gradients of its columns in
+// registers, over all rows of its block, and writes them as a partial sum. Moves 4 BTC numbers.
+template <class Float, int Width>
+__global__ void __launch_bounds__(kRowThreads)
+    layernorm_backward_kernel(Float* dinp, float* partial, bool has_bias,
+                                          const Float* dout, const Float* inp, const Float* weight,
+                                          const float* mean, const float* rstd, int BT, int C) {
+    using Slice = RowSlice<Float, Width>;
+    size_t offset = 0;
+    BlockSum<2> block_sum(offset);
+    float w[kColumns], dw[kColumns] = {}, db[kColumns] = {};
+    Slice::load(w, weight, C);
+    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
+        float dy[kColumns], n[kColumns], sums[2] = {0, 0};  // of g and of g n
+        Slice::load(dy, dout + size_t(bt) * C, C);
+        Slice::load(n, inp + size_t(bt) * C, C);
+        float m = mean[bt], r = rstd[bt];
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) {  // past C, dy and w are 0
+            n[j] = (n[j] - m) * r;
+            dw[j] += dy[j] * n[j];
+            db[j] += dy[j];
+            dy[j] *= w[j];
+            sums[0] += dy[j];
+            sums[1] += dy[j] * n[j];
+        }
+        block_sum(sums);
+        float dx[kColumns];
+        Slice::load(dx, dinp + size_t(bt) * C, C);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) dx[j] += r * (dy[j] - sums[0] / C - n[j] * sums[1] / C);
+        Slice::store(dinp + size_t(bt) * C, dx, C);
+    }
+    float* sums = partial + size_t(blockIdx.x) * (has_bias ? 2 : 1) * C;
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        if (!Slice::owns(j, C)) continue;
+        int c = Slice::column(j / Width) + j % Width;
+        sums[c] = dw[j];
+        if (has_bias) sums[C + c] = db[j];
+    }
+}
+
+// forward: y = n * weight + bias with n = (x - mean) * rstd
+// dbias += dy;  dweight += dy * n;  dx += rstd * (g - mean(g) - n * mean(g * n)) with g = dy *
+// weight. dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C).
+template <class Float>
+void layernorm_backward(Float* dinp, float* dweight, float* dbias, const Float* dout,
+                        const Float* inp, const Float* weight, const float* mean,
+                        const float* rstd, float* scratch, int B, int T, int C,
+                        cudaStream_t stream) {
+    int threads = row_threads(C), blocks = std::min(row_blocks(B * T, threads), kReduceRows);
+    with_width<Float>(size_t(C), [&]<int Width>() {
+        launch("layernorm_backward", layernorm_backward_kernel<Float, Width>, unsigned(blocks),
+               unsigned(threads), BlockSum<2>::bytes(), stream, dinp, scratch, dbias != nullptr,
+               dout, inp, weight, mean, rstd, B * T, C);
+    });
+    add_partial_sums(dweight, dbias, scratch, blocks, C, stream);
+}
+
+// ==== matmul =====================================================================================
+
+// All products go through cuBLASLt, which thinks in columns: our row-major (rows, cols) is its
+// column-major (cols, rows). D (m,n) = A' B' + beta D with m the contiguous side, n rows of ours.
+struct Product {
+    int m, n, k;
+    bool trans_a, trans_b;
+    cudaDataType_t type, type_d;  // of A and B, and of D
+    bool accumulate;              // beta is 1
+    cublasLtEpilogue_t epilogue;
+    int align_d = 16, align_a = 16, align_b = 16;  // bytes that the addresses are multiples of
+
+    // The same for these operands: a layer's tensor begins at a multiple of its size, so that odd
+    // sizes leave less alignment than the 16 bytes that the fastest algorithms ask for.
+    Product of(const void* D, const void* A, const void* B) const {
+        auto alignment = [](const void* p) {
+            auto address = reinterpret_cast<uintptr_t>(p) | 16;
+            return int(address & -address);
+        };
+        Product product = *this;
+        product.align_d = alignment(D), product.align_a = alignment(A);
+        product.align_b = alignment(B);
+        return product;
+    }
+    std::string key() const {
+        return format("m%d n%d k%d %c%c type%d-%d beta%d epilogue%d align%d-%d-%d", m, n, k,
+                      trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', int(type), int(type_d),
+                      int(accumulate), int(epilogue), align_d, align_a, align_b);
+    }
+};
+
+struct ProductOptions {
+    bool tf32 = false, deterministic = true;
+    bool tune = true;          // time the candidates for each shape, and keep the winners on disk
+    std::string cache_folder;  // "": nothing is kept
+};
+
+template <class Float>
+constexpr cudaDataType_t kDataType = sizeof(Float) == 2 ? CUDA_R_16BF : CUDA_R_32F;
+
+static void check(cublasStatus_t status, const std::string& what) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail_machine("cuBLASLt: %s: %s", what.c_str(), cublasLtGetStatusString(status));
+}
+
+// The products of a model: cuBLASLt's handle, its workspace, a plan for each product and the stream
+// they run on. A plan is made the first time that a product is asked for; `tune` makes it ahead of
+// the first step, by timing what the library proposes, and keeps the winners on disk by the name of
+// the card and the library's version.
+//
+// Deterministic products never add up parts of a sum in place, in an order that is not fixed. Two
+// algorithms may still round differently: it is the file of winners that makes two runs agree, and
+// where it cannot be written the library's own first choice is taken without timing.
+class Products {
+  public:
+    Products(const ProductOptions& options, cudaStream_t stream)
+        : options_(options), stream_(stream) {
+        check(cublasLtCreate(&handle_), "cublasLtCreate");
+        check(cudaMalloc(&workspace_, kWorkspaceBytes), "out of memory: library workspace");
+        check(cublasLtMatmulPreferenceCreate(&preference_), "preference");
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+        uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
+        if (options.deterministic) reductions &= ~uint32_t(CUBLASLT_REDUCTION_SCHEME_INPLACE);
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
+        if (!options.cache_folder.empty()) read_winners();
+    }
+    ~Products() {
+        for (auto& entry : plans_) destroy(entry.second);
+        cublasLtMatmulPreferenceDestroy(preference_);
+        cudaFree(workspace_);
+        cublasLtDestroy(handle_);
+    }
+    Products(const Products&) = delete;
+    Products& operator=(const Products&) = delete;
+
+    cudaStream_t stream() const { return stream_; }
+
+    // Whether the library has an algorithm for the product with its epilogue.
+    bool supports(const Product& product) { return plan(product).supported; }
+
+    // D = A' B' + beta D, then the epilogue: `bias` is added to each column, or is where the bias's
+    // gradient is written; `aux` is where the input of GELU is written, or read.
+    void run(const Product& product, void* D, const void* A, const void* B, const void* bias,
+             void* aux) {
+        Plan& p = plan(product);
+        if (!p.supported) fail_machine("cuBLASLt: no algorithm for %s", product.key().c_str());
+        if (bias != nullptr) describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux != nullptr) describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        multiply(product, p, p.algorithm, D, A, B);
+    }
+
+    // Whether the faster of two ways to the same result is the first; decided once for `key`, by
+    // timing, and kept with the winners. False where nothing is timed.
+    template <class First, class Second>
+    bool first_wins(const std::string& key, First first, Second second) {
+        auto known = winners_.find(key);
+        if (known != winners_.end()) return known->second == "first";
+        if (!tuning_) return false;
+        bool wins = time_ms(first) < time_ms(second);
+        winners_[key] = wins ? "first" : "second";
+        changed_ = true;
+        return wins;
+    }
+
+    // Calls `use` with the products being timed as they are met, and writes the winners.
+    template <class Use>
+    void tune(Use use) {
+        if (!options_.tune || !cache_is_writable()) return;
+        tuning_ = true;
+        use();
+        tuning_ = false;
+        if (changed_) write_winners();
+    }
+
+  private:
+    struct Plan {
+        cublasLtMatmulDesc_t description = nullptr;
+        cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+        cublasLtMatmulAlgo_t algorithm = {};
+        bool supported = false, timed = false;
+    };
+
+    template <class T>
+    void prefer(cublasLtMatmulPreferenceAttributes_t attribute, T value) {
+        check(cublasLtMatmulPreferenceSetAttribute(preference_, attribute, &value, sizeof(value)),
+              "preference");
+    }
+    template <class T>
+    void describe(Plan& p, cublasLtMatmulDescAttributes_t attribute, T value) {
+        check(cublasLtMatmulDescSetAttribute(p.description, attribute, &value, sizeof(value)),
+              "description");
+    }
+    static void destroy(Plan& p) {
+        cublasLtMatrixLayoutDestroy(p.a);
+        cublasLtMatrixLayoutDestroy(p.b);
+        cublasLtMatrixLayoutDestroy(p.d);
+        cublasLtMatmulDescDestroy(p.description);
+    }
+
+    static bool has_aux(cublasLtEpilogue_t epilogue) {
+        return epilogue == CUBLASLT_EPILOGUE_GELU_AUX ||
+               epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU;
+    }
+
+    Plan& plan(const Product& product) {
+        auto [found, is_new] = plans_.try_emplace(product.key());
+        Plan& p = found->second;
+        if (is_new) make_plan(product, p);
+        if (tuning_ && p.supported && !p.timed) choose_algorithm(product, p);
+        return p;
+    }
+
+    void make_plan(const Product& product, Plan& p) {
+        int m = product.m, n = product.n, k = product.k;
+        cudaDataType_t type = product.type, type_d = product.type_d;
+        cublasLtEpilogue_t epilogue = product.epilogue;
+        cublasComputeType_t compute =
+            options_.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+        if (type != CUDA_R_32F) compute = CUBLAS_COMPUTE_32F;
+        check(cublasLtMatmulDescCreate(&p.description, compute, CUDA_R_32F), "description");
+        describe(p, CUBLASLT_MATMUL_DESC_TRANSA, product.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        describe(p, CUBLASLT_MATMUL_DESC_TRANSB, product.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+        // A pointer must be there for the library to see that there is a bias or an input of GELU.
+        if (epilogue != CUBLASLT_EPILOGUE_DEFAULT && epilogue != CUBLASLT_EPILOGUE_DGELU)
+            describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, workspace_);
+        if (epilogue == CUBLASLT_EPILOGUE_BGRADB)
+            describe(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_32F);
+        if (has_aux(epilogue)) {
+            describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, workspace_);
+            describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(m));
+        }
+        int a_rows = product.trans_a ? k : m, a_cols = product.trans_a ? m : k;
+        int b_rows = product.trans_b ? n : k, b_cols = product.trans_b ? k : n;
+        check(cublasLtMatrixLayoutCreate(&p.a, type, a_rows, a_cols, a_rows), "layout");
+        check(cublasLtMatrixLayoutCreate(&p.b, type, b_rows, b_cols, b_rows), "layout");
+        check(cublasLtMatrixLayoutCreate(&p.d, type_d, m, n, m), "layout");
+        cublasLtMatmulHeuristicResult_t proposal;
+        p.supported = propose(&proposal, 1, product, p) == 1;
+        if (!p.supported) return;
+        p.algorithm = proposal.algo;
+        auto known = winners_.find(product.key());
+        if (known != winners_.end()) p.timed = read_algorithm(known->second, p);
+    }
+
+    // Up to `most` algorithms that the library's heuristics propose, best first; returns how many.
+    int propose(cublasLtMatmulHeuristicResult_t* results, int most, const Product& product,
+                const Plan& p) {
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(product.align_a));
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(product.align_b));
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(product.align_d));
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(product.align_d));
+        int count = 0;
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(handle_, p.description, p.a, p.b, p.d, p.d, preference_,
+                                           most, results, &count);
+        return status == CUBLAS_STATUS_SUCCESS ? count : 0;
+    }
+
+    // The algorithm that a file of winners holds for a product; false where this library refuses it.
+    bool read_algorithm(const std::string& hex, Plan& p) {
+        cublasLtMatmulAlgo_t algorithm;
+        auto* bytes = reinterpret_cast<unsigned char*>(&algorithm);
+        if (hex.size() != 2 * sizeof(algorithm)) return false;
+        for (size_t i = 0; i < sizeof(algorithm); i++) {
+            unsigned value = 0;
+            if (sscanf(&hex[2 * i], "%2x", &value) != 1) return false;
+            bytes[i] = static_cast<unsigned char>(value);
+        }
+        cublasLtMatmulHeuristicResult_t result;
+        bool fits = cublasLtMatmulAlgoCheck(handle_, p.description, p.a, p.b, p.d, p.d, &algorithm,
+                                            &result) == CUBLAS_STATUS_SUCCESS &&
+                    result.workspaceSize <= kWorkspaceBytes;
+        if (fits) p.algorithm = algorithm;
+        return fits;
+    }
+
+    // Times what the heuristics propose, on operands of pseudo-random numbers: on zeros a card
+    // draws less power, and runs faster than it will.
+    void choose_algorithm(const Product& product, Plan& p) {
+        p.timed = true;
+        int m = product.m, n = product.n, k = product.k;
+        cudaDataType_t type = product.type, type_d = product.type_d;
+        cublasLtEpilogue_t epilogue = product.epilogue;
+        constexpr int kProposals = 8;
+        cublasLtMatmulHeuristicResult_t proposals[kProposals];
+        int count = propose(proposals, kProposals, product, p);
+        if (count < 2) return;
+        size_t narrow = type == CUDA_R_32F ? 4 : 2, wide = type_d == CUDA_R_32F ? 4 : 2;
+        TuningMemory memory(*this, (size_t(m) + size_t(n)) * size_t(k) * narrow +
+                                       size_t(m) * size_t(n) * (wide + narrow) +
+                                       (size_t(m) + size_t(n)) * 4);
+        if (memory.at(0) == nullptr) return;  // no room to time it: the first proposal stays
+        const void* A = memory.take(size_t(m) * size_t(k) * narrow);
+        const void* B = memory.take(size_t(n) * size_t(k) * narrow);
+        void* D = memory.take(size_t(m) * size_t(n) * wide);
+        describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                 epilogue == CUBLASLT_EPILOGUE_DEFAULT || epilogue == CUBLASLT_EPILOGUE_DGELU
+                     ? nullptr
+                     : memory.take((size_t(m) + size_t(n)) * 4));
+        if (has_aux(epilogue))
+            describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+                     memory.take(size_t(m) * size_t(n) * narrow));
+        double best_ms = INFINITY;
+        for (int i = 0; i < count; i++) {
+            if (proposals[i].state != CUBLAS_STATUS_SUCCESS) continue;
+            double ms = time_ms([&] { multiply(product, p, proposals[i].algo, D, A, B); });
+            if (ms < best_ms) best_ms = ms, p.algorithm = proposals[i].algo;
+        }
+        std::string hex;
+        const auto* bytes = reinterpret_cast<const unsigned char*>(&p.algorithm);
+        for (size_t i = 0; i < sizeof(p.algorithm); i++) hex += format("%02x", bytes[i]);
+        winners_[product.key()] = hex;
+        changed_ = true;
+    }
+
+    void multiply(const Product& product, const Plan& p, const cublasLtMatmulAlgo_t& algorithm,
+                  void* D, const void* A, const void* B) {
+        float one = 1, beta = product.accumulate ? 1 : 0;
+        cublasStatus_t status =
+            cublasLtMatmul(handle_, p.description, &one, A, p.a, B, p.b, &beta, D, p.d, D, p.d,
+                           &algorithm, workspace_, kWorkspaceBytes, stream_);
+        if (status != CUBLAS_STATUS_SUCCESS) check(status, product.key());
+    }
+
+    // The best of a few, in milliseconds, after a first that does not count.
+    template <class F>
+    double time_ms(F work) {
+        constexpr int kTries = 3;
+        cudaEvent_t begin, end;
+        check(cudaEventCreate(&begin), "event");
+        check(cudaEventCreate(&end), "event");
+        work();
+        float best = INFINITY;
+        for (int i = 0; i < kTries; i++) {
+            float ms = 0;
+            check(cudaEventRecord(begin, stream_), "event");
+            work();
+            check(cudaEventRecord(end, stream_), "event");
+            check(cudaEventSynchronize(end), "event");
+            check(cudaEventElapsedTime(&ms, begin, end), "event");
+            best = std::min(best, ms);
+        }
+        cudaEventDestroy(begin);
+        cudaEventDestroy(end);
+        return best;
+    }
+
+    // Memory to time a product in, filled with numbers of both signs in either type.
+    class TuningMemory {
+      public:
+        TuningMemory(Products& products, size_t bytes) {
+            bytes += kSlack;
+            if (cudaMalloc(&memory_, bytes) != cudaSuccess) {
+                memory_ = nullptr;
+                cudaGetLastError();  // asked and answered: it must not reach the next launch
+                return;
+            }
+            fill(products.stream(), bytes);
+        }
+        ~TuningMemory() { cudaFree(memory_); }
+        TuningMemory(const TuningMemory&) = delete;
+        TuningMemory& operator=(const TuningMemory&) = delete;
+
+        void* at(size_t offset) const {
+            return memory_ == nullptr ? nullptr : static_cast<char*>(memory_) + offset;
+        }
+        void* take(size_t bytes) {
+            size_t begin = used_;
+            used_ += (bytes + 255) / 256 * 256;
+            return at(begin);
+        }
+
+      private:
+        static constexpr size_t kSlack = 8 * 256;  // of the pieces' alignment
+        void fill(cudaStream_t stream, size_t bytes);
+        void* memory_ = nullptr;
+        size_t used_ = 0;
+    };
+
+    // ---- the file of winners ----
+
+    std::string cache_file() const {
+        int device = 0;
+        cudaDeviceProp card;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        check(cudaGetDeviceProperties(&card, device), "cudaGetDeviceProperties");
+        std::string name = format("%s-cublaslt%zu%s%s", card.name, cublasLtGetVersion(),
+                                  options_.deterministic ? "" : "-any",
+                                  options_.tf32 ? "-tf32" : "");
+        for (char& c : name)
+            if (!isalnum(static_cast<unsigned char>(c)) && c != '-' && c != '.') c = '_';
+        return options_.cache_folder + "/" + name + ".json";
+    }
+
+    bool cache_is_writable() {
+        if (!options_.deterministic) return true;
+        if (options_.cache_folder.empty()) return false;
+        std::error_code error;
+        std::filesystem::create_directories(options_.cache_folder, error);
+        return access(options_.cache_folder.c_str(), W_OK) == 0;
+    }
+
+    // A file that is not there is no matter; one that cannot be used is said and made anew.
+    void read_winners() {
+        std::string path = cache_file();
+        if (access(path.c_str(), F_OK) != 0) return;
+        try {
+            json root = parse_json(read_file(path), path);
+            for (const auto& [key, value] : root.at("winners").items())
+                winners_[key] = value.get<std::string>();
+        } catch (const std::exception&) {
+            winners_.clear();
+            fprintf(stderr, "%s: note: %s: not a file of timed products; made anew\n",
+                    gpt2_program(), path.c_str());
+        }
+    }
+
+    void write_winners() {
+        if (options_.cache_folder.empty()) return;
+        ordered_json root;
+        root["winners"] = winners_;
+        try {
+            write_file_atomic(cache_file(), root.dump(1) + "\n");
+        } catch (const Error& error) {
+            fprintf(stderr, "%s: note: %s: products will be timed again next time\n",
+                    gpt2_program(), error.what());
+        }
+    }
+
+    ProductOptions options_;
+    cudaStream_t stream_;
+    cublasLtHandle_t handle_ = nullptr;
+    cublasLtMatmulPreference_t preference_ = nullptr;
+    void* workspace_ = nullptr;
+    std::map<std::string, Plan> plans_;
+    std::map<std::string, std::string> winners_;
+    bool tuning_ = false, changed_ = false;
+};
+
+// Bits of a hash of its place, made a number between 1 and 2 of either sign in float and, both
+// halves, in bf16.
+__global__ void fill_random_kernel(uint32_t* words, size_t N) {
+    size_t stride = size_t(gridDim.x) * blockDim.x;
+    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < N; i += stride) {
+        uint32_t hash = uint32_t(i) * 2654435761u;
+        hash ^= hash >> 15;
+        words[i] = (hash & 0x807F807Fu) | 0x3F803F80u;
+    }
+}
+
+inline void Products::TuningMemory::fill(cudaStream_t stream, size_t bytes) {
+    launch("fill_random", fill_random_kernel, unsigned(4 * multiprocessors()), 256u, 0, stream,
+           static_cast<uint32_t*>(memory_), bytes / 4);
+}
+
+template <class Float>
+Product forward_product(int BT, int C, int OC, cublasLtEpilogue_t epilogue) {
+    return {OC,   BT, C, true, false, kDataType<Float>, kDataType<Float>, false, epilogue};
+}
+
+// out = inp weight^T + bias
+// out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
+template <class Float>
+void matmul_forward(Float* out, const Float* inp, const Float* weight, const Float* bias, int BT,
+                    int C, int OC, Products& products) {
+    cublasLtEpilogue_t epilogue =
+        bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    products.run(forward_product<Float>(BT, C, OC, epilogue).of(out, weight, inp), out, weight, inp,
+                 bias, nullptr);
+}
+
+template <class Float>
+void gelu_forward(Float* out, const Float* inp, size_t N, cudaStream_t stream);
+template <class Float>
+void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N, cudaStream_t stream);
+
+// pre = inp weight^T + bias,  out = gelu(pre)
+// pre, out (BT,OC) are written; GELU by the product's epilogue where that is faster.
+template <class Float>
+void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* weight,
+                         const Float* bias, int BT, int C, int OC, Products& products) {
+    Product fused = forward_product<Float>(BT, C, OC,
+                                           bias != nullptr ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
+                                                           : CUBLASLT_EPILOGUE_GELU_AUX)
+                        .of(out, weight, inp);
+    auto in_one = [&] { products.run(fused, out, weight, inp, bias, pre); };
+    auto in_two = [&] {
+        matmul_forward(pre, inp, weight, bias, BT, C, OC, products);
+        gelu_forward(out, pre, size_t(BT) * OC, products.stream());
+    };
+    if (products.supports(fused) && products.first_wins("gelu " + fused.key(), in_one, in_two))
+        in_one();
+    else in_two();
+}
+
+// A warp takes kWarp * Width columns and every so many rows; the block's first warp adds up what
+// they found. Moves BT*OC numbers.
+template <class Float, int Width>
+__global__ void bias_backward_kernel(float* partial, const Float* dout, int BT, int OC) {
+    size_t offset = 0;
+    Shared<float> sums = shared_array<float>(offset, int(blockDim.x) * Width);
+    int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    int warps = int(blockDim.x) / kWarp, c = (int(blockIdx.x) * kWarp + lane) * Width;
+    float sum[Width] = {};
+    if (c < OC) {
+        int stride = warps * int(gridDim.y);
+#pragma unroll 4
+        for (int bt = int(blockIdx.y) * warps + warp; bt < BT; bt += stride) {
+            float values[Width];
+            load_pack<Float, Width>(values, dout + size_t(bt) * OC + c);
+#pragma unroll
+            for (int k = 0; k < Width; k++) sum[k] += values[k];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < Width; k++) sums[(warp * Width + k) * kWarp + lane] = sum[k];
+    __syncthreads();  // the first warp reads what every warp wrote
+    if (warp > 0 || c >= OC) return;
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        float total = 0;
+        for (int w = 0; w < warps; w++) total += sums[(w * Width + k) * kWarp + lane];
+        partial[size_t(blockIdx.y) * OC + c + k] = total;
+    }
+}
+
+// dbias (OC) += sum over rows of dout (BT,OC); scratch (kReduceRows,OC)
+template <class Float>
+void bias_backward(float* dbias, const Float* dout, float* scratch, int BT, int OC,
+                   cudaStream_t stream) {
+    constexpr int kWarps = 8;
+    int warps = std::min(kWarps, BT), rows = 0;
+    with_width<Float>(size_t(OC), [&]<int Width>() {
+        int columns = divide_up(OC, kWarp * Width);
+        rows = std::min({divide_up(8 * multiprocessors(), columns), divide_up(BT, warps),
+                         kReduceRows});
+        launch("bias_backward", bias_backward_kernel<Float, Width>,
+               dim3(unsigned(columns), unsigned(rows)), unsigned(warps * kWarp),
+               size_t(warps) * kWarp * Width * sizeof(float), stream, scratch, dout, BT, OC);
+    });
+    add_partial_sums(dbias, nullptr, scratch, rows, OC, stream);
+}
+
+// dweight (OC,C) += dout^T inp;  dbias (OC) += sum over rows of dout, as a by-product where the
+// library does that faster than our kernel.
+template <class Float>
+void weight_backward(float* dweight, float* dbias, const Float* dout, const Float* inp,
+                     float* scratch, int BT, int C, int OC, Products& products) {
+    Product product = {C,    OC,   BT, false, true, kDataType<Float>, CUDA_R_32F,
+                       true, CUBLASLT_EPILOGUE_DEFAULT};
+    product = product.of(dweight, inp, dout);
+    if (dbias == nullptr) return products.run(product, dweight, inp, dout, nullptr, nullptr);
+    Product fused = product;
+    fused.epilogue = CUBLASLT_EPILOGUE_BGRADB;
+    auto in_one = [&] {
+        products.run(fused, dweight, inp, dout, scratch, nullptr);
+        add_partial_sums(dbias, nullptr, scratch, 1, OC, products.stream());
+    };
+    auto in_two = [&] {
+        products.run(product, dweight, inp, dout, nullptr, nullptr);
+        bias_backward(dbias, dout, scratch, BT, OC, products.stream());
+    };
+    if (products.supports(fused) && products.first_wins("bias " + fused.key(), in_one, in_two))
+        in_one();
+    else in_two();
+}
+
+// forward: out = inp weight^T + bias
+// dinp = dout weight;  dweight += dout^T inp;  dbias += sum over rows of dout
+// dinp (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. scratch
+// (kReduceRows,OC).
+template <class Float>
+void matmul_backward(Float* dinp, float* dweight, float* dbias, const Float* dout, const Float* inp,
+                     const Float* weight, float* scratch, int BT, int C, int OC,
+                     Products& products) {
+    Product product = {C,     BT,   OC, false, false, kDataType<Float>, kDataType<Float>,
+                       false, CUBLASLT_EPILOGUE_DEFAULT};
+    products.run(product.of(dinp, weight, dout), dinp, weight, dout, nullptr, nullptr);
+    weight_backward(dweight, dbias, dout, inp, scratch, BT, C, OC, products);
+}
+
+// forward: inp = gelu(pre),  out = inp weight^T + bias
+// dpre = (dout weight) * gelu'(pre), the second factor by the product's epilogue where that is
+// faster; dweight and dbias as above. dpre (BT,C) is written.
+template <class Float>
+void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float* dout,
+                          const Float* inp, const Float* pre, const Float* weight, float* scratch,
+                          int BT, int C, int OC, Products& products) {
+    Product product = {C,     BT,   OC, false, false, kDataType<Float>, kDataType<Float>,
+                       false, CUBLASLT_EPILOGUE_DEFAULT};
+    product = product.of(dpre, weight, dout);
+    Product fused = product;
+    fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    auto in_one = [&] {
+        products.run(fused, dpre, weight, dout, nullptr, const_cast<Float*>(pre));
+    };
+    auto in_two = [&] {
+        products.run(product, dpre, weight, dout, nullptr, nullptr);
+        gelu_backward(dpre, dpre, pre, size_t(BT) * C, products.stream());
+    };
+    if (products.supports(fused) && products.first_wins("dgelu " + fused.key(), in_one, in_two))
+        in_one();
+    else in_two();
+    weight_backward(dweight, dbias, dout, inp, scratch, BT, C, OC, products);
+}
+
+// ==== dropout ====================================================================================
+
+// A block a row at a time. Moves 2 BTC numbers.
+template <class Float, int Width>
+__global__ void __launch_bounds__(kRowThreads)
+    dropout_forward_kernel(Float* out, const Float* inp, Dropout dropout, int BT, int T,
+                                       int C) {
+    using Slice = RowSlice<Float, Width>;
+    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
+        float x[kColumns];
+        Slice::load(x, inp + size_t(bt) * C, C);
+        uint64_t sequence = dropout.first_sequence + uint64_t(bt / T);
+#pragma unroll
+        for (int i = 0; i < Slice::kPacks; i++)
+            drop_pack<Width>(&x[i * Width], dropout, sequence, bt % T, Slice::column(i), C);
+        Slice::store(out + size_t(bt) * C, x, C);
+    }
+}
+
+// out = dropout(inp) (B,T,C), by drop_pack; out may be inp. The gradient goes through the same
+// function: dinp = mask * dout / (1 - p).
+template <class Float>
+void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B, int T, int C,
+                     cudaStream_t stream) {
+    with_width<Float>(size_t(C), [&]<int Width>() {
+        int threads = row_threads(C);
+        launch("dropout_forward", dropout_forward_kernel<Float, Width>,
+               unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inp,
+               dropout, B * T, T, C);
+    });
+}
+
+// ==== attention ==================================================================================
+
+// Flash attention [Dao 2023, arXiv:2307.08691]: scores exist for one tile at a time, in registers,
+// and a (B,NH,T,T) tensor nowhere.
+//
+// A block works on one head of one sequence. It owns some rows (queries; keys in the kernel of dk
+// and dv), whose tiles stay in shared memory, 16 * kTall of them to a warp, and goes through the
+// rows of the other side kStep at a time: while one step computes, cp.async brings the next. All
+// products have two forms, and both keep their sums where mma.sync m16n8k16 does, so that nothing
+// else depends on the type: of a 16 x 8 piece, lane 4g + t holds
+//   element e = 0..3:  row g + 8 (e / 2),  column 2t + e % 2
+// bf16 multiplies on tensor cores, with sums in float; float multiplies with plain FMA.
+
+// 2^x with a relative error of 2^-22, and 0 where that is no normal number: one instruction.
+__device__ inline float fast_exp2(float x) {
+#ifdef __CUDACC__
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// How a kernel is cut. head: the head size, rounded up to what the type is compiled for; the rest
+// of a row is zeros. hold: keep the left factor of the first products in registers, not only in
+// shared memory, where the kernel has registers to spare.
+template <class Number, int head, int tall, int warps, int step, bool hold>
+struct AttentionTiles {
+    using Float = Number;
+    static constexpr bool kTensorCores = sizeof(Number) == 2;
+    static constexpr int kHead = head, kTall = tall, kWarps = warps, kStep = step;
+    static constexpr bool kHold = hold && kTensorCores;
+    static constexpr int kRows = 16 * tall;  // that a warp owns
+    static constexpr int kThreads = kWarp * warps;
+    static constexpr int kBlocks = 256 / kThreads;  // that share a multiprocessor's registers
+    // Numbers from row to row in shared memory: 16 bytes more than a row has, so that the same
+    // column of eight rows lies in different banks.
+    static constexpr int kPitch = head + kWide<Number>;
+    // Where a warp of the float form passes the weights to the product that they are factors of.
+    static constexpr int kPatchPitch = step + 4;
+    static constexpr int kPatch = kTensorCores ? 0 : kRows * kPatchPitch;
+    using Scores = float[tall][step / 8][4];
+    using Sums = float[tall][head / 8][4];
+    static_assert(head % 16 == 0 && (step == 16 || step == 32 || step == 64) && kBlocks >= 1);
+
+    // Shared memory of a block of `count` warps that owns rows of `owned` tensors; the other side
+    // is two tensors, each twice: one step and the next.
+    static size_t shared_bytes(int owned, int count) {
+        return size_t(owned * count * kRows + 4 * step) * kPitch * sizeof(Number) +
+               size_t(count) * kPatch * sizeof(float);
+    }
+};
+
+struct AttentionShape {
+    int T, C, NH, HS;
+    int heads;            // B * NH
+    int heads_at_a_time;  // see attention_place
+    bool packed;          // rows of a head start at, and are, multiples of 16 bytes
+};
+
+// What a block works on.
+struct AttentionPlace {
+    int b, h, tile;
+};
+
+// Heads go in groups whose other side fits the level-2 cache together, and within a group the tiles
+// of all heads go in order: with the longest first, no long block runs alone at the end.
+__device__ inline AttentionPlace attention_place(const AttentionShape& shape, int tiles) {
+    int index = int(blockIdx.x), group = index / (shape.heads_at_a_time * tiles);
+    int first = group * shape.heads_at_a_time;
+    int count = min(shape.heads_at_a_time, shape.heads - first);
+    int rest = index - first * tiles;
+    int head = first + rest % count;
+    return {head / shape.NH, head % shape.NH, rest / count};
+}
+
+template <class Tiles>
+AttentionShape attention_shape(int B, int T, int C, int NH) {
+    constexpr size_t kCacheBytes = size_t(16) << 20;  // of the 40 to 50 MB of an A100 or H100
+    using Float = typename Tiles::Float;
+    int HS = C / NH, heads = B * NH;
+    size_t head_bytes = 2 * size_t(T) * size_t(HS) * sizeof(Float);
+    int at_a_time = int(std::clamp<size_t>(kCacheBytes / head_bytes, 1, size_t(heads)));
+    assert(HS <= Tiles::kHead && size_t(heads) * size_t(T) < size_t(INT32_MAX));
+    return {T, C, NH, HS, heads, at_a_time, HS % kWide<Float> == 0};
+}
+
+// Rows [first, first + count) of a tensor of T rows that lie `stride` numbers apart, HS numbers of
+// each, to a tile in shared memory; zeros beyond T and HS. The whole block calls it. What it copies
+// is there after cp_async_wait and a barrier.
+template <class Tiles>
+__device__ void load_tile(Shared<typename Tiles::Float> tile, const typename Tiles::Float* rows,
+                          size_t stride, int first, int count, const AttentionShape& shape) {
+    using Float = typename Tiles::Float;
+    if (shape.packed) {
+        constexpr int kWidth = kWide<Float>, kPacks = Tiles::kHead / kWidth;
+#pragma unroll 4
+        for (int i = int(threadIdx.x); i < count * kPacks; i += int(blockDim.x)) {
+            int row = i / kPacks, column = i % kPacks * kWidth;
+            bool valid = first + row < shape.T && column < shape.HS;
+            const Float* from = valid ? rows + size_t(first + row) * stride + column : rows;
+            cp_async16(tile + (row * Tiles::kPitch + column), from, valid);
+        }
+        return;
+    }
+    for (int i = int(threadIdx.x); i < count * Tiles::kHead; i += int(blockDim.x)) {
+        int row = i / Tiles::kHead, column = i % Tiles::kHead;
+        bool valid = first + row < shape.T && column < shape.HS;
+        tile[row * Tiles::kPitch + column] =
+            valid ? rows[size_t(first + row) * stride + column] : from_float<Float>(0.f);
+    }
+}
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof(bits));
+    return bits;
+}
+
+__device__ inline void store_pair(Shared<bf16> to, float low, float high) {
+    store_shared(to, pack_bf16(low, high));
+}
+__device__ inline void store_pair(Shared<float> to, float low, float high) {
+    store_shared(to, float2{low, high});
+}
+
+// A warp's sums, each row times its factor, to rows [first, first + kRows) of a tensor as above.
+// They pass through the warp's own rows of a tile, so that they leave in 128-bit stores.
+template <class Tiles>
+__device__ void store_rows(typename Tiles::Float* rows, size_t stride, int first,
+                           Shared<typename Tiles::Float> tile, const typename Tiles::Sums& sums,
+                           const float (&factor)[Tiles::kTall][2], const AttentionShape& shape) {
+    using Float = typename Tiles::Float;
+    constexpr int kWidth = kWide<Float>, kPacks = Tiles::kHead / kWidth;
+    int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+    __syncwarp();  // every lane has read what the tile held
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int n = 0; n < Tiles::kHead / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                store_pair(tile + ((16 * m + 8 * i + g) * Tiles::kPitch + 8 * n + 2 * t),
+                           sums[m][n][2 * i] * factor[m][i], sums[m][n][2 * i + 1] * factor[m][i]);
+        }
+    }
+    __syncwarp();  // every lane's sums are there before other lanes take them
+    if (shape.packed) {
+        for (int i = lane; i < Tiles::kRows * kPacks; i += kWarp) {
+            int row = i / kPacks, column = i % kPacks * kWidth;
+            if (first + row >= shape.T || column >= shape.HS) continue;
+            uint4 pack = load_shared<uint4>(tile + (row * Tiles::kPitch + column));
+            *reinterpret_cast<uint4*>(rows + size_t(first + row) * stride + column) = pack;
+        }
+        return;
+    }
+    for (int i = lane; i < Tiles::kRows * Tiles::kHead; i += kWarp) {
+        int row = i / Tiles::kHead, column = i % Tiles::kHead;
+        if (first + row < shape.T && column < shape.HS)
+            rows[size_t(first + row) * stride + column] = tile[row * Tiles::kPitch + column];
+    }
+}
+
+// ---- products ----
+
+// The rows of a tile that a warp owns, as the left factor of multiply_abT; kHold: in registers.
+template <class Tiles, bool kHold>
+class LeftRows {
+  public:
+    using Float = typename Tiles::Float;
+
+    __device__ explicit LeftRows(Shared<const Float> rows) : rows_(rows + start()) {}
+
+    // After the tile has arrived.
+    __device__ void hold() {
+        if constexpr (kHold) {
+#pragma unroll
+            for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+                for (int k = 0; k < Tiles::kHead / 16; k++)
+                    ldmatrix(held_[m][k], rows_ + (m * 16 * Tiles::kPitch + k * 16));
+            }
+        }
+    }
+
+    // Rows 16m to 16m + 15, columns k to k + 15, as mma.sync takes them.
+    __device__ void read(uint32_t (&a)[4], int m, int k) const {
+        if constexpr (kHold) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = held_[m][k / 16][i];
+        } else {
+            ldmatrix(a, rows_ + (m * 16 * Tiles::kPitch + k));
+        }
+    }
+
+    // Row 16m + 8i + g, columns k to k + 3.
+    __device__ float4 read(int m, int i, int k) const {
+        return load_shared<float4>(rows_ + ((16 * m + 8 * i) * Tiles::kPitch + k));
+    }
+
+  private:
+    static __device__ int start() {
+        int lane = int(threadIdx.x) % kWarp;
+        if constexpr (Tiles::kTensorCores) return lane % 16 * Tiles::kPitch + lane / 16 * 8;
+        else return lane / 4 * Tiles::kPitch;
+    }
+
+    Shared<const Float> rows_;
+    uint32_t held_[kHold ? Tiles::kTall : 1][kHold ? Tiles::kHead / 16 : 1][4];
+};
+
+// acc (kRows,kStep) += a (kRows,kHead) b^T, b a tile (kStep,kHead)
+// These two are what an instruction set of another card would replace.
+template <class Tiles, bool kHold>
+__device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
+                             Shared<const bf16> b) {
+    int lane = int(threadIdx.x) % kWarp;
+    Shared<const bf16> from = b + ((lane % 8 + lane / 16 * 8) * Tiles::kPitch + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int k = 0; k < Tiles::kHead; k += 16) {
+        uint32_t left[Tiles::kTall][4];
+#pragma unroll
+        for (int m = 0; m < Tiles::kTall; m++) a.read(left[m], m, k);
+#pragma unroll
+        for (int n = 0; n < Tiles::kStep; n += 16) {
+            uint32_t r[4];
+            ldmatrix(r, from + (n * Tiles::kPitch + k));
+            const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+#pragma unroll
+            for (int m = 0; m < Tiles::kTall; m++) {
+                mma_bf16(acc[m][n / 8], left[m], first);
+                mma_bf16(acc[m][n / 8 + 1], left[m], second);
+            }
+        }
+    }
+}
+
+template <class Tiles, bool kHold>
+__device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
+                             Shared<const float> b) {
+    Shared<const float> from = b + int(threadIdx.x) % 4 * 2 * Tiles::kPitch;
+#pragma unroll 1
+    for (int k = 0; k < Tiles::kHead; k += 4) {
+        float4 left[Tiles::kTall][2];
+#pragma unroll
+        for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) left[m][i] = a.read(m, i, k);
+        }
+#pragma unroll
+        for (int n = 0; n < Tiles::kStep; n += 8) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float4 right = load_shared<float4>(from + ((n + j) * Tiles::kPitch + k));
+#pragma unroll
+                for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const float4& l = left[m][i];
+                        float sum = fmaf(l.x, right.x, acc[m][n / 8][2 * i + j]);
+                        sum = fmaf(l.y, right.y, sum);
+                        sum = fmaf(l.z, right.z, sum);
+                        acc[m][n / 8][2 * i + j] = fmaf(l.w, right.w, sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// acc (kRows,kHead) += p (kRows,kStep) b, b a tile (kStep,kHead)
+// On tensor cores p is rounded to bf16; the sums of a 16 x 16 piece lie as its left factor does.
+template <class Tiles>
+__device__ void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Scores& p,
+                            Shared<const bf16> b, Shared<float>) {
+    int lane = int(threadIdx.x) % kWarp;
+    Shared<const bf16> from = b + (lane % 16 * Tiles::kPitch + lane / 16 * 8);
+#pragma unroll
+    for (int k = 0; k < Tiles::kStep; k += 16) {
+        uint32_t left[Tiles::kTall][4];
+#pragma unroll
+        for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float(&piece)[4] = p[m][k / 8 + i / 2];
+                left[m][i] = pack_bf16(piece[i % 2 * 2], piece[i % 2 * 2 + 1]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < Tiles::kHead; n += 16) {
+            uint32_t r[4];
+            ldmatrix_transposed(r, from + (k * Tiles::kPitch + n));
+            const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+#pragma unroll
+            for (int m = 0; m < Tiles::kTall; m++) {
+                mma_bf16(acc[m][n / 8], left[m], first);
+                mma_bf16(acc[m][n / 8 + 1], left[m], second);
+            }
+        }
+    }
+}
+
+// The float form passes p from the lanes that hold it to those that multiply through the warp's
+// patch (kRows,kPatchPitch).
+template <class Tiles>
+__device__ void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Scores& p,
+                            Shared<const float> b, Shared<float> patch) {
+    int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int n = 0; n < Tiles::kStep; n += 8)
+                store_pair(patch + ((16 * m + 8 * i + g) * Tiles::kPatchPitch + n + 2 * t),
+                           p[m][n / 8][2 * i], p[m][n / 8][2 * i + 1]);
+        }
+    }
+    __syncwarp();  // a row of p comes from four lanes and is read by four
+#pragma unroll 1
+    for (int k = 0; k < Tiles::kStep; k += 4) {
+        float4 left[Tiles::kTall][2];
+#pragma unroll
+        for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                left[m][i] =
+                    load_shared<float4>(patch + ((16 * m + 8 * i + g) * Tiles::kPatchPitch + k));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+#pragma unroll
+            for (int n = 0; n < Tiles::kHead; n += 8) {
+                float2 right = load_shared<float2>(b + ((k + j) * Tiles::kPitch + n + 2 * t));
+#pragma unroll
+                for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const float4& l = left[m][i];
+                        float x = j == 0 ? l.x : j == 1 ? l.y : j == 2 ? l.z : l.w;
+                        float* sum = &acc[m][n / 8][2 * i];
+                        sum[0] = fmaf(x, right.x, sum[0]);
+                        sum[1] = fmaf(x, right.y, sum[1]);
+                    }
+                }
+            }
+        }
+    }
+    __syncwarp();  // all have read the patch before the next product fills it
+}
+
+// ---- dropout of the weights ----
+
+// philox of gpt2.h with half of its rounds in a loop. In line, the compiler would find the rounds'
+// keys to be the same in every step of a kernel, and keep all twenty in registers.
+__device__ inline Philox looped_philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
+                                       uint32_t c3) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#pragma unroll 5
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+        uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c1 = uint32_t(p1), c3 = uint32_t(p0), c0 = n0, c2 = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// Philox decides for four keys of a query at a time, as drop_pack does: row h * T + query of T
+// columns. The lanes that hold elements of such a four share one call.
+struct AttentionDropout {
+    uint64_t seed = 0, first_sequence = 0;
+    uint32_t threshold = 0, stream = 0, step = 0;
+    float scale = 1;
+    bool drops = false;
+
+    explicit AttentionDropout(const Dropout& dropout)
+        : seed(dropout.seed),
+          first_sequence(dropout.first_sequence),
+          threshold(uint32_t(dropout.probability * 4294967296.0)),
+          stream(random_stream(dropout.use, dropout.layer)),
+          step(uint32_t(dropout.step)),
+          scale(float(1 / (1 - dropout.probability))),
+          drops(dropout.probability > 0) {}
+
+    // Bit i: whether key 4 * four + i stays, of the query in `row`.
+    __device__ uint32_t draw(int b, int row, int four, int T) const {
+        uint32_t groups = (uint32_t(T) + 3) / 4;
+        Philox random = looped_philox(seed, uint32_t(row) * groups + uint32_t(four),
+                                      uint32_t(first_sequence + uint64_t(b)), stream, step);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) bits |= uint32_t(random.word[i] >= threshold) << i;
+        return bits;
+    }
+
+    // Bit e: whether element e of this lane's share of a 16 x 8 piece stays. Rows are queries from
+    // `row` on, columns are keys from `key` on: lanes 2i and 2i + 1 share the four keys of rows g
+    // and g + 8, and each draws one of them.
+    __device__ uint32_t keep_by_query(int b, int row, int key, int T) const {
+        int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+        uint32_t mine = draw(b, row + g + t % 2 * 8, key / 4 + t / 2, T);
+        uint32_t other = __shfl_xor_sync(~0u, mine, 1);
+        return t % 2 == 0 ? (mine & 3) | (other & 3) << 2 : other >> 2 | (mine & 12);
+    }
+
+    // The same with keys as rows and queries as columns: the lanes of four neighbouring keys share
+    // the fours of two queries and of keys g and g + 8, and each draws one of those.
+    __device__ uint32_t keep_by_key(int b, int row, int key, int T) const {
+        int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4, i = g % 4;
+        uint32_t all = draw(b, row + 2 * t + i % 2, key / 4 + i / 2 * 2 + g / 4, T) << (4 * i);
+        all |= __shfl_xor_sync(~0u, all, 4);
+        all |= __shfl_xor_sync(~0u, all, 8);
+        all >>= i;
+        return (all & 1) | (all >> 3 & 2) | (all >> 6 & 4) | (all >> 9 & 8);
+    }
+};
+
+// ---- forward ----
+
+// One step of the running softmax [Milakov & Gimelshein 2018, arXiv:1805.02867]. Turns scores into
+// weights relative to the largest score so far, and brings sums to the same scale. `largest` is of
+// scores before scaling; `total` is of this lane's columns alone. scale: log2(e) / sqrt(HS)
+template <class Tiles>
+__device__ void softmax_step(typename Tiles::Scores& scores, typename Tiles::Sums& sums,
+                             float (&largest)[Tiles::kTall][2], float (&total)[Tiles::kTall][2],
+                             float scale) {
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float most = largest[m][i];
+#pragma unroll
+            for (int n = 0; n < Tiles::kStep / 8; n++)
+                most = fmaxf(most, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            float shrink = fast_exp2((largest[m][i] - most) * scale), shift = most * scale;
+            largest[m][i] = most;
+            total[m][i] *= shrink;
+#pragma unroll
+            for (int n = 0; n < Tiles::kStep / 8; n++) {
+#pragma unroll
+                for (int e = 2 * i; e < 2 * i + 2; e++) {
+                    scores[m][n][e] = fast_exp2(fmaf(scores[m][n][e], scale, -shift));
+                    total[m][i] += scores[m][n][e];
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < Tiles::kHead / 8; n++) {
+                sums[m][n][2 * i] *= shrink;
+                sums[m][n][2 * i + 1] *= shrink;
+            }
+        }
+    }
+}
+
+// Puts `value` where a key comes after its query. Rows are queries from `query` on, columns are
+// keys from `key` on; with by_key the other way round.
+template <class Tiles, bool by_key>
+__device__ void mask_later_keys(typename Tiles::Scores& scores, int query, int key, float value) {
+    int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+    int distance = by_key ? query + 2 * t - (key + g) : query + g - (key + 2 * t);
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int n = 0; n < Tiles::kStep / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int further = 16 * m + e / 2 * 8 - (8 * n + e % 2);
+                if (distance + (by_key ? -further : further) < 0) scores[m][n][e] = value;
+            }
+        }
+    }
+}
+
+// Which elements of a tile of weights dropout keeps, a bit each: those of this lane.
+template <class Tiles>
+struct KeptWeights {
+    static constexpr int kBits = Tiles::kStep / 2;  // a lane's elements of 16 rows
+    uint32_t words[divide_up(Tiles::kTall * kBits, 32)] = {};
+
+    __device__ void add(int m, int n, uint32_t bits) {
+        words[m * kBits / 32] |= bits << (m * kBits % 32 + 4 * n);
+    }
+    __device__ bool has(int m, int n, int e) const {
+        return (words[m * kBits / 32] >> (m * kBits % 32 + 4 * n + e) & 1) != 0;
+    }
+};
+
+// Draws for queries from `query` on and keys from `key` on; with by_key, keys are the rows.
+template <class Tiles, bool by_key>
+__device__ KeptWeights<Tiles> kept_weights(const AttentionDropout& dropout,
+                                           const AttentionPlace& place, int query, int key, int T) {
+    KeptWeights<Tiles> kept;
+    int row = place.h * T + query;
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll 1
+        for (int n = 0; n < Tiles::kStep / 8; n++)
+            kept.add(m, n,
+                     by_key ? dropout.keep_by_key(place.b, row + 8 * n, key + 16 * m, T)
+                            : dropout.keep_by_query(place.b, row + 16 * m, key + 8 * n, T));
+    }
+    return kept;
+}
+
+template <class Tiles>
+__device__ void drop_weights(typename Tiles::Scores& weights, const KeptWeights<Tiles>& kept) {
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int n = 0; n < Tiles::kStep / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (!kept.has(m, n, e)) weights[m][n][e] = 0;
+        }
+    }
+}
+
+// A block owns queries and goes through the keys that they see. A warp leaves out steps whose keys
+// all come after its queries, and masks only those that straddle the diagonal. Moves 4 BTC numbers
+// (keys and values again for each tile of queries, but those come from the level-2 cache), and
+// multiplies 4 B NH HS T^2 / 2 times: bound by tensor cores, of which mma.sync reaches about 60% on
+// an H100; expected 40 to 50% of its dense roof at a head size of 64, where the special function
+// unit needs nearly as long for the exponentials.
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
+    attention_forward_kernel(typename Tiles::Float* __restrict__ out, float* __restrict__ logsumexp,
+                             const typename Tiles::Float* __restrict__ qkv,
+                             AttentionDropout dropout, AttentionShape shape) {
+    using Float = typename Tiles::Float;
+    constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch;
+    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+    int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
+    AttentionPlace place = attention_place(shape, tiles);
+    int first = (tiles - 1 - place.tile) * rows, own = first + warp * Tiles::kRows;
+    int steps = divide_up(min(first + rows, T), kStep);
+    size_t stride = size_t(3 * C);
+    const Float* q = qkv + size_t(place.b) * T * stride + place.h * shape.HS;
+    const Float *k = q + C, *v = k + C;
+
+    size_t offset = 0;
+    Shared<Float> queries = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> keys = shared_array<Float>(offset, 2 * kTile);
+    Shared<Float> values = shared_array<Float>(offset, 2 * kTile);
+    Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
+    Shared<Float> own_queries = queries + warp * Tiles::kRows * Tiles::kPitch;
+    LeftRows<Tiles, Tiles::kHold> left(own_queries);
+    load_tile<Tiles>(queries, q, stride, first, rows, shape);
+    load_tile<Tiles>(keys, k, stride, 0, kStep, shape);
+    load_tile<Tiles>(values, v, stride, 0, kStep, shape);
+    cp_async_commit();
+
+    typename Tiles::Sums sums = {};
+    float largest[Tiles::kTall][2], total[Tiles::kTall][2] = {};
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) largest[m][0] = largest[m][1] = -INFINITY;
+    const float scale = kLog2e / sqrtf(float(shape.HS));
+    for (int step = 0; step < steps; step++) {
+        int key = step * kStep, current = step % 2 * kTile, next = kTile - current;
+        cp_async_wait<0>();
+        // This step's tiles are there for every thread, and every warp is done with those of the
+        // step before, whose place the next ones take.
+        __syncthreads();
+        if (step + 1 < steps) {
+            load_tile<Tiles>(keys + next, k, stride, key + kStep, kStep, shape);
+            load_tile<Tiles>(values + next, v, stride, key + kStep, kStep, shape);
+            cp_async_commit();
+        }
+        if (step == 0) left.hold();
+        if (key >= own + Tiles::kRows) continue;
+        KeptWeights<Tiles> kept;
+        if (dropout.drops) kept = kept_weights<Tiles, false>(dropout, place, own, key, T);
+        typename Tiles::Scores scores = {};
+        multiply_abT<Tiles>(scores, left, keys + current);
+        if (key + kStep - 1 > own) mask_later_keys<Tiles, false>(scores, own, key, -INFINITY);
+        softmax_step<Tiles>(scores, sums, largest, total, scale);
+        if (dropout.drops) drop_weights(scores, kept);
+        multiply_pb<Tiles>(sums, scores, values + current, patch);
+    }
+
+    float factor[Tiles::kTall][2];
+    int lane = int(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = total[m][i];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            factor[m][i] = dropout.scale / sum;
+            int t = own + 16 * m + 8 * i + lane / 4;
+            if (lane % 4 == 0 && t < T)
+                logsumexp[(size_t(place.b) * shape.NH + place.h) * T + t] =
+                    fmaf(largest[m][i], 1 / sqrtf(float(shape.HS)), logf(sum));
+        }
+    }
+    store_rows<Tiles>(out + size_t(place.b) * T * C + place.h * shape.HS, size_t(C), own,
+                      own_queries, sums, factor, shape);
+}
+
+// Calls f.template operator()<HSP>() with HSP the head size rounded up to what is compiled.
+template <class Float, class F>
+void with_head_size(int HS, F f) {
+    assert(HS >= 1 && HS <= kMostHeadSize);
+    if constexpr (sizeof(Float) == 2) {
+        switch (divide_up(HS, 16)) {
+            case 1:
+                return f.template operator()<16>();
+            case 2:
+                return f.template operator()<32>();
+            case 3:
+                return f.template operator()<48>();
+            case 4:
+                return f.template operator()<64>();
+            case 5:
+                return f.template operator()<80>();
+            case 6:
+                return f.template operator()<96>();
+            case 7:
+                return f.template operator()<112>();
+            default:
+                return f.template operator()<128>();
+        }
+    } else {
+        switch (divide_up(HS, 32)) {
+            case 1:
+                return f.template operator()<32>();
+            case 2:
+                return f.template operator()<64>();
+            case 3:
+                return f.template operator()<96>();
+            default:
+                return f.template operator()<128>();
+        }
+    }
+}
+
+// Warps of a block: fewer than the tiles allow where T is short.
+template <class Tiles>
+int attention_warps(int T) {
+    return std::min(Tiles::kWarps, divide_up(T, Tiles::kRows));
+}
+
+template <class Tiles>
+unsigned attention_blocks(const AttentionShape& shape, int warps) {
+    return unsigned(shape.heads) * unsigned(divide_up(shape.T, warps * Tiles::kRows));
+}
+
+template <class Tiles>
+void attention_forward_tiled(typename Tiles::Float* out, float* logsumexp,
+                             const typename Tiles::Float* qkv, const Dropout& dropout, int B, int T,
+                             int C, int NH, cudaStream_t stream) {
+    AttentionShape shape = attention_shape<Tiles>(B, T, C, NH);
+    int warps = attention_warps<Tiles>(T);
+    launch("attention_forward", attention_forward_kernel<Tiles>,
+           attention_blocks<Tiles>(shape, warps), unsigned(warps * kWarp),
+           Tiles::shared_bytes(1, warps), stream, out, logsumexp, qkv, AttentionDropout(dropout),
+           shape);
+}
+
+template <class Float, int HSP>
+using AttentionForwardTiles =
+    std::conditional_t<sizeof(Float) == 2,
+                       AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
+                       AttentionTiles<Float, HSP, 2, 4, 32, false>>;
+
+// out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time  [Vaswani et al. 2017,
+// arXiv:1706.03762]
+// out (B,T,C) and logsumexp (B,NH,T), of the scaled scores, are written; qkv (B,T,3C) holds q, k
+// and v, each (NH,HS). HS at most kMostHeadSize.
+template <class Float>
+void attention_forward(Float* out, float* logsumexp, const Float* qkv, const Dropout& dropout,
+                       int B, int T, int C, int NH, cudaStream_t stream) {
+    with_head_size<Float>(C / NH, [&]<int HSP>() {
+        attention_forward_tiled<AttentionForwardTiles<Float, HSP>>(out, logsumexp, qkv, dropout, B,
+                                                                   T, C, NH, stream);
+    });
+}
+
+// ---- backward ----
+
+// delta = sum over a head of dout * out, a row of it (B,NH,T). kShare lanes take a row, 16 bytes
+// each, and add up by shuffles. Moves 2 BTC numbers, at the rate of memory.
+template <class Float>
+__global__ void attention_delta_kernel(float* delta, const Float* __restrict__ dout,
+                                       const Float* __restrict__ out, AttentionShape shape,
+                                       int share) {
+    constexpr int kWidth = kWide<Float>;
+    int T = shape.T, HS = shape.HS, index = int(threadIdx.x) / share;
+    int tiles = divide_up(T, int(blockDim.x) / share);
+    int head = int(blockIdx.x) / tiles, b = head / shape.NH, h = head % shape.NH;
+    int t = int(blockIdx.x) % tiles * (int(blockDim.x) / share) + index;
+    int column = int(threadIdx.x) % share * kWidth;
+    float sum = 0;
+    if (t < T && column < HS) {
+        size_t offset = (size_t(b) * T + t) * shape.C + h * HS + column;
+        float x[kWidth], y[kWidth];
+        if (shape.packed) {
+            load_pack<Float, kWidth>(x, dout + offset);
+            load_pack<Float, kWidth>(y, out + offset);
+        } else {
+#pragma unroll
+            for (int k = 0; k < kWidth; k++) {
+                x[k] = column + k < HS ? to_float(dout[offset + k]) : 0.f;
+                y[k] = column + k < HS ? to_float(out[offset + k]) : 0.f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kWidth; k++) sum = fmaf(x[k], y[k], sum);
+    }
+    for (int distance = share / 2; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(~0u, sum, distance);
+    if (column == 0 && t < T) delta[size_t(head) * T + t] = sum;
+}
+
+// weights: scores q k^T on entry, p = 2^(score * scale - shift) on exit. slopes: dout v^T on entry,
+// ds = p * (dropout(slope) - delta), less its factor 1/sqrt(HS), on exit. `at(m, n, e, x)` gives
+// the shift (x = 0) or delta (x = 1) of an element's query. `straddles`: keys after their query
+// weigh nothing. With dropout, the weights are dropped last, though not yet scaled.
+template <class Tiles, bool by_key, class At>
+__device__ void score_gradient(typename Tiles::Scores& weights, typename Tiles::Scores& slopes,
+                               const AttentionDropout& dropout, const KeptWeights<Tiles>& kept,
+                               int query, int key, bool straddles, float scale, At at) {
+    if (straddles) mask_later_keys<Tiles, by_key>(weights, query, key, -INFINITY);
+    if (dropout.drops) drop_weights(slopes, kept);
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+#pragma unroll
+        for (int n = 0; n < Tiles::kStep / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float p = fast_exp2(fmaf(weights[m][n][e], scale, -at(m, n, e, 0)));
+                slopes[m][n][e] = p * fmaf(slopes[m][n][e], dropout.scale, -at(m, n, e, 1));
+                weights[m][n][e] = p;
+            }
+        }
+    }
+    // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
+    // rounding leaves of it AdamW would divide by its own size.
+    if (query == 0 && key == 0 && threadIdx.x % kWarp == 0) slopes[0][0][0] = 0;
+    if (dropout.drops) drop_weights(weights, kept);
+}
+
+// A block owns keys and goes through the queries that see them, in order, so that the sums dk and
+// dv have one owner. It works on transposed scores: what a lane holds of p^T and ds^T is then a
+// left factor. 4 of backward's 7 products; moves 6 BTC numbers.
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
+    attention_backward_keys_kernel(typename Tiles::Float* __restrict__ dqkv,
+                                   const typename Tiles::Float* __restrict__ dout,
+                                   const typename Tiles::Float* __restrict__ qkv,
+                                   const float* __restrict__ logsumexp,
+                                   const float* __restrict__ delta, AttentionDropout dropout,
+                                   AttentionShape shape) {
+    using Float = typename Tiles::Float;
+    constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch;
+    static_assert(kStep <= kWarp, "a thread of the first warp fetches a query's two numbers");
+    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp, tid = int(threadIdx.x);
+    int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
+    AttentionPlace place = attention_place(shape, tiles);
+    int first = place.tile * rows, own = first + warp * Tiles::kRows;
+    int first_step = first / kStep, steps = divide_up(T, kStep);
+    size_t stride = size_t(3 * C), head = size_t(place.b) * T * stride + place.h * shape.HS;
+    const Float *q = qkv + head, *k = q + C, *v = k + C;
+    const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;
+    size_t vectors = (size_t(place.b) * shape.NH + place.h) * T;
+
+    size_t offset = 0;
+    Shared<Float> keys = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> values = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> queries = shared_array<Float>(offset, 2 * kTile);
+    Shared<Float> douts = shared_array<Float>(offset, 2 * kTile);
+    Shared<float> query_numbers = shared_array<float>(offset, 2 * 2 * kStep);
+    Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
+    Shared<Float> own_keys = keys + warp * Tiles::kRows * Tiles::kPitch;
+    Shared<Float> own_values = values + warp * Tiles::kRows * Tiles::kPitch;
+    LeftRows<Tiles, Tiles::kHold> left_keys(own_keys), left_values(own_values);
+    load_tile<Tiles>(keys, k, stride, first, rows, shape);
+    load_tile<Tiles>(values, v, stride, first, rows, shape);
+    load_tile<Tiles>(queries, q, stride, first_step * kStep, kStep, shape);
+    load_tile<Tiles>(douts, d, size_t(C), first_step * kStep, kStep, shape);
+    cp_async_commit();
+
+    float next_shift = 0, next_delta = 0;  // on their way for this thread's query of the next step
+    auto fetch = [&](int query) {
+        if (tid >= kStep) return;
+        bool valid = query + tid < T;  // a padded query weighs nothing: 2^-infinity
+        next_shift = valid ? logsumexp[vectors + query + tid] * kLog2e : INFINITY;
+        next_delta = valid ? delta[vectors + query + tid] : 0.f;
+    };
+    fetch(first_step * kStep);
+    typename Tiles::Sums dk = {}, dv = {};
+    const float scale = kLog2e / sqrtf(float(shape.HS));
+    for (int step = first_step; step < steps; step++) {
+        int query = step * kStep, current = (step - first_step) % 2, next = 1 - current;
+        Shared<float> numbers = query_numbers + current * 2 * kStep;
+        if (tid < kStep) {
+            numbers[tid] = next_shift;
+            numbers[kStep + tid] = next_delta;
+        }
+        cp_async_wait<0>();
+        // This step's tiles and numbers are there for every thread, and every warp is done with
+        // those of the step before, whose place the next ones take.
+        __syncthreads();
+        if (step + 1 < steps) {
+            load_tile<Tiles>(queries + next * kTile, q, stride, query + kStep, kStep, shape);
+            load_tile<Tiles>(douts + next * kTile, d, size_t(C), query + kStep, kStep, shape);
+            cp_async_commit();
+            fetch(query + kStep);
+        }
+        if (step == first_step) left_keys.hold(), left_values.hold();
+        if (own > query + kStep - 1) continue;
+        Shared<const Float> query_tile = queries + current * kTile;
+        Shared<const Float> dout_tile = douts + current * kTile;
+        KeptWeights<Tiles> kept;
+        if (dropout.drops) kept = kept_weights<Tiles, true>(dropout, place, query, own, T);
+        typename Tiles::Scores weights = {}, slopes = {};
+        multiply_abT<Tiles>(weights, left_keys, query_tile);
+        multiply_abT<Tiles>(slopes, left_values, dout_tile);
+        bool straddles = own + Tiles::kRows - 1 > query;
+        score_gradient<Tiles, true>(weights, slopes, dropout, kept, query, own, straddles, scale,
+                                    [&](int, int n, int e, int x) -> float {
+                                        return numbers[x * kStep + 8 * n + tid % 4 * 2 + e % 2];
+                                    });
+        multiply_pb<Tiles>(dv, weights, dout_tile, patch);
+        multiply_pb<Tiles>(dk, slopes, query_tile, patch);
+    }
+
+    float key_factor[Tiles::kTall][2], value_factor[Tiles::kTall][2];
+#pragma unroll
+    for (int m = 0; m < Tiles::kTall; m++) {
+        key_factor[m][0] = key_factor[m][1] = rsqrtf(float(shape.HS));
+        value_factor[m][0] = value_factor[m][1] = dropout.scale;
+    }
+    store_rows<Tiles>(dqkv + head + C, stride, own, own_keys, dk, key_factor, shape);
+    store_rows<Tiles>(dqkv + head + 2 * C, stride, own, own_values, dv, value_factor, shape);
+}
+
+// A block owns queries and goes through the keys that they see, as in forward. 3 of backward's 7
+// products; moves 5 BTC numbers.
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
+    attention_backward_queries_kernel(typename Tiles::Float* __restrict__ dqkv,
+                                      const typename Tiles::Float* __restrict__ dout,
+                                      const typename Tiles::Float* __restrict__ qkv,
+                                      const float* __restrict__ logsumexp,
+                                      const float* __restrict__ delta, AttentionDropout dropout,
+                                      AttentionShape shape) {
+    using Float = typename Tiles::Float;
+    constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch, kTall = Tiles::kTall;
+    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+    int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
+    AttentionPlace place = attention_place(shape, tiles);
+    int first = (tiles - 1 - place.tile) * rows, own = first + warp * Tiles::kRows;
+    int steps = divide_up(min(first + rows, T), kStep);
+    size_t stride = size_t(3 * C), head = size_t(place.b) * T * stride + place.h * shape.HS;
+    const Float *q = qkv + head, *k = q + C, *v = k + C;
+    const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;
+
+    size_t offset = 0;
+    Shared<Float> queries = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> douts = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> keys = shared_array<Float>(offset, 2 * kTile);
+    Shared<Float> values = shared_array<Float>(offset, 2 * kTile);
+    Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
+    Shared<Float> own_queries = queries + warp * Tiles::kRows * Tiles::kPitch;
+    LeftRows<Tiles, Tiles::kHold> left_queries(own_queries);
+    LeftRows<Tiles, false> left_douts(douts + warp * Tiles::kRows * Tiles::kPitch);
+    load_tile<Tiles>(queries, q, stride, first, rows, shape);
+    load_tile<Tiles>(douts, d, size_t(C), first, rows, shape);
+    load_tile<Tiles>(keys, k, stride, 0, kStep, shape);
+    load_tile<Tiles>(values, v, stride, 0, kStep, shape);
+    cp_async_commit();
+
+    float numbers[2][kTall][2], factor[kTall][2];
+#pragma unroll
+    for (int m = 0; m < kTall; m++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int t = own + 16 * m + 8 * i + int(threadIdx.x) % kWarp / 4;
+            size_t place_t = (size_t(place.b) * shape.NH + place.h) * T + t;
+            numbers[0][m][i] = t < T ? logsumexp[place_t] * kLog2e : INFINITY;
+            numbers[1][m][i] = t < T ? delta[place_t] : 0.f;
+            factor[m][i] = rsqrtf(float(shape.HS));
+        }
+    }
+    typename Tiles::Sums dq = {};
+    const float scale = kLog2e / sqrtf(float(shape.HS));
+    for (int step = 0; step < steps; step++) {
+        int key = step * kStep, current = step % 2 * kTile, next = kTile - current;
+        cp_async_wait<0>();
+        // This step's tiles are there for every thread, and every warp is done with those of the
+        // step before, whose place the next ones take.
+        __syncthreads();
+        if (step + 1 < steps) {
+            load_tile<Tiles>(keys + next, k, stride, key + kStep, kStep, shape);
+            load_tile<Tiles>(values + next, v, stride, key + kStep, kStep, shape);
+            cp_async_commit();
+        }
+        if (step == 0) left_queries.hold();
+        if (key >= own + Tiles::kRows) continue;
+        KeptWeights<Tiles> kept;
+        if (dropout.drops) kept = kept_weights<Tiles, false>(dropout, place, own, key, T);
+        typename Tiles::Scores weights = {}, slopes = {};
+        multiply_abT<Tiles>(weights, left_queries, keys + current);
+        multiply_abT<Tiles>(slopes, left_douts, values + current);
+        bool straddles = key + kStep - 1 > own;
+        score_gradient<Tiles, false>(
+            weights, slopes, dropout, kept, own, key, straddles, scale,
+            [&](int m, int, int e, int x) { return numbers[x][m][e / 2]; });
+        multiply_pb<Tiles>(dq, slopes, keys + current, patch);
+    }
+    store_rows<Tiles>(dqkv + head, stride, own, own_queries, dq, factor, shape);
+}
+
+template <class Float>
+void attention_delta(float* delta, const Float* dout, const Float* out, AttentionShape shape,
+                     cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    int share = 1;
+    while (share * kWide<Float> < shape.HS) share *= 2;
+    int threads = std::min(kThreads, round_up(shape.T * share, kWarp));
+    unsigned blocks = unsigned(shape.heads) * unsigned(divide_up(shape.T, threads / share));
+    launch("attention_delta", attention_delta_kernel<Float>, blocks, unsigned(threads), 0, stream,
+           delta, dout, out, shape, share);
+}
+
+template <class KeyTiles, class QueryTiles>
+void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename KeyTiles::Float* dout,
+                              const typename KeyTiles::Float* qkv,
+                              const typename KeyTiles::Float* out, const float* logsumexp,
+                              float* scratch, const Dropout& dropout, int B, int T, int C, int NH,
+                              cudaStream_t stream) {
+    AttentionShape shape = attention_shape<KeyTiles>(B, T, C, NH);
+    attention_delta(scratch, dout, out, shape, stream);
+    int warps = attention_warps<KeyTiles>(T);
+    size_t numbers_bytes = 4 * KeyTiles::kStep * sizeof(float);
+    launch("attention_backward_keys", attention_backward_keys_kernel<KeyTiles>,
+           attention_blocks<KeyTiles>(shape, warps), unsigned(warps * kWarp),
+           KeyTiles::shared_bytes(2, warps) + numbers_bytes, stream, dqkv, dout, qkv, logsumexp,
+           scratch, AttentionDropout(dropout), shape);
+    warps = attention_warps<QueryTiles>(T);
+    launch("attention_backward_queries", attention_backward_queries_kernel<QueryTiles>,
+           attention_blocks<QueryTiles>(shape, warps), unsigned(warps * kWarp),
+           QueryTiles::shared_bytes(2, warps), stream, dqkv, dout, qkv, logsumexp, scratch,
+           AttentionDropout(dropout), shape);
+}
+
+// Beyond a head size of 64 the sums of 32 rows a warp would take all registers there are.
+template <class Float, int HSP>
+using AttentionKeyTiles = std::conditional_t<
+    sizeof(Float) == 2, AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, false>,
+    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, HSP == 64 ? 16 : 32, false>>;
+template <class Float, int HSP>
+using AttentionQueryTiles = std::conditional_t<
+    sizeof(Float) == 2,
+    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, HSP <= 64>,
+    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, 32, false>>;
+
+// forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
+// dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - sum(dout * out)) / sqrt(HS);  dq = ds k;
+// dk = ds^T q            [Dao et al. 2022, arXiv:2205.14135, appendix B]
+// dqkv (B,T,3C) is written, each element once, by sums in a fixed order: no atomics, so that it
+// repeats bitwise. That costs 7 products instead of 5: s and dd are computed where the keys' sums
+// live, and again where the queries' do. dout, out (B,T,C), qkv (B,T,3C), logsumexp (B,NH,T) of
+// forward; scratch (B,NH,T).
+template <class Float>
+void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const Float* out,
+                        const float* logsumexp, float* scratch, const Dropout& dropout, int B,
+                        int T, int C, int NH, cudaStream_t stream) {
+    with_head_size<Float>(C / NH, [&]<int HSP>() {
+        attention_backward_tiled<AttentionKeyTiles<Float, HSP>, AttentionQueryTiles<Float, HSP>>(
+            dqkv, dout, qkv, out, logsumexp, scratch, dropout, B, T, C, NH, stream);
+    });
+}
+
+// ---- generation ----
+
+// A thread a number: new keys and values of each sequence to their place in the caches.
+template <class Float>
+__global__ void attention_cache_kernel(Float* key_cache, Float* value_cache, const Float* qkv,
+                                       int n, int position, int context, int C) {
+    int b = int(blockIdx.x) / n, i = int(blockIdx.x) % n;
+    const Float* k = qkv + size_t(blockIdx.x) * 3 * C + C;
+    size_t place = (size_t(b) * context + position + i) * C;
+    for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {
+        key_cache[place + c] = k[c];
+        value_cache[place + c] = k[C + c];
+    }
+}
+
+constexpr int kCachedKeys = 8;   // that a warp works on at once
+constexpr int kCachedWarps = 8;  // of a block, at most
+
+// A block answers one query of one head. Its warps take kCachedKeys keys at a time in turn, each
+// with its own running softmax; a lane holds every 32nd number of the head. Reads each key and
+// value that the query sees once: 2 NH HS numbers a key, bound by memory where there are many
+// sequences, and by latency where there are few.
+template <class Float>
+__global__ void attention_cached_kernel(Float* out, const Float* __restrict__ key_cache,
+                                        const Float* __restrict__ value_cache,
+                                        const Float* __restrict__ qkv, int n, int position,
+                                        int context, int C, int NH) {
+    constexpr int kShare = kMostHeadSize / kWarp;  // numbers of the head that a lane holds
+    int HS = C / NH, lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    int warps = int(blockDim.x) / kWarp, h = int(blockIdx.x) % NH, bi = int(blockIdx.x) / NH;
+    int visible = position + bi % n + 1;
+    const Float* q = qkv + size_t(bi) * 3 * C + h * HS;
+    size_t cache = size_t(bi / n) * context * C + h * HS;
+    const Float *k = key_cache + cache, *v = value_cache + cache;
+    const float scale = kLog2e / sqrtf(float(HS));
+    float query[kShare], sum[kShare] = {}, largest = -INFINITY, total = 0;
+#pragma unroll
+    for (int s = 0; s < kShare; s++)
+        query[s] = lane + s * kWarp < HS ? to_float(q[lane + s * kWarp]) * scale : 0.f;
+
+    for (int first = warp * kCachedKeys; first < visible; first += warps * kCachedKeys) {
+        float scores[kCachedKeys], values[kCachedKeys][kShare], most = largest;
+#pragma unroll
+        for (int j = 0; j < kCachedKeys; j++) {
+            size_t row = size_t(min(first + j, visible - 1)) * C;
+            scores[j] = 0;
+#pragma unroll
+            for (int s = 0; s < kShare; s++) {
+                int c = lane + s * kWarp;
+                if (c < HS) scores[j] = fmaf(query[s], to_float(k[row + c]), scores[j]);
+                values[j][s] = c < HS ? to_float(v[row + c]) : 0.f;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kCachedKeys; j++) {
+            scores[j] = warp_sum(scores[j]);
+            if (first + j >= visible) scores[j] = -INFINITY;
+            most = fmaxf(most, scores[j]);
+        }
+        float shrink = fast_exp2(largest - most);
+        largest = most;
+        total *= shrink;
+#pragma unroll
+        for (int s = 0; s < kShare; s++) sum[s] *= shrink;
+#pragma unroll
+        for (int j = 0; j < kCachedKeys; j++) {
+            float p = fast_exp2(scores[j] - most);
+            total += p;
+#pragma unroll
+            for (int s = 0; s < kShare; s++) sum[s] = fmaf(p, values[j][s], sum[s]);
+        }
+    }
+
+    size_t offset = 0;
+    Shared<float> sums = shared_array<float>(offset, warps * kMostHeadSize);
+    Shared<float> ends = shared_array<float>(offset, 2 * warps);  // largest and total of each warp
+#pragma unroll
+    for (int s = 0; s < kShare; s++) sums[warp * kMostHeadSize + lane + s * kWarp] = sum[s];
+    if (lane == 0) ends[warp] = largest;
+    if (lane == 0) ends[warps + warp] = total;
+    __syncthreads();  // every thread adds up over the warps, in their order
+    float most = ends[0], all = 0;
+    for (int w = 1; w < warps; w++) most = fmaxf(most, ends[w]);
+    for (int w = 0; w < warps; w++) all += ends[warps + w] * fast_exp2(ends[w] - most);
+    for (int c = int(threadIdx.x); c < HS; c += int(blockDim.x)) {
+        float value = 0;
+        for (int w = 0; w < warps; w++)
+            value += sums[w * kMostHeadSize + c] * fast_exp2(ends[w] - most);
+        out[size_t(bi) * C + h * HS + c] = from_float<Float>(value / all);
+    }
+}
+
+// Attention of n new queries a sequence at `position` over the keys and values of a cache
+// (B,context,C), to which this call first adds the new ones. out (B,n,C) is written; qkv (B,n,3C).
+// position + n is at most context.
+template <class Float>
+void attention_cached_forward(Float* out, Float* key_cache, Float* value_cache, const Float* qkv,
+                              int B, int n, int position, int context, int C, int NH,
+                              cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    assert(position >= 0 && position + n <= context && C / NH <= kMostHeadSize);
+    launch("attention_cache", attention_cache_kernel<Float>, unsigned(B * n),
+           unsigned(std::min(kThreads, round_up(C, kWarp))), 0, stream, key_cache, value_cache, qkv,
+           n, position, context, C);
+    int warps = std::min(kCachedWarps, divide_up(position + n, kCachedKeys));
+    launch("attention_cached", attention_cached_kernel<Float>, unsigned(B * n * NH),
+           unsigned(warps * kWarp), size_t(warps) * (kMostHeadSize + 2) * sizeof(float), stream,
+           out, key_cache, value_cache, qkv, n, position, context, C, NH);
+}
+
+// ==== gelu =======================================================================================
+
+// sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU is x times it
+__device__ inline float gelu_gate(float x) {
+    float u = float(kGeluScale) * (x + float(kGeluCube) * x * x * x);
+    return 1 / (1 + expf(-2 * u));
+}
+
+// kColumns numbers a thread; moves 2 N numbers.
+template <class Float, int Width>
+__global__ void gelu_forward_kernel(Float* out, const Float* inp, size_t N) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
+    if (i >= N) return;
+    float x[Width];
+    load_pack<Float, Width>(x, inp + i);
+#pragma unroll
+    for (int k = 0; k < Width; k++) x[k] *= gelu_gate(x[k]);
+    store_pack<Float, Width>(out + i, x);
+}
+
+// A thread for each pack of Width numbers.
+template <class Float, int Width>
+unsigned pack_blocks(size_t N, int threads) {
+    size_t blocks = (N / Width + size_t(threads) - 1) / size_t(threads);
+    assert(N % Width == 0 && blocks <= size_t(INT32_MAX));
+    return unsigned(blocks);
+}
+
+constexpr int kPackThreads = 256;
+
+// y = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3)  [Hendrycks & Gimpel 2016,
+// arXiv:1606.08415]
+//   = x sigmoid(2u), which loses no digits where tanh(u) is near -1
+// out (N) is written
+template <class Float>
+void gelu_forward(Float* out, const Float* inp, size_t N, cudaStream_t stream) {
+    with_width<Float>(N, [&]<int Width>() {
+        launch("gelu_forward", gelu_forward_kernel<Float, Width>,
+               pack_blocks<Float, Width>(N, kPackThreads), kPackThreads, 0, stream, out, inp, N);
+    });
+}
+
+// As forward; moves 3 N numbers.
+template <class Float, int Width>
+__global__ void gelu_backward_kernel(Float* dinp, const Float* dout, const Float* inp, size_t N) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
+    if (i >= N) return;
+    float x[Width], dy[Width];
+    load_pack<Float, Width>(x, inp + i);
+    load_pack<Float, Width>(dy, dout + i);
+#pragma unroll
+    for (int k = 0; k < Width; k++) {
+        float du = float(kGeluScale) * (1 + 3 * float(kGeluCube) * x[k] * x[k]);
+        float s = gelu_gate(x[k]);
+        dy[k] *= s + 2 * x[k] * s * (1 - s) * du;
+    }
+    store_pack<Float, Width>(dinp + i, dy);
+}
+
+// forward: y = x s, s = sigmoid(2u(x))
+// dx = dy (s + 2 x s (1 - s) u'),  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
+// dinp (N) is written; it may be dout
+template <class Float>
+void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N,
+                   cudaStream_t stream) {
+    with_width<Float>(N, [&]<int Width>() {
+        launch("gelu_backward", gelu_backward_kernel<Float, Width>,
+               pack_blocks<Float, Width>(N, kPackThreads), kPackThreads, 0, stream, dinp, dout, inp,
+               N);
+    });
+}
+
+// ==== residual ===================================================================================
+
+// A block a row at a time, as in layernorm_forward. Moves 4 BTC numbers where two kernels would move
+// 5. The norm is taken of the sum as it is stored, rounded, which is what backward reads.
+template <class Float, int Width, bool kDrops>
+__global__ void __launch_bounds__(kRowThreads)
+    residual_layernorm_forward_kernel(Float* residual, Float* out, float* mean,
+                                                  float* rstd, const Float* inp,
+                                                  const Float* branch, const Float* weight,
+                                                  const Float* bias, float epsilon,
+                                                  Dropout dropout, int BT, int T, int C) {
+    using Slice = RowSlice<Float, Width>;
+    size_t offset = 0;
+    BlockSum<1> block_sum(offset);
+    float w[kColumns], b[kColumns] = {};
+    Slice::load(w, weight, C);
+    if (bias != nullptr) Slice::load(b, bias, C);
+    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
+        float x[kColumns], y[kColumns];
+        Slice::load(x, inp + size_t(bt) * C, C);
+        Slice::load(y, branch + size_t(bt) * C, C);
+        if constexpr (kDrops) {
+            uint64_t sequence = dropout.first_sequence + uint64_t(bt / T);
+#pragma unroll
+            for (int i = 0; i < Slice::kPacks; i++)
+                drop_pack<Width>(&y[i * Width], dropout, sequence, bt % T, Slice::column(i), C);
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) x[j] = to_float(from_float<Float>(x[j] + y[j]));
+        Slice::store(residual + size_t(bt) * C, x, C);
+        float2 statistics = row_statistics<Slice>(x, block_sum, epsilon, C);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++)
+            x[j] = (x[j] - statistics.x) * statistics.y * w[j] + b[j];
+        Slice::store(out + size_t(bt) * C, x, C);
+        if (threadIdx.x == 0) mean[bt] = statistics.x, rstd[bt] = statistics.y;
+    }
+}
+
+// residual = inp + dropout(branch) [He et al. 2015, arXiv:1512.03385], then out = layer norm of it.
+// residual, out (B,T,C) and mean, rstd (B,T) are written; inp, branch (B,T,C); residual may be inp.
+template <class Float>
+void residual_layernorm_forward(Float* residual, Float* out, float* mean, float* rstd,
+                                const Float* inp, const Float* branch, const Float* weight,
+                                const Float* bias, double epsilon, const Dropout& dropout, int B,
+                                int T, int C, cudaStream_t stream) {
+    with_width<Float>(C, [&]<int Width>() {
+        int threads = row_threads(C);
+        auto kernel = dropout.probability > 0
+                          ? residual_layernorm_forward_kernel<Float, Width, true>
+                          : residual_layernorm_forward_kernel<Float, Width, false>;
+        launch("residual_layernorm_forward", kernel,
+               unsigned(row_blocks(B * T, threads)), unsigned(threads), BlockSum<1>::bytes(),
+               stream, residual, out, mean, rstd, inp, branch, weight, bias, float(epsilon),
+               dropout, B * T, T, C);
+    });
+}
+
+// ==== classifier =================================================================================
+
+// The larger of two running maxima, and the sums of exponentials about them brought to it.
+struct SoftmaxSum {
+    float largest, sum;  // -infinity and 0 before the first number
+};
+
+__device__ inline SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
+    float largest = fmaxf(a.largest, b.largest);
+    if (largest == -INFINITY) return a;
+    return {largest, a.sum * expf(a.largest - largest) + b.sum * expf(b.largest - largest)};
+}
+
+// Over all lanes, then over the warps in their order; every thread gets the result.
+__device__ inline SoftmaxSum block_merge(SoftmaxSum mine, Shared<float> partial) {
+    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        mine = merge(mine, {__shfl_xor_sync(~0u, mine.largest, distance),
+                            __shfl_xor_sync(~0u, mine.sum, distance)});
+    if (warps == 1) return mine;
+    if (threadIdx.x % kWarp == 0) {
+        partial[2 * warp] = mine.largest;
+        partial[2 * warp + 1] = mine.sum;
+    }
+    __syncthreads();  // every warp's part is there before any thread merges them
+    SoftmaxSum all = {-INFINITY, 0};
+    for (int w = 0; w < warps; w++) all = merge(all, {partial[2 * w], partial[2 * w + 1]});
+    return all;
+}
+
+// A block a row. The logits are read once for the softmax's sum and, with `gradient`, once more,
+// from cache, when they are replaced. Moves BT*Vp numbers, and with the gradient 2 BT*Vp.
+template <class Float>
+__global__ void classifier_forward_kernel(float* losses, Float* logits, const int* targets,
+                                          float loss_scale, bool gradient, int V, int Vp) {
+    constexpr int Width = kWide<Float>;
+    size_t offset = 0;
+    Shared<float> partial = shared_array<float>(offset, 2 * kWarp);
+    Float* row = logits + size_t(blockIdx.x) * Vp;
+    int target = targets[blockIdx.x], stride = int(blockDim.x) * Width;
+    int first = int(threadIdx.x) * Width;
+    float values[Width];
+    if (target == kIgnore) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+#pragma unroll
+        for (int k = 0; k < Width; k++) values[k] = 0;
+        for (int j = first; gradient && j < Vp; j += stride)
+            store_pack<Float, Width>(row + j, values);
+        return;
+    }
+    float at_target = to_float(row[target]);
+    SoftmaxSum mine = {-INFINITY, 0};
+    for (int j = first; j < V; j += stride) {
+        load_pack<Float, Width>(values, row + j);
+        SoftmaxSum pack = {-INFINITY, 0};
+#pragma unroll
+        for (int k = 0; k < Width; k++)
+            if (j + k < V) pack.largest = fmaxf(pack.largest, values[k]);
+#pragma unroll
+        for (int k = 0; k < Width; k++)
+            if (j + k < V) pack.sum += expf(values[k] - pack.largest);
+        mine = merge(mine, pack);
+    }
+    // The barrier inside also keeps the row as it is until every thread has read the target's logit.
+    SoftmaxSum all = block_merge(mine, partial);
+    if (threadIdx.x == 0) losses[blockIdx.x] = all.largest + logf(all.sum) - at_target;
+    if (!gradient) return;
+    __syncwarp();  // of a block that is one warp, for the same reason
+    float inverse = 1 / all.sum;
+    for (int j = first; j < Vp; j += stride) {
+        load_pack<Float, Width>(values, row + j);
+#pragma unroll
+        for (int k = 0; k < Width; k++) {
+            float p = expf(values[k] - all.largest) * inverse;
+            values[k] = j + k < V ? (p - (j + k == target ? 1.f : 0.f)) * loss_scale : 0.f;
+        }
+        store_pack<Float, Width>(row + j, values);
+    }
+}
+
+// loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
+// loss_scale. losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
+// with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1.
+template <class Float>
+void classifier_forward(float* losses, Float* logits, const int* targets, double loss_scale,
+                        bool gradient, int BT, int V, int Vp, cudaStream_t stream) {
+    constexpr int kPacks = 4;  // of a thread, before a row takes more threads
+    int threads = round_up(divide_up(Vp, kPacks * kWide<Float>), kWarp);
+    threads = std::min(threads, 512);
+    launch("classifier_forward", classifier_forward_kernel<Float>, unsigned(BT), unsigned(threads),
+           2 * kWarp * sizeof(float), stream, losses, logits, targets, float(loss_scale), gradient,
+           V, Vp);
+}
+
+// The sum of N numbers over a block of one warp or more, in double, to the first thread.
+__device__ inline double block_sum_double(double x, Shared<double> partial) {
+    int warps = int(blockDim.x) / kWarp;
+    x = warp_sum(x);
+    if (threadIdx.x % kWarp == 0) partial[int(threadIdx.x) / kWarp] = x;
+    __syncthreads();  // every warp's sum is there before the first thread adds them up
+    double total = 0;
+    if (threadIdx.x == 0)
+        for (int w = 0; w < warps; w++) total += partial[w];
+    return total;
+}
+
+// One block, in a fixed order: reads BT numbers, 5 us of a step.
+__global__ void add_losses_kernel(double* loss, const float* losses, double loss_scale, int BT) {
+    size_t offset = 0;
+    Shared<double> partial = shared_array<double>(offset, kWarp);
+    double sum = 0;
+    for (int bt = int(threadIdx.x); bt < BT; bt += int(blockDim.x)) sum += double(losses[bt]);
+    sum = block_sum_double(sum, partial);
+    if (threadIdx.x == 0) *loss += sum * loss_scale;
+}
+
+// loss += loss_scale * sum over losses (BT)
+static void add_losses(double* loss, const float* losses, double loss_scale, int BT,
+                       cudaStream_t stream) {
+    int threads = std::min(round_up(BT, kWarp), kMostThreads);
+    launch("add_losses", add_losses_kernel, 1u, unsigned(threads), kWarp * sizeof(double), stream,
+           loss, losses, loss_scale, BT);
+}
+
+// ==== global norm ================================================================================
+
+// Squares and sums in double, eight numbers of a thread at a time; each block writes one sum. Reads N
+// numbers, which takes longer than the sums even on cards that are slow in double.
+__global__ void global_norm_kernel(double* partial, const float* gradients, size_t N) {
+    constexpr int Width = kWide<float>;
+    size_t offset = 0;
+    Shared<double> sums = shared_array<double>(offset, kWarp);
+    double sum = 0;
+    size_t stride = size_t(gridDim.x) * blockDim.x * 2 * Width;
+    size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2 * Width;
+    for (size_t i = first; i < N; i += stride) {
+        float g[2 * Width];
+        load_pack<float, Width>(g, gradients + i);
+        load_pack<float, Width>(g + Width, gradients + i + Width);
+#pragma unroll
+        for (int k = 0; k < 2 * Width; k++) sum += double(g[k]) * double(g[k]);
+    }
+    sum = block_sum_double(sum, sums);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// One block adds up the blocks' sums.
+__global__ void global_norm_root_kernel(double* norm, const double* partial, int blocks) {
+    size_t offset = 0;
+    Shared<double> sums = shared_array<double>(offset, kWarp);
+    double sum = 0;
+    for (int i = int(threadIdx.x); i < blocks; i += int(blockDim.x)) sum += partial[i];
+    sum = block_sum_double(sum, sums);
+    if (threadIdx.x == 0) *norm = sqrt(sum);
+}
+
+// norm = sqrt(sum of squares) of N gradients, a multiple of kRowAlignment of them, on the device;
+// scratch (kNormBlocks)
+static void global_norm(double* norm, double* scratch, const float* gradients, size_t N,
+                        cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    size_t needed = (N / (2 * kWide<float>) + kThreads - 1) / kThreads;
+    int blocks = int(std::min({needed, size_t(8 * multiprocessors()), size_t(kNormBlocks)}));
+    launch("global_norm", global_norm_kernel, unsigned(blocks), kThreads, kWarp * sizeof(double),
+           stream, scratch, gradients, N);
+    launch("global_norm, root", global_norm_root_kernel, 1u,
+           unsigned(std::min(round_up(blocks, kWarp), kThreads)), kWarp * sizeof(double), stream,
+           norm, scratch, blocks);
+}
+
+// ==== adamw ======================================================================================
+
+// What the norm and the loss allow the update to do, decided on the device so that the host need
+// not wait for them.
+struct UpdateGate {
+    double loss, norm;
+    float grad_scale;
+    int apply;  // 0: loss or norm is not finite, and nothing may change
+};
+
+__global__ void update_gate_kernel(UpdateGate* gate, double grad_clip) {
+    gate->apply = isfinite(gate->norm) && isfinite(gate->loss);
+    double scale = grad_clip > 0 ? grad_clip / (gate->norm + 1e-6) : 1;
+    gate->grad_scale = float(scale < 1 ? scale : 1);
+}
+
+// What every element needs of AdamW's settings, in float.
+struct AdamWFactors {
+    float beta1, rest1, beta2, rest2, keep, rate, inverse_root, epsilon;
+};
+
+// Eight numbers a thread, of four arrays in 128-bit accesses. Reads 16 N bytes and writes 12 N, and
+// 2 N more where there is a bf16 copy.
+template <class Float>
+__global__ void adamw_update_kernel(float* params, Float* narrow, float* m, float* v,
+                                    const float* grads, size_t N, AdamWFactors f,
+                                    const UpdateGate* gate) {
+    constexpr int Width = kWide<float>;
+    if (!gate->apply) return;
+    float scale = gate->grad_scale;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2 * Width;
+    if (i >= N) return;
+    float values[2 * Width];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        size_t at = i + size_t(half * Width);
+        float g[Width], m_new[Width], v_new[Width];
+        float* p = values + half * Width;
+        load_pack<float, Width>(g, grads + at);
+        load_pack<float, Width>(m_new, m + at);
+        load_pack<float, Width>(v_new, v + at);
+        load_pack<float, Width>(p, params + at);
+#pragma unroll
+        for (int k = 0; k < Width; k++) {
+            g[k] *= scale;
+            m_new[k] = f.beta1 * m_new[k] + f.rest1 * g[k];
+            v_new[k] = f.beta2 * v_new[k] + f.rest2 * g[k] * g[k];
+            p[k] = f.keep * p[k] -
+                   f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
+        }
+        store_pack<float, Width>(m + at, m_new);
+        store_pack<float, Width>(v + at, v_new);
+        store_pack<float, Width>(params + at, p);
+    }
+    if constexpr (sizeof(Float) == 2) store_pack<Float, 2 * Width>(narrow + i, values);
+}
+
+// m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  with g scaled by the gate
+// p = p - lr decay p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
+// [Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101]
+// params, m, v (N) are updated; grads (N), a multiple of kRowAlignment. With Float bf16, narrow (N)
+// gets params rounded to nearest: the float32 ones remember what rounding drops, so that there is
+// no drift for stochastic rounding to mend, and the same bits every time. With Float float it is
+// not used.
+template <class Float>
+void adamw_update(float* params, Float* narrow, float* m, float* v, const float* grads, size_t N,
+                  const AdamW& adamw, double weight_decay, const UpdateGate* gate,
+                  cudaStream_t stream) {
+    double correction1 = 1 - std::pow(adamw.beta1, double(adamw.step));
+    double correction2 = 1 - std::pow(adamw.beta2, double(adamw.step));
+    AdamWFactors factors = {float(adamw.beta1),
+                            float(1 - adamw.beta1),
+                            float(adamw.beta2),
+                            float(1 - adamw.beta2),
+                            float(1 - adamw.learning_rate * weight_decay),
+                            float(adamw.learning_rate / correction1),
+                            float(1 / std::sqrt(correction2)),
+                            float(adamw.epsilon)};
+    launch("adamw_update", adamw_update_kernel<Float>,
+           pack_blocks<float, 2 * kWide<float>>(N, kPackThreads), kPackThreads, 0, stream, params,
+           narrow, m, v, grads, N, factors, gate);
+}
+
+#ifndef GPT2_LAYERS_ONLY
+
+// ==== memory =====================================================================================
+
+// What a batch needs on the device, and the pinned memory that it is copied from: inputs and
+// targets (B,T), and the buckets of its tokens. Two of them take turns, so that the copy of one
+// batch overlaps with the pass over the other.
+struct BatchSlot {
+    int *host = nullptr, *device = nullptr;
+    cudaEvent_t copied = nullptr;  // recorded on the copy stream
+    cudaEvent_t read = nullptr;    // recorded when the pass over it no longer reads it
+    int different = 0;             // tokens
+
+    static size_t numbers(size_t BT) { return 5 * BT + 1; }
+};
+
+struct GPT2 {
+    GPT2Config config;
+    GPT2Shape shape;
+    ParameterTable parameter_rows;
+    ActivationTable activation_rows;
+    size_t parameters = 0;
+    std::vector<void*> allocations;
+    std::array<float*, 4> groups = {};  // by Group; parameters are null where only bf16 ones are
+    bf16* narrow_parameters = nullptr;  // what products read in bf16
+    std::array<void*, kActivationRows> activations = {};
+    double* norm_scratch = nullptr;
+    UpdateGate* gate = nullptr;
+
+    cudaStream_t stream = nullptr, copy_stream = nullptr;
+    std::unique_ptr<Products> products;
+    std::array<BatchSlot, 2> slots;
+    uint64_t passes = 0, updates = 0;
+    UpdateGate* host_gates = nullptr;  // pinned: of two updates in turn, and one asked for
+    std::array<cudaEvent_t, 2> gate_copied = {};
+    std::vector<int> counts;      // of each token
+    std::vector<char> host_copy;  // of a tensor, on its way
+    int B = 0, T = 0;             // of the last forward
+    GPT2Pass pass;
+
+    ~GPT2() {
+        if (stream != nullptr) cudaStreamSynchronize(stream);
+        if (copy_stream != nullptr) cudaStreamSynchronize(copy_stream);
+        products.reset();
+        for (void* memory : allocations) cudaFree(memory);
+        for (BatchSlot& slot : slots) {
+            cudaFreeHost(slot.host);
+            if (slot.copied != nullptr) cudaEventDestroy(slot.copied);
+            if (slot.read != nullptr) cudaEventDestroy(slot.read);
+        }
+        cudaFreeHost(host_gates);
+        for (cudaEvent_t event : gate_copied)
+            if (event != nullptr) cudaEventDestroy(event);
+        if (stream != nullptr) cudaStreamDestroy(stream);
+        if (copy_stream != nullptr) cudaStreamDestroy(copy_stream);
+    }
+
+    // The parameters of one layer as products read them, and their gradients; tensors that exist
+    // once are the same in every layer, those not present are null.
+    template <class Float>
+    ParameterPointers<const Float> parameters_of(int l) const {
+        const void* memory = narrow_parameters;
+        if (memory == nullptr) memory = groups[size_t(Group::parameters)];
+        return pointers(static_cast<const Float*>(memory), l);
+    }
+    ParameterPointers<float> gradients_of(int l) const {
+        return pointers(groups[size_t(Group::gradients)], l);
+    }
+
+    template <class Number>
+    ParameterPointers<Number> pointers(Number* memory, int l) const {
+        ParameterPointers<Number> tensors;
+        size_t offset = 0;
+#define X(name, ...)                                                                  \
+    {                                                                                 \
+        const ParameterRow& row = parameter_rows[k_##name];                           \
+        size_t layer = row.count > 1 ? size_t(l) * row.size() : 0;                    \
+        if (row.present && memory != nullptr) tensors.name = memory + offset + layer; \
+        offset += row.allocated();                                                    \
+    }
+        GPT2_PARAMETER_TABLE(X)
+#undef X
+        return tensors;
+    }
+
+    template <class Float>
+    ActivationPointers<Float, float> activations_of(int l) const {
+        ActivationPointers<Float, float> tensors;
+#define X(name, type, ...)                                                                    \
+    {                                                                                         \
+        using Number = std::remove_pointer_t<decltype(tensors.name)>;                         \
+        const ActivationRow& row = activation_rows[a_##name];                                 \
+        size_t layer = row.count > 1 ? size_t(l) * row.size : 0;                              \
+        if (row.count > 0) tensors.name = static_cast<Number*>(activations[a_##name]) + layer; \
+    }
+        GPT2_ACTIVATION_TABLE(X)
+#undef X
+        return tensors;
+    }
+
+    Dropout dropout(RandomUse use, int l) const {
+        double probability = pass.training ? config.dropout : 0;
+        return {probability, pass.seed, pass.step, pass.first_sequence, use, l};
+    }
+    BatchSlot& slot() { return slots[passes % 2]; }
+};
+
+// Calls f.template operator()<Float>() with the type of the model's activations.
+template <class F>
+void with_type(Dtype dtype, F f) {
+    if (dtype == Dtype::bf16) f.template operator()<bf16>();
+    else f.template operator()<float>();
+}
+
+TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t delta = size_t(shape.B) * size_t(shape.T) * size_t(config.heads);
+    return {kClassifierRows, shape.training ? delta : 0, kReduceRows};
+}
+
+static std::vector<MemoryRow> memory_beside_tensors(const GPT2Shape& shape) {
+    size_t BT = size_t(shape.B) * size_t(shape.T);
+    return {{"batches", 2 * BatchSlot::numbers(BT) * sizeof(int)},
+            {"library workspace", kWorkspaceBytes},
+            {"sums", kNormBlocks * sizeof(double) + sizeof(UpdateGate)}};
+}
+
+std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    std::vector<MemoryRow> rows = tensor_memory(config, shape);
+    for (const MemoryRow& row : memory_beside_tensors(shape)) rows.push_back(row);
+    return rows;
+}
+
+static void require_device();
+
+size_t gpt2_memory_free() {
+    require_device();
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return free;
+}
+
+// Refuses a model that is too large for what is free on the card, before anything is allocated.
+static void check_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t free = gpt2_memory_free(), needed = 0;
+    std::vector<MemoryRow> rows = gpt2_memory(config, shape);
+    size_t missing = total_bytes(rows) - std::min(free, total_bytes(rows));
+    if (missing == 0) return;
+    for (const MemoryRow& row : rows) {
+        needed += row.bytes;
+        if (needed > free)
+            fail_machine("out of memory: %s need %.1f MiB, and the model %.1f MiB more than the "
+                         "%.1f MiB that are free on the card; %s",
+                         row.group.c_str(), double(row.bytes) / 1048576, double(missing) / 1048576,
+                         double(free) / 1048576, what_would_fit(config, shape, free).c_str());
+    }
+}
+
+static void* allocate(GPT2* model, size_t bytes, const std::string& group) {
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        fail_machine("out of memory: %s need %.1f MiB on the card; %s", group.c_str(),
+                     double(bytes) / 1048576,
+                     what_would_fit(model->config, model->shape, gpt2_memory_free()).c_str());
+    }
+    model->allocations.push_back(memory);
+    check(cudaMemsetAsync(memory, 0, bytes, model->stream), "cudaMemsetAsync");
+    return memory;
+}
+
+// One allocation a group of tensor_memory's, and the address of every buffer in them.
+static void allocate_tensors(GPT2* model) {
+    const GPT2Shape& shape = model->shape;
+    std::map<std::string, char*> memory;
+    for (const MemoryRow& row : tensor_memory(model->config, shape))
+        memory[row.group] = static_cast<char*>(allocate(model, row.bytes, row.group));
+    auto group = [&](const char* name) {
+        auto found = memory.find(name);
+        return found == memory.end() ? nullptr : reinterpret_cast<float*>(found->second);
+    };
+    model->groups = {group("parameters"), group("gradients"), group("first moments"),
+                     group("second moments")};
+    model->narrow_parameters = reinterpret_cast<bf16*>(group("parameters, bf16"));
+    std::map<std::string, size_t> used;
+    for (int i = 0; i < kActivationRows; i++) {
+        size_t bytes = model->activation_rows[size_t(i)].bytes(shape.dtype);
+        if (bytes == 0) continue;
+        std::string name = activation_group(i);
+        model->activations[size_t(i)] = memory.at(name) + used[name];
+        used[name] += bytes;
+    }
+}
+
+static void allocate_slots(GPT2* model) {
+    size_t BT = size_t(model->shape.B) * size_t(model->shape.T);
+    size_t bytes = BatchSlot::numbers(BT) * sizeof(int);
+    auto* device = static_cast<int*>(allocate(model, 2 * bytes, "batches"));
+    for (BatchSlot& slot : model->slots) {
+        slot.device = device + (&slot - model->slots.data()) * ptrdiff_t(BatchSlot::numbers(BT));
+        check(cudaMallocHost(reinterpret_cast<void**>(&slot.host), bytes), "pinned memory");
+        check(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming), "event");
+        check(cudaEventCreateWithFlags(&slot.read, cudaEventDisableTiming), "event");
+    }
+    auto* sums = static_cast<char*>(
+        allocate(model, kNormBlocks * sizeof(double) + sizeof(UpdateGate), "sums"));
+    model->norm_scratch = reinterpret_cast<double*>(sums);
+    model->gate = reinterpret_cast<UpdateGate*>(sums + kNormBlocks * sizeof(double));
+    check(cudaMallocHost(reinterpret_cast<void**>(&model->host_gates), 3 * sizeof(UpdateGate)),
+          "pinned memory");
+    for (cudaEvent_t& event : model->gate_copied)
+        check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+    model->counts.resize(size_t(model->config.vocab_size));
+}
+
+// Where the winners of timed products are kept: XDG_CACHE_HOME, or .cache in the home folder.
+static std::string product_cache_folder() {
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (cache != nullptr && *cache != 0) return std::string(cache) + "/train_gpt2";
+    if (home != nullptr && *home != 0) return std::string(home) + "/.cache/train_gpt2";
+    return "";
+}
+
+// Products that take less time than a launch are not worth timing.
+static bool worth_tuning(const GPT2Config& config, const GPT2Shape& shape) {
+    constexpr double kMultiplications = 1 << 24;
+    double largest = std::max(config.padded_vocab(), config.hidden_size());
+    return shape.training &&
+           double(shape.B) * shape.T * config.channels * largest >= kMultiplications;
+}
+
+// Times every product of a training step, in a step over nothing: parameters are 0 still, and so
+// are the gradients that it leaves.
+static void tune_products(GPT2* model) {
+    model->products->tune([&] {
+        std::vector<int> nothing(size_t(model->shape.B) * size_t(model->shape.T), 0);
+        GPT2Pass pass;
+        pass.training = true;
+        gpt2_forward(model, nothing.data(), nothing.data(), model->shape.B, model->shape.T, pass);
+        gpt2_backward(model);
+    });
+    gpt2_zero_gradients(model);
+}
+
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
+    validate(config);
+    check_range("--batch-size", shape.B, 1, 1 << 24);
+    check_range("--sequence-length", shape.T, 1, config.context);
+    check_range("tokens in a batch", double(shape.B) * shape.T, 1, 1 << 24);
+    if (config.channels > kMostChannels)
+        fail_input("--channels %d: on a GPU at most %d", config.channels, kMostChannels);
+    if (config.head_size() > kMostHeadSize)
+        fail_input("--heads %d --channels %d: heads of %d; on a GPU at most %d, as with --heads %d",
+                   config.heads, config.channels, config.head_size(), kMostHeadSize,
+                   divide_up(config.channels, kMostHeadSize));
+    require_device();
+    check_memory(config, shape);
+    auto model = std::make_unique<GPT2>();
+    model->config = config;
+    model->shape = shape;
+    model->parameter_rows = parameter_table(config);
+    model->activation_rows = activation_table(config, shape);
+    model->parameters = allocated_parameters(config);
+    check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking), "stream");
+    check(cudaStreamCreateWithFlags(&model->copy_stream, cudaStreamNonBlocking), "stream");
+    allocate_tensors(model.get());
+    allocate_slots(model.get());
+    check(cudaStreamSynchronize(model->stream), "gpt2_create");  // the copy stream sees zeros too
+    ProductOptions options = {shape.tf32, shape.deterministic, worth_tuning(config, shape),
+                              product_cache_folder()};
+    model->products = std::make_unique<Products>(options, model->stream);
+    if (options.tune) tune_products(model.get());
+    check(cudaStreamSynchronize(model->stream), "gpt2_create");
+    return model.release();
+}
+
+void gpt2_destroy(GPT2* model) { delete model; }
+const GPT2Config& gpt2_config(const GPT2* model) { return model->config; }
+const GPT2Shape& gpt2_shape(const GPT2* model) { return model->shape; }
+
+static size_t tensor_offset(const GPT2* model, int row, int layer) {
+    size_t offset = size_t(layer) * model->parameter_rows[size_t(row)].size();
+    for (int i = 0; i < row; i++) offset += model->parameter_rows[size_t(i)].allocated();
+    return offset;
+}
+
+void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    size_t offset = tensor_offset(model, row, layer);
+    size_t N = model->parameter_rows[size_t(row)].file_size();
+    check(cudaStreamSynchronize(model->stream), "gpt2_copy_out");
+    const float* memory = model->groups[size_t(group)];
+    if (memory != nullptr) {
+        check(cudaMemcpy(host, memory + offset, N * sizeof(float), cudaMemcpyDeviceToHost),
+              "gpt2_copy_out");
+        return;
+    }
+    std::vector<bf16> narrow(N);
+    check(cudaMemcpy(narrow.data(), model->narrow_parameters + offset, N * sizeof(bf16),
+                     cudaMemcpyDeviceToHost),
+          "gpt2_copy_out");
+    for (size_t i = 0; i < N; i++) host[i] = __bfloat162float(narrow[i]);
+}
+
+// Parameters go to the float32 copy and, rounded to nearest, to the bf16 one, where they are.
+void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
+    size_t offset = tensor_offset(model, row, layer);
+    size_t N = model->parameter_rows[size_t(row)].file_size();
+    check(cudaStreamSynchronize(model->stream), "gpt2_copy_in");
+    float* memory = model->groups[size_t(group)];
+    if (memory != nullptr)
+        check(cudaMemcpy(memory + offset, host, N * sizeof(float), cudaMemcpyHostToDevice),
+              "gpt2_copy_in");
+    if (group != Group::parameters || model->narrow_parameters == nullptr) return;
+    std::vector<bf16> narrow(N);
+    for (size_t i = 0; i < N; i++) narrow[i] = __float2bfloat16_rn(host[i]);
+    check(cudaMemcpy(model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16),
+                     cudaMemcpyHostToDevice),
+          "gpt2_copy_in");
+}
+
+// ==== gpt2_forward ===============================================================================
+
+// Brings a batch to the device on the copy stream, from pinned memory, and makes the next kernels
+// wait for it. The host waits only if the pass before the last one still reads this slot.
+static void stage_batch(GPT2* model, const int* inputs, const int* targets, int B, int T,
+                        bool sort) {
+    model->passes++;
+    BatchSlot& slot = model->slot();
+    check(cudaEventSynchronize(slot.read), "gpt2_forward");
+    auto BT = size_t(B) * size_t(T);
+    std::copy(inputs, inputs + BT, slot.host);
+    if (targets != nullptr) std::copy(targets, targets + BT, slot.host + BT);
+    size_t numbers = targets != nullptr ? 2 * BT : BT;
+    if (sort) {
+        int *tokens = slot.host + 2 * BT, *starts = tokens + BT, *places = starts + BT + 1;
+        slot.different = sort_tokens(tokens, starts, places, model->counts.data(), inputs, int(BT),
+                                     model->config.vocab_size);
+        numbers = BatchSlot::numbers(BT);
+    }
+    check(cudaMemcpyAsync(slot.device, slot.host, numbers * sizeof(int), cudaMemcpyHostToDevice,
+                          model->copy_stream),
+          "gpt2_forward");
+    check(cudaEventRecord(slot.copied, model->copy_stream), "gpt2_forward");
+    check(cudaStreamWaitEvent(model->stream, slot.copied, 0), "gpt2_forward");
+}
+
+// The first half of a block: the branch attproj(attention(qkv(ln1))) and residual2 = inp + branch.
+// ln1 (B,T,C) is there already.
+template <class Float>
+static void attention_half_forward(GPT2* model, const Float* inp, int l, int B, int T) {
+    auto p = model->parameters_of<Float>(l);
+    auto a = model->activations_of<Float>(l);
+    int C = model->config.channels, NH = model->config.heads, BT = B * T;
+    matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, BT, C, 3 * C, *model->products);
+    attention_forward(a.atty, a.logsumexp, a.qkv, model->dropout(RandomUse::attention, l), B, T, C,
+                      NH, model->stream);
+    matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, BT, C, C, *model->products);
+    residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
+                               p.ln2b, model->config.layer_norm_epsilon,
+                               model->dropout(RandomUse::attention_projection, l), B, T, C,
+                               model->stream);
+}
+
+// The second half: residual3 = residual2 + fcproj(gelu(fc(ln2))), and the layer norm that follows
+// it, of the next block or of the classifier.
+template <class Float>
+static void mlp_half_forward(GPT2* model, int l, int B, int T) {
+    const GPT2Config& config = model->config;
+    auto p = model->parameters_of<Float>(l);
+    auto a = model->activations_of<Float>(l);
+    int C = config.channels, F = config.hidden_size(), BT = B * T;
+    matmul_gelu_forward(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, BT, C, F, *model->products);
+    matmul_forward(a.branch, a.fch_gelu, p.fcprojw, p.fcprojb, BT, F, C, *model->products);
+    Dropout dropout = model->dropout(RandomUse::mlp_projection, l);
+    if (l + 1 == config.layers)
+        return residual_layernorm_forward(a.residual3, a.lnf, a.lnf_mean, a.lnf_rstd, a.residual2,
+                                          a.branch, p.lnfw, p.lnfb, config.layer_norm_epsilon,
+                                          dropout, B, T, C, model->stream);
+    auto next_p = model->parameters_of<Float>(l + 1);
+    auto next_a = model->activations_of<Float>(l + 1);
+    residual_layernorm_forward(a.residual3, next_a.ln1, next_a.ln1_mean, next_a.ln1_rstd,
+                               a.residual2, a.branch, next_p.ln1w, next_p.ln1b,
+                               config.layer_norm_epsilon, dropout, B, T, C, model->stream);
+}
+
+// rows of logits (rows,Vp) to the host (rows,V), in float; waits for the device
+template <class Float>
+static void copy_logits(GPT2* model, real* host, const Float* logits, int rows) {
+    auto V = size_t(model->config.vocab_size), Vp = size_t(model->config.padded_vocab());
+    model->host_copy.resize(size_t(rows) * V * sizeof(Float));
+    check(cudaStreamSynchronize(model->stream), "logits");
+    check(cudaMemcpy2D(model->host_copy.data(), V * sizeof(Float), logits, Vp * sizeof(Float),
+                       V * sizeof(Float), size_t(rows), cudaMemcpyDeviceToHost),
+          "logits");
+    const auto* values = reinterpret_cast<const Float*>(model->host_copy.data());
+    for (size_t i = 0; i < size_t(rows) * V; i++) host[i] = float(values[i]);
+}
+
+// The classifier over kClassifierRows rows of logits at a time, so that (B,T,Vp) is never whole.
+// Training also takes its gradient: dnorm, that of lnf, is written; that of the classifier's weight
+// accumulates.
+template <class Float>
+static void head_forward(GPT2* model, const int* targets) {
+    const GPT2Config& config = model->config;
+    const GPT2Pass& pass = model->pass;
+    auto p = model->parameters_of<Float>(0);
+    auto d = model->gradients_of(0);
+    auto a = model->activations_of<Float>(0);
+    int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
+    int BT = model->B * model->T;
+    const Float* weight = config.tied ? p.wte : p.headw;
+    float* dweight = config.tied ? d.wte : d.headw;
+    for (int first = 0; first < BT; first += kClassifierRows) {
+        int rows = std::min(kClassifierRows, BT - first);
+        const Float* lnf = a.lnf + size_t(first) * C;
+        matmul_forward(a.logits, lnf, weight, static_cast<const Float*>(nullptr), rows, C, Vp,
+                       *model->products);
+        if (pass.logits != nullptr)
+            copy_logits(model, pass.logits + size_t(first) * V, a.logits, rows);
+        if (targets == nullptr) continue;
+        classifier_forward(a.losses + first, a.logits, targets + first, pass.loss_scale,
+                           pass.training, rows, V, Vp, model->stream);
+        if (pass.training)
+            matmul_backward(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf, weight,
+                            a.reduce_scratch, rows, C, Vp, *model->products);
+    }
+    if (targets != nullptr)
+        add_losses(&model->gate->loss, a.losses, pass.loss_scale, BT, model->stream);
+}
+
+template <class Float>
+static void model_forward(GPT2* model, const int* inputs, const int* targets) {
+    const GPT2Config& config = model->config;
+    auto p = model->parameters_of<Float>(0);
+    auto a = model->activations_of<Float>(0);
+    int B = model->B, T = model->T, C = config.channels;
+    encoder_forward(a.encoded, inputs, p.wte, p.wpe, B, T, C, model->stream);
+    Dropout dropout = model->dropout(RandomUse::encoder, 0);
+    if (dropout.probability > 0)
+        dropout_forward(a.encoded, a.encoded, dropout, B, T, C, model->stream);
+    layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
+                      config.layer_norm_epsilon, B, T, C, model->stream);
+    const Float* residual = a.encoded;
+    for (int l = 0; l < config.layers; l++) {
+        attention_half_forward(model, residual, l, B, T);
+        mlp_half_forward<Float>(model, l, B, T);
+        residual = model->activations_of<Float>(l).residual3;
+    }
+    head_forward<Float>(model, targets);
+}
+
+void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
+                  const GPT2Pass& pass) {
+    assert(B >= 1 && B <= model->shape.B && T >= 1 && T <= model->shape.T);
+    assert(!pass.training || (model->shape.training && targets != nullptr));
+    model->B = B, model->T = T, model->pass = pass;
+    stage_batch(model, inputs, targets, B, T, pass.training);
+    const int* device = model->slot().device;
+    const int* device_targets = targets != nullptr ? device + size_t(B) * T : nullptr;
+    with_type(model->shape.dtype,
+              [&]<class Float>() { model_forward<Float>(model, device, device_targets); });
+    check(cudaEventRecord(model->slot().read, model->stream), "gpt2_forward");
+}
+
+// One block over the new tokens alone, with keys and values of the earlier ones from the cache.
+template <class Float>
+static void block_generate(GPT2* model, const Float* inp, int l, int B, int n, int position) {
+    const GPT2Config& config = model->config;
+    auto p = model->parameters_of<Float>(l);
+    auto a = model->activations_of<Float>(l);
+    int C = config.channels;
+    matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, B * n, C, 3 * C, *model->products);
+    attention_cached_forward(a.atty, a.key_cache, a.value_cache, a.qkv, B, n, position,
+                             config.context, C, config.heads, model->stream);
+    matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, B * n, C, C, *model->products);
+    residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
+                               p.ln2b, config.layer_norm_epsilon, Dropout{}, B, n, C,
+                               model->stream);
+    mlp_half_forward<Float>(model, l, B, n);
+}
+
+template <class Float>
+static void model_generate(GPT2* model, const int* tokens, int B, int n, int position,
+                           real* logits) {
+    const GPT2Config& config = model->config;
+    auto p = model->parameters_of<Float>(0);
+    auto a = model->activations_of<Float>(0);
+    auto C = size_t(config.channels);
+    int Vp = config.padded_vocab();
+    int most = std::min(n, model->shape.B * model->shape.T / B);  // new tokens that fit at a time
+    std::vector<int> inputs;
+    for (int done = 0, now = 0; done < n; done += now) {
+        now = std::min(most, n - done);
+        inputs.clear();
+        for (int b = 0; b < B; b++)
+            inputs.insert(inputs.end(), tokens + size_t(b) * size_t(n) + done,
+                          tokens + size_t(b) * size_t(n) + done + now);
+        stage_batch(model, inputs.data(), nullptr, B, now, false);
+        encoder_forward(a.encoded, model->slot().device, p.wte,
+                        p.wpe + size_t(position + done) * C, B, now, int(C), model->stream);
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
+                          config.layer_norm_epsilon, B, now, int(C), model->stream);
+        const Float* residual = a.encoded;
+        for (int l = 0; l < config.layers; l++) {
+            block_generate(model, residual, l, B, now, position + done);
+            residual = model->activations_of<Float>(l).residual3;
+        }
+        check(cudaEventRecord(model->slot().read, model->stream), "gpt2_generate");
+        if (done + now < n) continue;
+        // The last block has taken the classifier's layer norm of every new token: of each sequence
+        // the last one counts.
+        check(cudaMemcpy2DAsync(a.branch, C * sizeof(Float), a.lnf + size_t(now - 1) * C,
+                                size_t(now) * C * sizeof(Float), C * sizeof(Float), size_t(B),
+                                cudaMemcpyDeviceToDevice, model->stream),
+              "gpt2_generate");
+    }
+    for (int first = 0; first < B; first += kClassifierRows) {
+        int rows = std::min(kClassifierRows, B - first);
+        matmul_forward(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
+                       static_cast<const Float*>(nullptr), rows, int(C), Vp, *model->products);
+        copy_logits(model, logits + size_t(first) * size_t(config.vocab_size), a.logits, rows);
+    }
+}
+
+void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits) {
+    assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
+    assert(n >= 1 && position >= 0 && position + n <= model->config.context);
+    model->pass = GPT2Pass{};
+    with_type(model->shape.dtype, [&]<class Float>() {
+        model_generate<Float>(model, tokens, B, n, position, logits);
+    });
+}
+
+// ==== gpt2_backward ==============================================================================
+
+// The gradient that enters a branch behind its dropout: dresidual itself where nothing is dropped.
+template <class Float>
+static const Float* branch_gradient(const GPT2* model, RandomUse use, int l) {
+    auto a = model->activations_of<Float>(l);
+    Dropout dropout = model->dropout(use, l);
+    if (dropout.probability == 0) return a.dresidual;
+    dropout_forward(a.dbranch, a.dresidual, dropout, model->B, model->T, model->config.channels,
+                    model->stream);
+    return a.dbranch;
+}
+
+// What forward did not keep of block l, again from what it did; inp is the block's input.
+template <class Float>
+static void block_recompute(GPT2* model, const Float* inp, int l) {
+    auto p = model->parameters_of<Float>(l);
+    auto a = model->activations_of<Float>(l);
+    const GPT2Config& config = model->config;
+    int B = model->B, T = model->T, BT = B * T, C = config.channels, F = config.hidden_size();
+    int level = model->shape.recompute;
+    if (level >= 2)
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, p.ln1w, p.ln1b,
+                          config.layer_norm_epsilon, B, T, C, model->stream);
+    if (level >= 3) {
+        attention_half_forward(model, inp, l, B, T);
+        return matmul_gelu_forward(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, BT, C, F,
+                                   *model->products);
+    }
+    if (level >= 2)
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b,
+                          config.layer_norm_epsilon, B, T, C, model->stream);
+    if (level >= 1) gelu_forward(a.fch_gelu, a.fch, size_t(BT) * size_t(F), model->stream);
+}
+
+// forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
+// a.dresidual is the gradient of residual3 on entry and of inp on exit.
+template <class Float>
+static void block_backward(GPT2* model, const Float* inp, int l) {
+    auto p = model->parameters_of<Float>(l);
+    auto d = model->gradients_of(l);
+    auto a = model->activations_of<Float>(l);
+    int B = model->B, T = model->T, BT = B * T;
+    int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
+    Products& products = *model->products;
+    cudaStream_t stream = model->stream;
+    block_recompute(model, inp, l);
+
+    const Float* dbranch = branch_gradient<Float>(model, RandomUse::mlp_projection, l);
+    gelu_matmul_backward(a.dfch, d.fcprojw, d.fcprojb, dbranch, a.fch_gelu, a.fch, p.fcprojw,
+                         a.reduce_scratch, BT, F, C, products);
+    matmul_backward(a.dnorm, d.fcw, d.fcb, a.dfch, a.ln2, p.fcw, a.reduce_scratch, BT, C, F,
+                    products);
+    layernorm_backward(a.dresidual, d.ln2w, d.ln2b, a.dnorm, a.residual2, p.ln2w, a.ln2_mean,
+                       a.ln2_rstd, a.reduce_scratch, B, T, C, stream);
+
+    dbranch = branch_gradient<Float>(model, RandomUse::attention_projection, l);
+    matmul_backward(a.datty, d.attprojw, d.attprojb, dbranch, a.atty, p.attprojw, a.reduce_scratch,
+                    BT, C, C, products);
+    attention_backward(a.dqkv, a.datty, a.qkv, a.atty, a.logsumexp, a.att_scratch,
+                       model->dropout(RandomUse::attention, l), B, T, C, NH, stream);
+    matmul_backward(a.dnorm, d.qkvw, d.qkvb, a.dqkv, a.ln1, p.qkvw, a.reduce_scratch, BT, C, 3 * C,
+                    products);
+    layernorm_backward(a.dresidual, d.ln1w, d.ln1b, a.dnorm, inp, p.ln1w, a.ln1_mean, a.ln1_rstd,
+                       a.reduce_scratch, B, T, C, stream);
+}
+
+template <class Float>
+static void model_backward(GPT2* model) {
+    const GPT2Config& config = model->config;
+    auto p = model->parameters_of<Float>(0);
+    auto d = model->gradients_of(0);
+    auto a = model->activations_of<Float>(0);
+    int B = model->B, T = model->T, C = config.channels, L = config.layers;
+    auto BT = size_t(B) * size_t(T);
+    check(cudaMemsetAsync(a.dresidual, 0, BT * size_t(C) * sizeof(Float), model->stream),
+          "gpt2_backward");
+    layernorm_backward(a.dresidual, d.lnfw, d.lnfb, a.dnorm,
+                       model->activations_of<Float>(L - 1).residual3, p.lnfw, a.lnf_mean,
+                       a.lnf_rstd, a.reduce_scratch, B, T, C, model->stream);
+    for (int l = L - 1; l >= 0; l--) {
+        const Float* inp = l == 0 ? a.encoded : model->activations_of<Float>(l - 1).residual3;
+        block_backward(model, inp, l);
+    }
+    const BatchSlot& slot = model->slot();
+    const int *tokens = slot.device + 2 * BT, *starts = tokens + BT, *places = starts + BT + 1;
+    encoder_backward(d.wte, d.wpe, branch_gradient<Float>(model, RandomUse::encoder, 0),
+                     TokenBuckets{tokens, starts, places, slot.different}, B, T, C, model->stream);
+}
+
+void gpt2_backward(GPT2* model) {
+    assert(model->pass.training);
+    with_type(model->shape.dtype, [&]<class Float>() { model_backward<Float>(model); });
+    check(cudaEventRecord(model->slot().read, model->stream), "gpt2_backward");
+}
+
+// ==== gpt2_update ================================================================================
+
+void gpt2_zero_gradients(GPT2* model) {
+    check(cudaMemsetAsync(&model->gate->loss, 0, sizeof(double), model->stream),
+          "gpt2_zero_gradients");
+    if (!model->shape.training) return;
+    check(cudaMemsetAsync(model->groups[size_t(Group::gradients)], 0,
+                          model->parameters * sizeof(float), model->stream),
+          "gpt2_zero_gradients");
+}
+
+// Norm, gate and AdamW follow each other on the device, and the stats of the step on their way to
+// the host: nothing here waits.
+void gpt2_update(GPT2* model, const AdamW& adamw) {
+    auto [params, grads, m, v] = model->groups;
+    cudaStream_t stream = model->stream;
+    global_norm(&model->gate->norm, model->norm_scratch, grads, model->parameters, stream);
+    launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream, model->gate, adamw.grad_clip);
+    size_t offset = 0;
+    for (const ParameterRow& row : model->parameter_rows) {
+        size_t N = row.allocated();
+        if (N == 0) continue;
+        double weight_decay = row.decays ? adamw.weight_decay : 0;
+        if (model->narrow_parameters != nullptr)
+            adamw_update(params + offset, model->narrow_parameters + offset, m + offset, v + offset,
+                         grads + offset, N, adamw, weight_decay, model->gate, stream);
+        else
+            adamw_update(params + offset, static_cast<float*>(nullptr), m + offset, v + offset,
+                         grads + offset, N, adamw, weight_decay, model->gate, stream);
+        offset += N;
+    }
+    size_t turn = model->updates++ % 2;
+    check(cudaMemcpyAsync(&model->host_gates[turn], model->gate, sizeof(UpdateGate),
+                          cudaMemcpyDeviceToHost, stream),
+          "gpt2_update");
+    check(cudaEventRecord(model->gate_copied[turn], stream), "gpt2_update");
+}
+
+GPT2Stats gpt2_stats(GPT2* model) {
+    UpdateGate* now = &model->host_gates[2];
+    check(cudaMemcpyAsync(now, model->gate, sizeof(UpdateGate), cudaMemcpyDeviceToHost,
+                          model->stream),
+          "gpt2_stats");
+    check(cudaStreamSynchronize(model->stream), "gpt2_stats");
+    return {now->loss, now->norm};
+}
+
+GPT2Stats gpt2_previous_stats(GPT2* model) {
+    if (model->updates < 2) return {};
+    size_t turn = model->updates % 2;
+    check(cudaEventSynchronize(model->gate_copied[turn]), "gpt2_previous_stats");
+    return {model->host_gates[turn].loss, model->host_gates[turn].norm};
+}
+
+// ==== device =====================================================================================
+
+static cudaDeviceProp card_properties() {
+    int device = 0;
+    cudaDeviceProp card;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaGetDeviceProperties(&card, device), "cudaGetDeviceProperties");
+    return card;
+}
+
+// Refuses a machine that cannot run the kernels, in one line that says what it lacks.
+static void require_device() {
+    constexpr const char* kCpu = "the CPU program takes the same words: train_gpt2";
+    int driver = 0, runtime = 0, count = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (driver == 0) fail_machine("no NVIDIA driver here; %s", kCpu);
+    if (status == cudaErrorInsufficientDriver)
+        fail_machine("the driver supports CUDA %d.%d, and this program needs %d.%d: install a newer "
+                     "driver",
+                     driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0))
+        fail_machine("no GPU here; %s", kCpu);
+    check(status, "cudaGetDeviceCount");
+    cudaDeviceProp card = card_properties();
+    if (card.major < 8)
+        fail_machine("%s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer",
+                     card.name, card.major, card.minor);
+}
+
+const char* gpt2_program() { return "train_gpt2cu"; }
+
+std::string gpt2_device() {
+    require_device();
+    cudaDeviceProp card = card_properties();
+    int driver = 0;
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    return format("%s, %d multiprocessors, %.1f GiB, CUDA %d.%d, cuBLASLt %zu", card.name,
+                  card.multiProcessorCount, double(card.totalGlobalMem) / 1073741824,
+                  driver / 1000, driver % 1000 / 10, cublasLtGetVersion());
+}
+
+// bf16 has the range of float32, so that nothing needs scaling, and half its bytes.
+Dtype gpt2_dtype(const std::string& option) {
+    return option == "fp32" ? Dtype::fp32 : Dtype::bf16;
+}
+
+// Dense bf16 operations/s with float32 sums, as NVIDIA's data sheets give them; the first name that
+// is part of the card's own.
+struct CardRate {
+    const char* name;
+    double tflops;
+};
+constexpr CardRate kCards[] = {
+    {"H100 PCIe", 756},  {"H100 NVL", 835}, {"H100", 989}, {"H200", 989},
+    {"GH200", 989},      {"B200", 2250},    {"A100", 312}, {"A30", 165},
+    {"A40", 149.7},      {"RTX A6000", 154.8}, {"A10G", 70}, {"A10", 125},
+    {"L40S", 362},       {"L4", 121},       {"RTX 3090", 71}, {"RTX 4090", 165.2},
+    {"RTX 5090", 209.5},
+};
+
+// What a multiprocessor does in a cycle: bf16 operations by tensor cores (0: it differs between the
+// cards of this capability), and float32 ones by its other units.
+struct MultiprocessorRate {
+    int major, minor;
+    double bf16, fp32;
+};
+constexpr MultiprocessorRate kMultiprocessors[] = {
+    {8, 0, 2048, 128}, {8, 6, 0, 256}, {8, 9, 0, 256},
+    {9, 0, 4096, 256}, {10, 0, 8192, 256}, {12, 0, 0, 256},
+};
+
+PeakRate gpt2_peak(const GPT2Shape& shape) {
+    require_device();
+    cudaDeviceProp card = card_properties();
+    int clock_khz = 0;
+    check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, 0), "clock rate");
+    double cycles = 1e3 * clock_khz * card.multiProcessorCount;  // of all, in a second
+    double from_clock = 0, cores = 0;
+    for (const MultiprocessorRate& row : kMultiprocessors) {
+        if (row.major != card.major || row.minor != card.minor) continue;
+        from_clock = row.bf16 * cycles;
+        cores = row.fp32 * cycles;
+    }
+    if (shape.dtype == Dtype::fp32 && !shape.tf32) return {cores, "by its clock"};
+    double share = shape.dtype == Dtype::fp32 ? 0.5 : 1;  // TF32 runs at half the rate of bf16
+    for (const CardRate& known : kCards)
+        if (strstr(card.name, known.name) != nullptr)
+            return {share * known.tflops * 1e12, "published for this card"};
+    return {share * from_clock, "by its clock"};
+}
+
+// ==== main =======================================================================================
+
+// Weak: the tests and benchmarks, which are linked with this file or include it, have a main of
+// their own.
+__attribute__((weak)) int main(int argc, char** argv) { return run(argc, argv); }
+
+#endif  // GPT2_LAYERS_ONLY
