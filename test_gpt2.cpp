@@ -5717,6 +5717,47 @@ TEST_F(Cuda, SizesThatTheKernelsDoNotTakeAreRefused) {
         2, "--channels 8192: on a GPU at most 4096");
 }
 
+// The losses of a run's log, by step.
+std::vector<double> logged_losses(const std::string& log) {
+    std::vector<double> losses;
+    std::istringstream lines(read_file(log));
+    for (std::string line; std::getline(lines, line);)
+        losses.push_back(json::parse(line).at("train_loss"));
+    return losses;
+}
+
+TEST_F(Cuda, ThePlanIsWhatIsTaken) {
+    GPT2Config config;
+    named_config("tiny", &config);
+    config.vocab_size = 1031;
+    for (int recompute = 0; recompute < 4; recompute++) {
+        GPT2Shape shape = training_shape(4, 128);
+        shape.recompute = recompute, shape.generate = 1;
+        size_t before = gpt2_memory_free(), planned = total_bytes(gpt2_memory(config, shape));
+        GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+        size_t taken = before - gpt2_memory_free();
+        EXPECT_NEAR(double(taken), double(planned), 0.002 * double(planned)) << recompute;
+    }
+}
+
+// TF32 keeps 10 bits of what it multiplies: other numbers, and not far ones.
+TEST_F(Cuda, Tf32RoundsProductsAndNothingElse) {
+    auto loss = [&](const std::string& out, const std::vector<std::string>& more) {
+        std::vector<std::string> words = {
+            "train", "--data",       "text.txt", "--tokenizer", "bytes", "--layers",
+            "1",     "--heads",      "2",        "--channels",  "64",    "--context",
+            "32",    "--batch-size", "4",        "--steps",     "3",     "--dtype",
+            "fp32",  "--out",        out};
+        words.insert(words.end(), more.begin(), more.end());
+        Outcome outcome = call(words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return logged_losses(path(out + "/log.jsonl")).back();
+    };
+    double exact = loss("exact", {}), rounded = loss("rounded", {"--tf32", "on"});
+    EXPECT_NE(exact, rounded);
+    EXPECT_NEAR(exact, rounded, 0x1p-10 * exact);
+}
+
 // A model whose products are large enough to be timed.
 TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
     std::vector<std::string> words = {
@@ -5738,8 +5779,10 @@ TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
     ASSERT_EQ(files.size(), 1u);
     std::string first = read_file(files[0].string());
     EXPECT_GT(json::parse(first).at("winners").size(), 5u);
+    std::vector<double> losses = logged_losses(path("run/log.jsonl"));
     run();
     EXPECT_EQ(read_file(files[0].string()), first) << "nothing is timed a second time";
+    EXPECT_EQ(logged_losses(path("run/log.jsonl")), losses) << "the same winners, the same bits";
 
     std::string wrong_value = first;
     wrong_value.replace(wrong_value.find("\": \"") + 4, 4, "zzzz");
@@ -5759,15 +5802,6 @@ TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
     fs::remove_all(path("run"));
     Outcome outcome = call_with({{"XDG_CACHE_HOME", "/dev/null"}}, words);
     EXPECT_EQ(outcome.code, 0) << "no cache can be written: " << outcome.err;
-}
-
-// The losses of a run's log, by step.
-std::vector<double> logged_losses(const std::string& log) {
-    std::vector<double> losses;
-    std::istringstream lines(read_file(log));
-    for (std::string line; std::getline(lines, line);)
-        losses.push_back(json::parse(line).at("train_loss"));
-    return losses;
 }
 
 // A run that one program begins, the other goes on with and the first ends has the losses of the
