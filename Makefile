@@ -130,8 +130,9 @@ programs: $(FOLDER)/train_gpt2 $(FOLDER)/test_gpt2
 # ==== the CUDA program on the emulator ===========================================================
 
 # train_gpt2.cu is plain C++ where dev/emu stands in for the card: NVIDIA's headers, our libraries.
-# It is compiled with -O2: the kernels are large, and -O3 gains nothing where fibers switch.
-EMU_FLAGS = -isystem $(CUDA_HOME)/include -I. -Wno-unknown-pragmas
+# It is compiled with -O2: the kernels are large, and -O3 gains nothing where fibers switch. nvcc
+# makes one instruction of a product and a sum, and so does g++ unless told otherwise.
+EMU_FLAGS = -isystem $(CUDA_HOME)/include -I. -Wno-unknown-pragmas -ffp-contract=fast
 NO_HEADERS := no NVIDIA headers here (cublasLt.h): install the CUDA toolkit, or set CUDA_HOME
 EMU_OBJECTS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out dev/emu/test_%,$(wildcard dev/emu/*.cpp)))
 CHECKS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
@@ -148,7 +149,10 @@ EMU_OPT = $(if $(filter asan tsan,$(VARIANT)),-O1,-O2)
 $(FOLDER)/dev/cuda/%.o: OWN_FLAGS = -Wno-unused-function
 $(CUDA_FOLDER)/dev/cuda/%.o: OWN_FLAGS = -diag-suppress 177
 
-$(FOLDER)/%.cu.o: %.cu $(FOLDER)/flags
+# (The flags above are not among those that the file `flags` holds.)
+$(EMU_OBJECTS) $(FOLDER)/twin_float.o $(FOLDER)/twin_double.o: Makefile
+
+$(FOLDER)/%.cu.o: %.cu $(FOLDER)/flags Makefile
 	$(if $(CUDA_HEADERS),,@echo "$(NO_HEADERS)" >&2; exit 1)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $(EMU_OPT) $(EMU_FLAGS) $(OWN_FLAGS) -MMD -MP -x c++ -c $< -o $@
@@ -156,12 +160,17 @@ $(FOLDER)/%.cu.o: %.cu $(FOLDER)/flags
 $(FOLDER)/train_gpt2cu_emu: $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
 
-# The CPU twin's layers are what kernels are held against, in float and in double. Its functions are
-# made weak, so that those of the contract give way to the CUDA program's.
+# The CPU twin's layers are what kernels are held against, in double, and in float to say how far
+# off float32 may be: there it adds up in order, without vectors and without a library, so that the
+# yardstick is the same on every machine (under g++; clang++ keeps lanes in reductions). Its functions are made weak, so that those of the contract
+# give way to the CUDA program's.
+IN_ORDER = -O2 -ffp-contract=fast -fno-tree-vectorize
 WEAKEN = nm -g --defined-only $< | awk '{print $$NF}' >$@.names && \
     objcopy --weaken-symbols=$@.names $< $@
 $(FOLDER)/twin_double.o: train_gpt2.cpp $(FOLDER)/flags
 	$(CXX) $(filter-out -DGPT2_ONEDNN,$(FLAGS)) -DGPT2_REAL=double -MMD -MP -c $< -o $@
+$(FOLDER)/twin_float.o: train_gpt2.cpp $(FOLDER)/flags
+	$(CXX) $(filter-out -DGPT2_ONEDNN,$(FLAGS)) $(IN_ORDER) -MMD -MP -c $< -o $@
 $(FOLDER)/weak_%.o: $(FOLDER)/%.o
 	$(WEAKEN)
 
@@ -172,7 +181,7 @@ $(FOLDER)/test_gpt2cu_emu: $(FOLDER)/test_gpt2.o $(FOLDER)/train_gpt2.cu.o $(EMU
 $(FOLDER)/test_emu: $(FOLDER)/dev/emu/test_emu.o $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-$(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_train_gpt2.o \
+$(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_twin_float.o \
     $(FOLDER)/weak_twin_double.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
 
@@ -243,7 +252,7 @@ $(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o
 	$(PORTABLE_CXX) $^ -o $@ -static-libstdc++ -static-libgcc -l:libutf8proc.a -l:libxxhash.a \
 	    -l:libgomp.a -lpthread
 $(addprefix $(PORTABLE)/,$(CHECKS)): $(PORTABLE)/%: $(CUDA_FOLDER)/dev/cuda/%.o \
-    $(CUDA_FOLDER)/weak_twin.o $(CUDA_FOLDER)/weak_twin_double.o
+    $(CUDA_FOLDER)/weak_twin_float.o $(CUDA_FOLDER)/weak_twin_double.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
 $(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h)
@@ -252,6 +261,9 @@ $(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h)
 $(CUDA_FOLDER)/twin.o: train_gpt2.cpp $(wildcard *.h)
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -c $< -o $@
+$(CUDA_FOLDER)/twin_float.o: train_gpt2.cpp $(wildcard *.h)
+	@mkdir -p $(@D)
+	$(PORTABLE_CXX) $(IN_ORDER) -c $< -o $@
 $(CUDA_FOLDER)/twin_double.o: train_gpt2.cpp $(wildcard *.h)
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -DGPT2_REAL=double -c $< -o $@

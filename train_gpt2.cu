@@ -28,10 +28,10 @@ using bf16 = __nv_bfloat16;
 constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
 constexpr double kGeluCube = 0.044715;
 
-constexpr int kWarp = 32;             // lanes of a warp
-constexpr int kMostThreads = 1024;    // of a block
-constexpr int kColumns = 8;           // columns of a row that a thread owns in the row kernels
-constexpr int kRowThreads = 512;      // of a block of theirs, at most
+constexpr int kWarp = 32;           // lanes of a warp
+constexpr int kMostThreads = 1024;  // of a block
+constexpr int kColumns = 8;         // columns of a row that a thread owns in the row kernels
+constexpr int kRowThreads = 512;    // of a block of theirs, at most
 constexpr int kMostChannels = kColumns * kRowThreads;
 constexpr int kMostHeadSize = 128;
 constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
@@ -132,9 +132,9 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
         fail_machine("%s: blocks of %u threads; with its %d registers a thread the card runs %d",
                      name, threads, limits.numRegs, limits.maxThreadsPerBlock);
     if (shared > size_t(limits.maxDynamicSharedSizeBytes)) {
-        check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shared)),
-              name);
+        check(
+            cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+            name);
         limits.maxDynamicSharedSizeBytes = int(shared);
     }
 #ifdef __CUDACC__
@@ -222,16 +222,14 @@ __device__ void store_pack(Float* to, const float* values) {
 }
 
 // The row kernels: a block works on one row of C numbers at a time and each thread owns kColumns of
-// its columns, as packs of Width that lie a block's width apart, so that a warp's accesses are whole
-// lines. What a thread keeps of a row, or sums up over rows, stays in its registers.
+// its columns, as packs of Width that lie a block's width apart, so that a warp's accesses are
+// whole lines. What a thread keeps of a row, or sums up over rows, stays in its registers.
 template <class Float, int Width>
 struct RowSlice {
     static constexpr int kPacks = kColumns / Width;
 
     // The first column of pack i of this thread; it owns the pack when that is below C.
-    static __device__ int column(int i) {
-        return (i * int(blockDim.x) + int(threadIdx.x)) * Width;
-    }
+    static __device__ int column(int i) { return (i * int(blockDim.x) + int(threadIdx.x)) * Width; }
     static __device__ void load(float (&values)[kColumns], const Float* row, int C) {
 #pragma unroll
         for (int i = 0; i < kPacks; i++) {
@@ -324,8 +322,8 @@ __device__ void drop_pack(float* values, const Dropout& dropout, uint64_t sequen
 // A block a row, 128 bits a thread and pack. Moves 3 BTC numbers: two rows read, one written.
 template <class Float, int Width>
 __global__ void __launch_bounds__(kRowThreads)
-    encoder_forward_kernel(Float* out, const int* inputs, const Float* wte,
-                                       const Float* wpe, int BT, int T, int C) {
+    encoder_forward_kernel(Float* out, const int* inputs, const Float* wte, const Float* wpe,
+                           int BT, int T, int C) {
     using Slice = RowSlice<Float, Width>;
     for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
         float token[kColumns], position[kColumns];
@@ -381,8 +379,8 @@ constexpr int kBucketWarps = 8;
 // and the first adds up what they found, in their order: no atomics, the same bits every time.
 // Moves BTC numbers of dout and reads and writes the rows of the tokens that occur.
 template <class Float, int Width>
-__global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout,
-                                               TokenBuckets buckets, int C) {
+__global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout, TokenBuckets buckets,
+                                               int C) {
     size_t offset = 0;
     Shared<float> sums = shared_array<float>(offset, kBucketWarps * kWarp * Width);
     int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -411,8 +409,7 @@ __global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout,
 // A block a position, which sums over the batch. Moves BTC numbers of dout.
 template <class Float, int Width>
 __global__ void __launch_bounds__(kRowThreads)
-    encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int T,
-                                                  int C) {
+    encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int T, int C) {
     using Slice = RowSlice<Float, Width>;
     int t = int(blockIdx.x);
     float sum[kColumns] = {};
@@ -424,8 +421,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 #pragma unroll
     for (int j = 0; j < kColumns; j++)
-        if (Slice::owns(j, C))
-            dwpe[size_t(t) * C + Slice::column(j / Width) + j % Width] += sum[j];
+        if (Slice::owns(j, C)) dwpe[size_t(t) * C + Slice::column(j / Width) + j % Width] += sum[j];
 }
 
 // forward: out = wte[token] + wpe[t], so dwte[token] += dout and dwpe[t] += dout
@@ -466,8 +462,7 @@ __device__ float2 row_statistics(const float (&x)[kColumns], BlockSum<1>& block_
 template <class Float, int Width>
 __global__ void __launch_bounds__(kRowThreads)
     layernorm_forward_kernel(Float* out, float* mean, float* rstd, const Float* inp,
-                                         const Float* weight, const Float* bias, float epsilon,
-                                         int BT, int C) {
+                             const Float* weight, const Float* bias, float epsilon, int BT, int C) {
     using Slice = RowSlice<Float, Width>;
     size_t offset = 0;
     BlockSum<1> block_sum(offset);
@@ -505,8 +500,7 @@ void layernorm_forward(Float* out, float* mean, float* rstd, const Float* inp, c
 // it is given. A block takes kWarp columns; its warps take the rows in turn, and the first adds up
 // what they found: the second stage of a sum that has the same bits every time.
 __global__ void __launch_bounds__(kMostThreads)
-    add_partial_sums_kernel(float* first, float* second, const float* partial, int rows,
-                                        int C) {
+    add_partial_sums_kernel(float* first, float* second, const float* partial, int rows, int C) {
     size_t offset = 0;
     Shared<float> sums = shared_array<float>(offset, int(blockDim.x));
     int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -537,9 +531,9 @@ static void add_partial_sums(float* first, float* second, const float* partial, 
 // registers, over all rows of its block, and writes them as a partial sum. Moves 4 BTC numbers.
 template <class Float, int Width>
 __global__ void __launch_bounds__(kRowThreads)
-    layernorm_backward_kernel(Float* dinp, float* partial, bool has_bias,
-                                          const Float* dout, const Float* inp, const Float* weight,
-                                          const float* mean, const float* rstd, int BT, int C) {
+    layernorm_backward_kernel(Float* dinp, float* partial, bool has_bias, const Float* dout,
+                              const Float* inp, const Float* weight, const float* mean,
+                              const float* rstd, int BT, int C) {
     using Slice = RowSlice<Float, Width>;
     size_t offset = 0;
     BlockSum<2> block_sum(offset);
@@ -581,9 +575,8 @@ __global__ void __launch_bounds__(kRowThreads)
 // weight. dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C).
 template <class Float>
 void layernorm_backward(Float* dinp, float* dweight, float* dbias, const Float* dout,
-                        const Float* inp, const Float* weight, const float* mean,
-                        const float* rstd, float* scratch, int B, int T, int C,
-                        cudaStream_t stream) {
+                        const Float* inp, const Float* weight, const float* mean, const float* rstd,
+                        float* scratch, int B, int T, int C, cudaStream_t stream) {
     int threads = row_threads(C), blocks = std::min(row_blocks(B * T, threads), kReduceRows);
     with_width<Float>(size_t(C), [&]<int Width>() {
         launch("layernorm_backward", layernorm_backward_kernel<Float, Width>, unsigned(blocks),
@@ -786,13 +779,13 @@ class Products {
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(product.align_d));
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(product.align_d));
         int count = 0;
-        cublasStatus_t status =
-            cublasLtMatmulAlgoGetHeuristic(handle_, p.description, p.a, p.b, p.d, p.d, preference_,
-                                           most, results, &count);
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+            handle_, p.description, p.a, p.b, p.d, p.d, preference_, most, results, &count);
         return status == CUBLAS_STATUS_SUCCESS ? count : 0;
     }
 
-    // The algorithm that a file of winners holds for a product; false where this library refuses it.
+    // The algorithm that a file of winners holds for a product; false where this library refuses
+    // it.
     bool read_algorithm(const std::string& hex, Plan& p) {
         cublasLtMatmulAlgo_t algorithm;
         auto* bytes = reinterpret_cast<unsigned char*>(&algorithm);
@@ -920,9 +913,9 @@ class Products {
         cudaDeviceProp card;
         check(cudaGetDevice(&device), "cudaGetDevice");
         check(cudaGetDeviceProperties(&card, device), "cudaGetDeviceProperties");
-        std::string name = format("%s-cublaslt%zu%s%s", card.name, cublasLtGetVersion(),
-                                  options_.deterministic ? "" : "-any",
-                                  options_.tf32 ? "-tf32" : "");
+        std::string name =
+            format("%s-cublaslt%zu%s%s", card.name, cublasLtGetVersion(),
+                   options_.deterministic ? "" : "-any", options_.tf32 ? "-tf32" : "");
         for (char& c : name)
             if (!isalnum(static_cast<unsigned char>(c)) && c != '-' && c != '.') c = '_';
         return options_.cache_folder + "/" + name + ".json";
@@ -991,7 +984,7 @@ inline void Products::TuningMemory::fill(cudaStream_t stream, size_t bytes) {
 
 template <class Float>
 Product forward_product(int BT, int C, int OC, cublasLtEpilogue_t epilogue) {
-    return {OC,   BT, C, true, false, kDataType<Float>, kDataType<Float>, false, epilogue};
+    return {OC, BT, C, true, false, kDataType<Float>, kDataType<Float>, false, epilogue};
 }
 
 // out = inp weight^T + bias
@@ -1068,8 +1061,8 @@ void bias_backward(float* dbias, const Float* dout, float* scratch, int BT, int 
     int warps = std::min(kWarps, BT), rows = 0;
     with_width<Float>(size_t(OC), [&]<int Width>() {
         int columns = divide_up(OC, kWarp * Width);
-        rows = std::min({divide_up(8 * multiprocessors(), columns), divide_up(BT, warps),
-                         kReduceRows});
+        rows = std::min(
+            {divide_up(8 * multiprocessors(), columns), divide_up(BT, warps), kReduceRows});
         launch("bias_backward", bias_backward_kernel<Float, Width>,
                dim3(unsigned(columns), unsigned(rows)), unsigned(warps * kWarp),
                size_t(warps) * kWarp * Width * sizeof(float), stream, scratch, dout, BT, OC);
@@ -1082,8 +1075,8 @@ void bias_backward(float* dbias, const Float* dout, float* scratch, int BT, int 
 template <class Float>
 void weight_backward(float* dweight, float* dbias, const Float* dout, const Float* inp,
                      float* scratch, int BT, int C, int OC, Products& products) {
-    Product product = {C,    OC,   BT, false, true, kDataType<Float>, CUDA_R_32F,
-                       true, CUBLASLT_EPILOGUE_DEFAULT};
+    Product product = {
+        C, OC, BT, false, true, kDataType<Float>, CUDA_R_32F, true, CUBLASLT_EPILOGUE_DEFAULT};
     product = product.of(dweight, inp, dout);
     if (dbias == nullptr) return products.run(product, dweight, inp, dout, nullptr, nullptr);
     Product fused = product;
@@ -1109,8 +1102,15 @@ template <class Float>
 void matmul_backward(Float* dinp, float* dweight, float* dbias, const Float* dout, const Float* inp,
                      const Float* weight, float* scratch, int BT, int C, int OC,
                      Products& products) {
-    Product product = {C,     BT,   OC, false, false, kDataType<Float>, kDataType<Float>,
-                       false, CUBLASLT_EPILOGUE_DEFAULT};
+    Product product = {C,
+                       BT,
+                       OC,
+                       false,
+                       false,
+                       kDataType<Float>,
+                       kDataType<Float>,
+                       false,
+                       CUBLASLT_EPILOGUE_DEFAULT};
     products.run(product.of(dinp, weight, dout), dinp, weight, dout, nullptr, nullptr);
     weight_backward(dweight, dbias, dout, inp, scratch, BT, C, OC, products);
 }
@@ -1122,8 +1122,15 @@ template <class Float>
 void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float* dout,
                           const Float* inp, const Float* pre, const Float* weight, float* scratch,
                           int BT, int C, int OC, Products& products) {
-    Product product = {C,     BT,   OC, false, false, kDataType<Float>, kDataType<Float>,
-                       false, CUBLASLT_EPILOGUE_DEFAULT};
+    Product product = {C,
+                       BT,
+                       OC,
+                       false,
+                       false,
+                       kDataType<Float>,
+                       kDataType<Float>,
+                       false,
+                       CUBLASLT_EPILOGUE_DEFAULT};
     product = product.of(dpre, weight, dout);
     Product fused = product;
     fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
@@ -1145,8 +1152,7 @@ void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float
 // A block a row at a time. Moves 2 BTC numbers.
 template <class Float, int Width>
 __global__ void __launch_bounds__(kRowThreads)
-    dropout_forward_kernel(Float* out, const Float* inp, Dropout dropout, int BT, int T,
-                                       int C) {
+    dropout_forward_kernel(Float* out, const Float* inp, Dropout dropout, int BT, int T, int C) {
     using Slice = RowSlice<Float, Width>;
     for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
         float x[kColumns];
@@ -2338,15 +2344,15 @@ void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N,
 
 // ==== residual ===================================================================================
 
-// A block a row at a time, as in layernorm_forward. Moves 4 BTC numbers where two kernels would move
+// A block a row at a time, as in layernorm_forward. Moves 4 BTC numbers where two kernels would
+// move
 // 5. The norm is taken of the sum as it is stored, rounded, which is what backward reads.
 template <class Float, int Width, bool kDrops>
 __global__ void __launch_bounds__(kRowThreads)
-    residual_layernorm_forward_kernel(Float* residual, Float* out, float* mean,
-                                                  float* rstd, const Float* inp,
-                                                  const Float* branch, const Float* weight,
-                                                  const Float* bias, float epsilon,
-                                                  Dropout dropout, int BT, int T, int C) {
+    residual_layernorm_forward_kernel(Float* residual, Float* out, float* mean, float* rstd,
+                                      const Float* inp, const Float* branch, const Float* weight,
+                                      const Float* bias, float epsilon, Dropout dropout, int BT,
+                                      int T, int C) {
     using Slice = RowSlice<Float, Width>;
     size_t offset = 0;
     BlockSum<1> block_sum(offset);
@@ -2387,10 +2393,9 @@ void residual_layernorm_forward(Float* residual, Float* out, float* mean, float*
         auto kernel = dropout.probability > 0
                           ? residual_layernorm_forward_kernel<Float, Width, true>
                           : residual_layernorm_forward_kernel<Float, Width, false>;
-        launch("residual_layernorm_forward", kernel,
-               unsigned(row_blocks(B * T, threads)), unsigned(threads), BlockSum<1>::bytes(),
-               stream, residual, out, mean, rstd, inp, branch, weight, bias, float(epsilon),
-               dropout, B * T, T, C);
+        launch("residual_layernorm_forward", kernel, unsigned(row_blocks(B * T, threads)),
+               unsigned(threads), BlockSum<1>::bytes(), stream, residual, out, mean, rstd, inp,
+               branch, weight, bias, float(epsilon), dropout, B * T, T, C);
     });
 }
 
@@ -2457,7 +2462,8 @@ __global__ void classifier_forward_kernel(float* losses, Float* logits, const in
             if (j + k < V) pack.sum += expf(values[k] - pack.largest);
         mine = merge(mine, pack);
     }
-    // The barrier inside also keeps the row as it is until every thread has read the target's logit.
+    // The barrier inside also keeps the row as it is until every thread has read the target's
+    // logit.
     SoftmaxSum all = block_merge(mine, partial);
     if (threadIdx.x == 0) losses[blockIdx.x] = all.largest + logf(all.sum) - at_target;
     if (!gradient) return;
@@ -2520,8 +2526,8 @@ static void add_losses(double* loss, const float* losses, double loss_scale, int
 
 // ==== global norm ================================================================================
 
-// Squares and sums in double, eight numbers of a thread at a time; each block writes one sum. Reads N
-// numbers, which takes longer than the sums even on cards that are slow in double.
+// Squares and sums in double, eight numbers of a thread at a time; each block writes one sum. Reads
+// N numbers, which takes longer than the sums even on cards that are slow in double.
 __global__ void global_norm_kernel(double* partial, const float* gradients, size_t N) {
     constexpr int Width = kWide<float>;
     size_t offset = 0;
@@ -2555,7 +2561,7 @@ __global__ void global_norm_root_kernel(double* norm, const double* partial, int
 static void global_norm(double* norm, double* scratch, const float* gradients, size_t N,
                         cudaStream_t stream) {
     constexpr int kThreads = 256;
-    size_t needed = (N / (2 * kWide<float>) + kThreads - 1) / kThreads;
+    size_t needed = (N / (2 * kWide<float>)+kThreads - 1) / kThreads;
     int blocks = int(std::min({needed, size_t(8 * multiprocessors()), size_t(kNormBlocks)}));
     launch("global_norm", global_norm_kernel, unsigned(blocks), kThreads, kWarp * sizeof(double),
            stream, scratch, gradients, N);
@@ -2611,8 +2617,8 @@ __global__ void adamw_update_kernel(float* params, Float* narrow, float* m, floa
             g[k] *= scale;
             m_new[k] = f.beta1 * m_new[k] + f.rest1 * g[k];
             v_new[k] = f.beta2 * v_new[k] + f.rest2 * g[k] * g[k];
-            p[k] = f.keep * p[k] -
-                   f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
+            p[k] =
+                f.keep * p[k] - f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
         }
         store_pack<float, Width>(m + at, m_new);
         store_pack<float, Width>(v + at, v_new);
@@ -2720,30 +2726,30 @@ struct GPT2 {
     ParameterPointers<Number> pointers(Number* memory, int l) const {
         ParameterPointers<Number> tensors;
         size_t offset = 0;
-#define X(name, ...)                                                                  \
-    {                                                                                 \
-        const ParameterRow& row = parameter_rows[k_##name];                           \
-        size_t layer = row.count > 1 ? size_t(l) * row.size() : 0;                    \
-        if (row.present && memory != nullptr) tensors.name = memory + offset + layer; \
-        offset += row.allocated();                                                    \
-    }
+#    define X(name, ...)                                                                  \
+        {                                                                                 \
+            const ParameterRow& row = parameter_rows[k_##name];                           \
+            size_t layer = row.count > 1 ? size_t(l) * row.size() : 0;                    \
+            if (row.present && memory != nullptr) tensors.name = memory + offset + layer; \
+            offset += row.allocated();                                                    \
+        }
         GPT2_PARAMETER_TABLE(X)
-#undef X
+#    undef X
         return tensors;
     }
 
     template <class Float>
     ActivationPointers<Float, float> activations_of(int l) const {
         ActivationPointers<Float, float> tensors;
-#define X(name, type, ...)                                                                    \
-    {                                                                                         \
-        using Number = std::remove_pointer_t<decltype(tensors.name)>;                         \
-        const ActivationRow& row = activation_rows[a_##name];                                 \
-        size_t layer = row.count > 1 ? size_t(l) * row.size : 0;                              \
-        if (row.count > 0) tensors.name = static_cast<Number*>(activations[a_##name]) + layer; \
-    }
+#    define X(name, type, ...)                                                                     \
+        {                                                                                          \
+            using Number = std::remove_pointer_t<decltype(tensors.name)>;                          \
+            const ActivationRow& row = activation_rows[a_##name];                                  \
+            size_t layer = row.count > 1 ? size_t(l) * row.size : 0;                               \
+            if (row.count > 0) tensors.name = static_cast<Number*>(activations[a_##name]) + layer; \
+        }
         GPT2_ACTIVATION_TABLE(X)
-#undef X
+#    undef X
         return tensors;
     }
 
@@ -2797,10 +2803,11 @@ static void check_memory(const GPT2Config& config, const GPT2Shape& shape) {
     for (const MemoryRow& row : rows) {
         needed += row.bytes;
         if (needed > free)
-            fail_machine("out of memory: %s need %.1f MiB, and the model %.1f MiB more than the "
-                         "%.1f MiB that are free on the card; %s",
-                         row.group.c_str(), double(row.bytes) / 1048576, double(missing) / 1048576,
-                         double(free) / 1048576, what_would_fit(config, shape, free).c_str());
+            fail_machine(
+                "out of memory: %s need %.1f MiB, and the model %.1f MiB more than the "
+                "%.1f MiB that are free on the card; %s",
+                row.group.c_str(), double(row.bytes) / 1048576, double(missing) / 1048576,
+                double(free) / 1048576, what_would_fit(config, shape, free).c_str());
     }
 }
 
@@ -3144,8 +3151,8 @@ static void model_generate(GPT2* model, const int* tokens, int B, int n, int pos
             inputs.insert(inputs.end(), tokens + size_t(b) * size_t(n) + done,
                           tokens + size_t(b) * size_t(n) + done + now);
         stage_batch(model, inputs.data(), nullptr, B, now, false);
-        encoder_forward(a.encoded, model->slot().device, p.wte,
-                        p.wpe + size_t(position + done) * C, B, now, int(C), model->stream);
+        encoder_forward(a.encoded, model->slot().device, p.wte, p.wpe + size_t(position + done) * C,
+                        B, now, int(C), model->stream);
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
                           config.layer_norm_epsilon, B, now, int(C), model->stream);
         const Float* residual = a.encoded;
@@ -3174,9 +3181,8 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
     assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
     assert(n >= 1 && position >= 0 && position + n <= model->config.context);
     model->pass = GPT2Pass{};
-    with_type(model->shape.dtype, [&]<class Float>() {
-        model_generate<Float>(model, tokens, B, n, position, logits);
-    });
+    with_type(model->shape.dtype,
+              [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
 }
 
 // ==== gpt2_backward ==============================================================================
@@ -3348,9 +3354,10 @@ static void require_device() {
     cudaError_t status = cudaGetDeviceCount(&count);
     if (driver == 0) fail_machine("no NVIDIA driver here; %s", kCpu);
     if (status == cudaErrorInsufficientDriver)
-        fail_machine("the driver supports CUDA %d.%d, and this program needs %d.%d: install a newer "
-                     "driver",
-                     driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        fail_machine(
+            "the driver supports CUDA %d.%d, and this program needs %d.%d: install a newer "
+            "driver",
+            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0))
         fail_machine("no GPU here; %s", kCpu);
     check(status, "cudaGetDeviceCount");
@@ -3368,14 +3375,12 @@ std::string gpt2_device() {
     int driver = 0;
     check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
     return format("%s, %d multiprocessors, %.1f GiB, CUDA %d.%d, cuBLASLt %zu", card.name,
-                  card.multiProcessorCount, double(card.totalGlobalMem) / 1073741824,
-                  driver / 1000, driver % 1000 / 10, cublasLtGetVersion());
+                  card.multiProcessorCount, double(card.totalGlobalMem) / 1073741824, driver / 1000,
+                  driver % 1000 / 10, cublasLtGetVersion());
 }
 
 // bf16 has the range of float32, so that nothing needs scaling, and half its bytes.
-Dtype gpt2_dtype(const std::string& option) {
-    return option == "fp32" ? Dtype::fp32 : Dtype::bf16;
-}
+Dtype gpt2_dtype(const std::string& option) { return option == "fp32" ? Dtype::fp32 : Dtype::bf16; }
 
 // Dense bf16 operations/s with float32 sums, as NVIDIA's data sheets give them; the first name that
 // is part of the card's own.
@@ -3384,11 +3389,10 @@ struct CardRate {
     double tflops;
 };
 constexpr CardRate kCards[] = {
-    {"H100 PCIe", 756},  {"H100 NVL", 835}, {"H100", 989}, {"H200", 989},
-    {"GH200", 989},      {"B200", 2250},    {"A100", 312}, {"A30", 165},
-    {"A40", 149.7},      {"RTX A6000", 154.8}, {"A10G", 70}, {"A10", 125},
-    {"L40S", 362},       {"L4", 121},       {"RTX 3090", 71}, {"RTX 4090", 165.2},
-    {"RTX 5090", 209.5},
+    {"H100 PCIe", 756},  {"H100 NVL", 835},   {"H100", 989}, {"H200", 989},  {"GH200", 989},
+    {"B200", 2250},      {"A100", 312},       {"A30", 165},  {"A40", 149.7}, {"RTX A6000", 154.8},
+    {"A10G", 70},        {"A10", 125},        {"L40S", 362}, {"L4", 121},    {"RTX 3090", 71},
+    {"RTX 4090", 165.2}, {"RTX 5090", 209.5},
 };
 
 // What a multiprocessor does in a cycle: bf16 operations by tensor cores (0: it differs between the
@@ -3398,7 +3402,7 @@ struct MultiprocessorRate {
     double bf16, fp32;
 };
 constexpr MultiprocessorRate kMultiprocessors[] = {
-    {8, 0, 2048, 128}, {8, 6, 0, 256}, {8, 9, 0, 256},
+    {8, 0, 2048, 128}, {8, 6, 0, 256},     {8, 9, 0, 256},
     {9, 0, 4096, 256}, {10, 0, 8192, 256}, {12, 0, 0, 256},
 };
 

@@ -116,7 +116,8 @@ static void expect_gradient(const char* name, const Numbers& got, const Numbers&
     if constexpr (sizeof(Float) == 4) return expect_close<Float>(name, got, reference, twin);
     Distance error = distance(got, reference), allowed = distance(rounded<Float>(twin), reference);
     Distance inside = distance(rounded<Float>(rounding), reference);
-    double norm = 2 * allowed.norm, largest = 2 * std::max(allowed.largest, inside.largest);
+    double norm = checks.factor * allowed.norm;
+    double largest = checks.factor * std::max(allowed.largest, inside.largest);
     checks.count(error.norm <= norm && error.largest <= largest,
                  format("%s: off by %.3g in norm (allowed %.3g) and %.3g in one element (allowed "
                         "%.3g; by roundings inside %.3g)",
