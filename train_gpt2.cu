@@ -256,10 +256,19 @@ static int row_blocks(int rows, int threads) {
     return std::min(rows, multiprocessors() * std::max(1, 2048 / threads));
 }
 
-// Calls f.template operator()<Width>() with the widest pack that a row of C numbers allows.
+// Whether rows of C numbers can be moved in wide packs. Those that can must also begin where such
+// packs do.
+template <class Float, class... Rows>
+bool are_wide(size_t C, const Rows*... rows) {
+    if (C % kWide<Float> != 0) return false;
+    assert(((reinterpret_cast<uintptr_t>(rows) % 16 == 0) && ...));
+    return true;
+}
+
+// Calls f.template operator()<Width>() with the width of a pack.
 template <class Float, class F>
-void with_width(size_t C, F f) {
-    if (C % kWide<Float> == 0) f.template operator()<kWide<Float>>();
+void with_width(bool wide, F f) {
+    if (wide) f.template operator()<kWide<Float>>();
     else f.template operator()<1>();
 }
 
@@ -340,7 +349,7 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Float>
 void encoder_forward(Float* out, const int* inputs, const Float* wte, const Float* wpe, int B,
                      int T, int C, cudaStream_t stream) {
-    with_width<Float>(size_t(C), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(C), out, wte, wpe), [&]<int Width>() {
         int threads = row_threads(C);
         launch("encoder_forward", encoder_forward_kernel<Float, Width>,
                unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inputs, wte,
@@ -429,7 +438,7 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Float>
 void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBuckets& buckets,
                       int B, int T, int C, cudaStream_t stream) {
-    with_width<Float>(size_t(C), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(C), dout), [&]<int Width>() {
         dim3 grid(unsigned(buckets.count), unsigned(divide_up(C, kWarp * Width)));
         launch("encoder_backward, tokens", encoder_backward_tokens_kernel<Float, Width>, grid,
                kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream, dwte,
@@ -488,7 +497,7 @@ template <class Float>
 void layernorm_forward(Float* out, float* mean, float* rstd, const Float* inp, const Float* weight,
                        const Float* bias, double epsilon, int B, int T, int C,
                        cudaStream_t stream) {
-    with_width<Float>(size_t(C), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(C), out, inp, weight, bias), [&]<int Width>() {
         int threads = row_threads(C);
         launch("layernorm_forward", layernorm_forward_kernel<Float, Width>,
                unsigned(row_blocks(B * T, threads)), unsigned(threads), BlockSum<1>::bytes(),
@@ -578,7 +587,7 @@ void layernorm_backward(Float* dinp, float* dweight, float* dbias, const Float* 
                         const Float* inp, const Float* weight, const float* mean, const float* rstd,
                         float* scratch, int B, int T, int C, cudaStream_t stream) {
     int threads = row_threads(C), blocks = std::min(row_blocks(B * T, threads), kReduceRows);
-    with_width<Float>(size_t(C), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(C), dinp, dout, inp, weight), [&]<int Width>() {
         launch("layernorm_backward", layernorm_backward_kernel<Float, Width>, unsigned(blocks),
                unsigned(threads), BlockSum<2>::bytes(), stream, dinp, scratch, dbias != nullptr,
                dout, inp, weight, mean, rstd, B * T, C);
@@ -1059,7 +1068,7 @@ void bias_backward(float* dbias, const Float* dout, float* scratch, int BT, int 
                    cudaStream_t stream) {
     constexpr int kWarps = 8;
     int warps = std::min(kWarps, BT), rows = 0;
-    with_width<Float>(size_t(OC), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(OC), dout), [&]<int Width>() {
         int columns = divide_up(OC, kWarp * Width);
         rows = std::min(
             {divide_up(8 * multiprocessors(), columns), divide_up(BT, warps), kReduceRows});
@@ -1170,7 +1179,7 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Float>
 void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B, int T, int C,
                      cudaStream_t stream) {
-    with_width<Float>(size_t(C), [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(size_t(C), out, inp), [&]<int Width>() {
         int threads = row_threads(C);
         launch("dropout_forward", dropout_forward_kernel<Float, Width>,
                unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inp,
@@ -1286,6 +1295,7 @@ __device__ void load_tile(Shared<typename Tiles::Float> tile, const typename Til
         }
         return;
     }
+#pragma unroll 1  // registers are for what happens often
     for (int i = int(threadIdx.x); i < count * Tiles::kHead; i += int(blockDim.x)) {
         int row = i / Tiles::kHead, column = i % Tiles::kHead;
         bool valid = first + row < shape.T && column < shape.HS;
@@ -1338,6 +1348,7 @@ __device__ void store_rows(typename Tiles::Float* rows, size_t stride, int first
         }
         return;
     }
+#pragma unroll 1
     for (int i = lane; i < Tiles::kRows * Tiles::kHead; i += kWarp) {
         int row = i / Tiles::kHead, column = i % Tiles::kHead;
         if (first + row < shape.T && column < shape.HS)
@@ -1945,7 +1956,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
     AttentionPlace place = attention_place(shape, tiles);
     int first = place.tile * rows, own = first + warp * Tiles::kRows;
-    int first_step = first / kStep, steps = divide_up(T, kStep);
+    int first_query = first / kStep * kStep;
     size_t stride = size_t(3 * C), head = size_t(place.b) * T * stride + place.h * shape.HS;
     const Float *q = qkv + head, *k = q + C, *v = k + C;
     const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;
@@ -1963,8 +1974,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     LeftRows<Tiles, Tiles::kHold> left_keys(own_keys), left_values(own_values);
     load_tile<Tiles>(keys, k, stride, first, rows, shape);
     load_tile<Tiles>(values, v, stride, first, rows, shape);
-    load_tile<Tiles>(queries, q, stride, first_step * kStep, kStep, shape);
-    load_tile<Tiles>(douts, d, size_t(C), first_step * kStep, kStep, shape);
+    int start = first_query / kStep % 2 * kTile;
+    load_tile<Tiles>(queries + start, q, stride, first_query, kStep, shape);
+    load_tile<Tiles>(douts + start, d, size_t(C), first_query, kStep, shape);
     cp_async_commit();
 
     float next_shift = 0, next_delta = 0;  // on their way for this thread's query of the next step
@@ -1974,11 +1986,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         next_shift = valid ? logsumexp[vectors + query + tid] * kLog2e : INFINITY;
         next_delta = valid ? delta[vectors + query + tid] : 0.f;
     };
-    fetch(first_step * kStep);
+    fetch(first_query);
     typename Tiles::Sums dk = {}, dv = {};
     const float scale = kLog2e / sqrtf(float(shape.HS));
-    for (int step = first_step; step < steps; step++) {
-        int query = step * kStep, current = (step - first_step) % 2, next = 1 - current;
+    for (int query = first_query; query < T; query += kStep) {
+        int current = query / kStep % 2, next = 1 - current;
         Shared<float> numbers = query_numbers + current * 2 * kStep;
         if (tid < kStep) {
             numbers[tid] = next_shift;
@@ -1988,13 +2000,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         // This step's tiles and numbers are there for every thread, and every warp is done with
         // those of the step before, whose place the next ones take.
         __syncthreads();
-        if (step + 1 < steps) {
+        if (query + kStep < T) {
             load_tile<Tiles>(queries + next * kTile, q, stride, query + kStep, kStep, shape);
             load_tile<Tiles>(douts + next * kTile, d, size_t(C), query + kStep, kStep, shape);
             cp_async_commit();
             fetch(query + kStep);
         }
-        if (step == first_step) left_keys.hold(), left_values.hold();
+        if (query == first_query) left_keys.hold(), left_values.hold();
         if (own > query + kStep - 1) continue;
         Shared<const Float> query_tile = queries + current * kTile;
         Shared<const Float> dout_tile = douts + current * kTile;
@@ -2306,7 +2318,7 @@ constexpr int kPackThreads = 256;
 // out (N) is written
 template <class Float>
 void gelu_forward(Float* out, const Float* inp, size_t N, cudaStream_t stream) {
-    with_width<Float>(N, [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(N, out, inp), [&]<int Width>() {
         launch("gelu_forward", gelu_forward_kernel<Float, Width>,
                pack_blocks<Float, Width>(N, kPackThreads), kPackThreads, 0, stream, out, inp, N);
     });
@@ -2335,7 +2347,7 @@ __global__ void gelu_backward_kernel(Float* dinp, const Float* dout, const Float
 template <class Float>
 void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N,
                    cudaStream_t stream) {
-    with_width<Float>(N, [&]<int Width>() {
+    with_width<Float>(are_wide<Float>(N, dinp, dout, inp), [&]<int Width>() {
         launch("gelu_backward", gelu_backward_kernel<Float, Width>,
                pack_blocks<Float, Width>(N, kPackThreads), kPackThreads, 0, stream, dinp, dout, inp,
                N);
@@ -2388,7 +2400,8 @@ void residual_layernorm_forward(Float* residual, Float* out, float* mean, float*
                                 const Float* inp, const Float* branch, const Float* weight,
                                 const Float* bias, double epsilon, const Dropout& dropout, int B,
                                 int T, int C, cudaStream_t stream) {
-    with_width<Float>(C, [&]<int Width>() {
+    bool wide = are_wide<Float>(size_t(C), residual, out, inp, branch, weight, bias);
+    with_width<Float>(wide, [&]<int Width>() {
         int threads = row_threads(C);
         auto kernel = dropout.probability > 0
                           ? residual_layernorm_forward_kernel<Float, Width, true>
