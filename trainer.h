@@ -1186,16 +1186,21 @@ inline volatile std::sig_atomic_t& stop_signal() {
 }
 
 // While it lives, the first SIGINT or SIGTERM is noted in stop_signal() and the second one ends the
-// program at once.
+// program at once. The handler has a stack of its own: kernels that oneDNN makes at run time may
+// use the stack pointer as they like, and what the system puts there for a handler then falls on
+// the heap. A signal to the process goes to the main thread, whose stack this is.
 class StopOnSignal {
   public:
-    StopOnSignal() {
+    StopOnSignal() : stack_(kStackBytes) {
+        stack_t stack = {};
+        stack.ss_sp = stack_.data(), stack.ss_size = stack_.size();
+        sigaltstack(&stack, &outer_stack_);
         struct sigaction action = {};
         action.sa_handler = [](int signal) {
             if (stop_signal() != 0) _exit(128 + signal);
             stop_signal() = signal;
         };
-        action.sa_flags = SA_RESTART;
+        action.sa_flags = SA_RESTART | SA_ONSTACK;
         sigaction(SIGINT, &action, &interrupt_);
         sigaction(SIGTERM, &action, &terminate_);
     }
@@ -1204,9 +1209,14 @@ class StopOnSignal {
     ~StopOnSignal() {
         sigaction(SIGINT, &interrupt_, nullptr);
         sigaction(SIGTERM, &terminate_, nullptr);
+        sigaltstack(&outer_stack_, nullptr);
     }
 
   private:
+    static constexpr size_t kStackBytes =
+        1 << 16;  // several times what AVX-512 and AMX registers take
+    std::vector<char> stack_;
+    stack_t outer_stack_;
     struct sigaction interrupt_, terminate_;
 };
 
