@@ -141,8 +141,8 @@ static double tensor_core_floor(int terms, const Numbers& reference) {
 #endif
 }
 
-// What the twin gives where the product is rounded before GELU's derivative is taken to it, as it is
-// where these are two kernels.
+// What the twin gives where the product is rounded before it is multiplied by GELU's derivative, as
+// in two kernels.
 template <class Float>
 static Numbers dpre_in_two_roundings(const ProductGradients& before, const ProductInputs& in,
                                      const ProductShape& shape) {
