@@ -31,7 +31,7 @@
 #include <set>
 #include <thread>
 
-#include "trainer.h"
+#include "commands.h"
 
 // ==== tools ======================================================================================
 

@@ -14,8 +14,8 @@
 #include <chrono>
 #include <fstream>
 
+#include "commands.h"
 #include "gpt2.h"
-#include "trainer.h"
 #ifdef GPT2_ONEDNN
 #    include <oneapi/dnnl/dnnl.h>
 #endif

@@ -18,7 +18,7 @@
 #include "dataloader.h"
 #include "gpt2.h"
 #ifndef GPT2_LAYERS_ONLY  // the programs of dev/cuda take the layers alone
-#    include "trainer.h"
+#    include "commands.h"
 #endif
 
 // ==== constants ==================================================================================

@@ -1,0 +1,946 @@
+// The command line: options, commands, and the program.
+//
+// Options are defined once, in a table from which --help, the range checks and the suggestions for
+// misspelt words follow. run() is the program: it parses, calls the command, and turns whatever
+// goes wrong into one line and an exit code.
+#pragma once
+
+#include <poll.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <iostream>
+
+#include "trainer.h"
+
+// ==== options ====================================================================================
+
+struct SampleOptions {
+    std::string model, tokenizer, prompt = "\n", out;
+    size_t max_new_tokens = 200, num_samples = 1;
+    uint64_t seed = 42;
+    SamplerOptions sampler;
+    ComputeOptions compute;
+};
+
+struct EvaluateOptions {
+    std::string model, tokenizer;
+    std::vector<std::string> data;
+    int sequence_length = 0, batch_size = 8;
+    ComputeOptions compute;
+    bool as_json = false;
+};
+
+struct TokenizerOptions {
+    std::string tokenizer, in, out, pattern = "gpt2";
+    std::vector<std::string> data;
+    int vocab_size = 1024;
+};
+
+struct ShardOptions {
+    std::vector<std::string> data;
+    std::string tokenizer = "gpt2", out;
+    size_t shard_tokens = 100000000;
+    double val_fraction = 0.1;
+};
+
+struct DumpOptions {
+    std::string model, tokens, out;
+    size_t steps = 0;
+    AdamW adamw;
+    ComputeOptions compute;
+};
+
+struct PlanOptions {
+    TrainOptions train;
+    int vocab_size = 50257;
+};
+
+// Every command's options, and which command was called.
+struct Options {
+    TrainOptions train;
+    SampleOptions sample;
+    EvaluateOptions evaluate;
+    TokenizerOptions tokenizer;
+    ShardOptions shard;
+    DumpOptions dump;
+    PlanOptions plan;
+    std::vector<std::string> info_paths;
+};
+
+// ==== the table of options =======================================================================
+
+// Accepts numbers of [low, high] spelt in decimal; NaN and infinities are in no range.
+template <typename T>
+CLI::Validator in_range(double low, double high) {
+    auto check = [low, high](std::string& word) {
+        char* end = nullptr;
+        double value = std::strtod(word.c_str(), &end);
+        bool whole = word.find_first_not_of("0123456789+-") == std::string::npos;
+        bool decimal = word.find_first_of("xXpP") == std::string::npos;
+        bool number = !word.empty() && *end == '\0' && decimal && (whole || !std::is_integral_v<T>);
+        if (number && value >= low && value <= high) return std::string();
+        const char* kind = std::is_integral_v<T> ? "a whole number" : "a number";
+        return format("%s: must be %s from %.10g to %.10g", word.c_str(), kind, low, high);
+    };
+    return CLI::Validator(check, "");
+}
+
+// One option with a number for its value: `unit` stands for the value in --help.
+template <typename T>
+CLI::Option* add_number(CLI::App* app, const std::string& name, T& value, double low, double high,
+                        const std::string& unit, const std::string& help) {
+    CLI::Option* option = app->add_option(name, value, help)->type_name(unit);
+    return option->check(in_range<T>(low, high))->capture_default_str();
+}
+
+inline CLI::Option* add_text(CLI::App* app, const std::string& name, std::string& value,
+                             const std::string& unit, const std::string& help) {
+    return app->add_option(name, value, help)->type_name(unit)->capture_default_str();
+}
+
+inline CLI::Option* add_choice(CLI::App* app, const std::string& name, std::string& value,
+                               const std::vector<std::string>& choices, const std::string& help) {
+    std::string all;
+    for (const std::string& choice : choices) all += (all.empty() ? "" : "|") + choice;
+    auto check = [choices, all](std::string& word) {
+        bool known = std::find(choices.begin(), choices.end(), word) != choices.end();
+        return known ? std::string() : format("%s: must be %s", word.c_str(), all.c_str());
+    };
+    CLI::Option* option = app->add_option(name, value, help)->type_name(all);
+    return option->check(CLI::Validator(check, ""))->capture_default_str();
+}
+
+inline CLI::Option* add_paths(CLI::App* app, const std::string& name,
+                              std::vector<std::string>& paths, const std::string& help) {
+    return app->add_option(name, paths, help)->type_name("PATH");
+}
+
+inline void add_compute_options(CLI::App* app, ComputeOptions& o) {
+    add_choice(app, "--dtype", o.dtype, {"auto", "fp32", "bf16"},
+               "precision of products; auto: the fastest that this program has for the device");
+    add_choice(app, "--tf32", o.tf32, {"on", "off"},
+               "float32 products of numbers rounded to 10 bits, on the tensor cores of a card "
+               "(CUDA only)");
+    add_choice(app, "--deterministic", o.deterministic, {"on", "off"},
+               "only algorithms that give the same bits every time; off allows faster ones "
+               "(CUDA only)");
+    add_number(app, "--threads", o.threads, 1, 4096, "N", "threads of the processor")
+        ->default_str("all cores");
+}
+
+inline void add_model_options(CLI::App* app, ModelOptions& o) {
+    app->option_defaults()->group("Model");
+    const char* names =
+        "tiny, small, medium, gpt2, gpt2-medium, gpt2-large, gpt2-xl, dN (a GPT-2 of N layers), "
+        "a model FOLDER to go on from, or a config.json";
+    add_text(app, "--model", o.model, "NAME|FOLDER", names)
+        ->default_str("2 layers, 4 heads, 256 channels, context 64");
+    add_number(app, "--layers", o.layers, 1, 1000, "N", "layers")->default_str("of --model");
+    add_number(app, "--heads", o.heads, 1, 1000, "N", "attention heads; they divide the channels")
+        ->default_str("of --model");
+    add_number(app, "--channels", o.channels, 1, 1 << 16, "N", "width of the residual stream")
+        ->default_str("of --model");
+    add_number(app, "--context", o.context, 1, 1 << 20, "TOKENS", "positions of the model")
+        ->default_str("of --model");
+    add_number(app, "--dropout", o.dropout, 0, 0.99, "P", "probability of dropping a value");
+}
+
+inline void add_length_options(CLI::App* app, TrainOptions& o) {
+    app->option_defaults()->group("Length");
+    add_number(app, "--batch-size", o.batch_size, 1, 1 << 24, "N",
+               "sequences in a batch, on each rank");
+    add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
+               "tokens in a sequence")
+        ->default_str("the context");
+    add_number(app, "--total-batch-tokens", o.total_batch_tokens, 1, 1e12, "TOKENS",
+               "tokens in a step; gradients accumulate over batches until it is full")
+        ->default_str("one batch");
+    add_number(app, "--steps", o.steps, 1, kMaxSteps, "N",
+               "stop after N steps; such runs are repeatable bit by bit");
+    add_number(app, "--epochs", o.epochs, 1e-9, 1e9, "X", "stop after X times the training data");
+    add_number(app, "--time-limit", o.time_limit_s, 1, 1e9, "SECONDS",
+               "stop by then, from start to the last save; without --steps or --epochs "
+               "the schedule follows the clock, so that no two runs are alike bit by bit");
+    for (const char* name : {"--steps", "--epochs"}) app->get_option(name)->default_str("");
+    app->get_option("--time-limit")->default_str("120 for text under 10 MB, else one epoch");
+}
+
+inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {
+    app->option_defaults()->group("Optimizer");
+    add_number(app, "--learning-rate", o.learning_rate, 0, 10, "X", "highest rate");
+    add_choice(app, "--schedule", o.schedule, {"cosine", "linear", "constant", "wsd"},
+               "how the rate falls after the warm-up; wsd: stays, falls in the last 20%");
+    add_number(app, "--warmup", o.warmup, 0, kMaxSteps, "STEPS", "linear warm-up")
+        ->default_str("the first tenth of the run");
+    add_number(app, "--final-lr-fraction", o.final_lr_fraction, 0, 1, "X",
+               "rate at the end and after it, as a part of the highest");
+    add_number(app, "--weight-decay", o.weight_decay, 0, 100, "X",
+               "decoupled, on matrices and embeddings");
+    add_number(app, "--beta1", o.beta1, 0, 0.999999, "X", "of AdamW");
+    add_number(app, "--beta2", o.beta2, 0, 0.999999, "X", "of AdamW");
+    add_number(app, "--epsilon", o.epsilon, 1e-30, 1, "X", "of AdamW");
+    add_number(app, "--grad-clip", o.grad_clip, 0, 1e9, "X",
+               "largest norm of the gradient; 0: no limit");
+    add_number(app, "--seed", o.seed, 0, kMaxSeed, "N", "of weights, order of data and dropout");
+}
+
+inline void add_watch_options(CLI::App* app, TrainOptions& o) {
+    app->option_defaults()->group("On the way");
+    add_number(app, "--eval-every", o.eval_every, 0, kMaxSteps, "STEPS",
+               "evaluate on the validation data; 0: only at the end");
+    add_number(app, "--eval-batches", o.eval_batches, 0, kMaxSteps, "N",
+               "batches of an evaluation on the way; 0: all, as at the end");
+    add_number(app, "--sample-every", o.sample_every, 0, kMaxSteps, "STEPS",
+               "print a sample; 0: never");
+    add_number(app, "--save-every", o.save_every, 0, kMaxSteps, "STEPS",
+               "save a checkpoint; 0: only the best, at the end and when stopped");
+    add_number(app, "--keep", o.keep, 0, 1000000, "N",
+               "checkpoints to keep beside the best; 0: all");
+    add_number(app, "--early-stop", o.early_stop, 0, kMaxSteps, "N",
+               "stop after N evaluations without gain; 0: never");
+    app->add_flag("--overfit-one-batch", o.overfit_one_batch,
+                  "train on the first batch only, a check of the whole machinery");
+    add_text(app, "--out", o.out, "FOLDER", "the run folder")
+        ->default_str("runs/NAME, of the data's name");
+    add_text(app, "--resume", o.resume, "auto|never|FOLDER",
+             "auto goes on with the run in --out, never sets it aside, FOLDER goes on "
+             "with the run there");
+}
+
+inline void add_train_options(CLI::App* app, TrainOptions& o) {
+    app->option_defaults()->group("Data");
+    add_paths(app, "--data", o.data, "text (files, folders) or token shards (.bin, .npy, a glob)");
+    add_paths(app, "--val", o.val, "validation data; without it, the last tenth of --data");
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|bpe:SIZE|FILE",
+             "for text; auto: that of a model FOLDER, else a bpe of a size that suits the text");
+    add_model_options(app, o.model);
+    add_length_options(app, o);
+    add_optimizer_options(app, o);
+    app->option_defaults()->group("Computing");
+    add_compute_options(app, o.compute);
+    add_choice(app, "--recompute", o.recompute, {"auto", "0", "1", "2", "3"},
+               "what backward computes again to save memory: 0 nothing, 1 GELU, 2 also layer "
+               "norms, 3 the whole block; auto: the least that makes the run fit");
+    add_watch_options(app, o);
+}
+
+inline void add_sample_options(CLI::App* app, SampleOptions& o) {
+    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
+    add_text(app, "--prompt", o.prompt, "TEXT",
+             "what the text begins with; empty: the token <|endoftext|>")
+        ->default_str("a new line");
+    add_number(app, "--max-new-tokens", o.max_new_tokens, 1, 1e9, "N", "tokens to add");
+    add_number(app, "--temperature", o.sampler.temperature, 0, 1000, "X",
+               "divides the logits; 0: always the likeliest token");
+    add_number(app, "--top-k", o.sampler.top_k, 0, 1 << 20, "N",
+               "choose among the N likeliest; 0: all");
+    add_number(app, "--top-p", o.sampler.top_p, 1e-9, 1, "P",
+               "choose among the likeliest that together have probability P");
+    add_number(app, "--seed", o.seed, 0, kMaxSeed, "N", "of the choice; sample i has seed + i");
+    add_number(app, "--num-samples", o.num_samples, 1, 1e6, "N", "samples to make");
+    add_text(app, "--out", o.out, "FILE", "write there")->default_str("standard output");
+    add_compute_options(app, o.compute);
+}
+
+inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
+    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_paths(app, "--data", o.data, "text or token shards; all of it is evaluated");
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
+    add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
+               "tokens in a window")
+        ->default_str("the context");
+    add_number(app, "--batch-size", o.batch_size, 1, 1 << 24, "N", "windows at a time");
+    app->add_flag("--json", o.as_json, "one JSON object in place of text");
+    add_compute_options(app, o.compute);
+}
+
+inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
+    CLI::App* train = app->add_subcommand("train", "trains a byte-level BPE");
+    add_paths(train, "--data", o.data, "text to train on");
+    add_number(train, "--vocab-size", o.vocab_size, 257, 65536, "N", "tokens of the vocabulary");
+    add_choice(train, "--pattern", o.pattern, {"gpt2"}, "how text is split before it is merged");
+    add_text(train, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
+    const char* names = "gpt2, bytes, tokenizer.json, a folder that holds one, or GPT-2 merges";
+    CLI::App* encode = app->add_subcommand("encode", "text to token ids");
+    add_text(encode, "--tokenizer", o.tokenizer, "T", names);
+    add_text(encode, "--in", o.in, "FILE", "text")->default_str("standard input");
+    add_text(encode, "--out", o.out, "FILE.npy", "int32 ids")
+        ->default_str("standard output, ids with spaces between");
+    CLI::App* decode = app->add_subcommand("decode", "token ids to text");
+    add_text(decode, "--tokenizer", o.tokenizer, "T", names);
+    add_text(decode, "--in", o.in, "FILE", "ids: .npy, or numbers with spaces between")
+        ->default_str("standard input");
+    add_text(decode, "--out", o.out, "FILE", "text")->default_str("standard output");
+    CLI::App* convert = app->add_subcommand("convert", "any known form to tokenizer.json");
+    add_text(convert, "--tokenizer", o.tokenizer, "T", names);
+    add_text(convert, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
+}
+
+inline void add_shard_options(CLI::App* app, ShardOptions& o) {
+    add_paths(app, "--data", o.data, "text: files or folders");
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "made before");
+    add_text(app, "--out", o.out, "FOLDER", "gets train_NNNNNN.bin and val.bin");
+    add_number(app, "--shard-tokens", o.shard_tokens, 1, INT_MAX, "TOKENS", "tokens in a shard");
+    add_number(app, "--val-fraction", o.val_fraction, 0, 0.999, "X",
+               "part of the tokens, at the end, that goes to val.bin");
+}
+
+inline void add_dump_options(CLI::App* app, DumpOptions& o) {
+    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_text(app, "--tokens", o.tokens, "IDS.npy", "int32 (B, T+1); a target of -1 is ignored");
+    add_text(app, "--out", o.out, "FILE.safetensors", "gets loss, logits, grad.NAME, ...");
+    add_number(app, "--steps", o.steps, 0, 1e6, "N", "steps of AdamW on the batch, dumped too");
+    add_number(app, "--learning-rate", o.adamw.learning_rate, 0, 10, "X", "constant");
+    add_number(app, "--weight-decay", o.adamw.weight_decay, 0, 100, "X", "on matrices");
+    add_number(app, "--grad-clip", o.adamw.grad_clip, 0, 1e9, "X", "0: no limit");
+    add_number(app, "--beta1", o.adamw.beta1, 0, 0.999999, "X", "of AdamW");
+    add_number(app, "--beta2", o.adamw.beta2, 0, 0.999999, "X", "of AdamW");
+    add_number(app, "--epsilon", o.adamw.epsilon, 1e-30, 1, "X", "of AdamW");
+    add_compute_options(app, o.compute);
+}
+
+inline void add_commands(CLI::App* app, Options& o) {
+    add_train_options(
+        app->add_subcommand("train", "text or shards in, a model folder out; resumes by itself"),
+        o.train);
+    add_sample_options(app->add_subcommand("sample", "continues a prompt"), o.sample);
+    add_evaluate_options(
+        app->add_subcommand("evaluate", "loss, perplexity and bits per byte of a model on data"),
+        o.evaluate);
+    add_tokenizer_commands(
+        app->add_subcommand("tokenizer", "trains, applies and converts tokenizers"), o.tokenizer);
+    add_shard_options(app->add_subcommand("shard", "text files to token shards"), o.shard);
+    add_dump_options(app->add_subcommand("dump",
+                                         "one batch through a model: loss, logits, gradients, "
+                                         "steps of the optimizer"),
+                     o.dump);
+    CLI::App* plan = app->add_subcommand("plan",
+                                         "parameters, memory and time, before anything "
+                                         "is allocated");
+    add_train_options(plan, o.plan.train);
+    add_number(plan, "--vocab-size", o.plan.vocab_size, 1, 1 << 20, "N", "tokens")->group("Model");
+    CLI::App* info = app->add_subcommand("info",
+                                         "what a file or folder is, and whether it is "
+                                         "intact");
+    info->add_option("PATH", o.info_paths, "files and folders")->type_name("");
+}
+
+// --help: an option and what stands for its value on the left; on the right, in lines that fit 100
+// columns, what it does and its default in brackets.
+class HelpFormatter : public CLI::Formatter {
+  public:
+    HelpFormatter() { column_width(kLeft); }
+    std::string make_option_opts(const CLI::Option* option) const override {
+        return option->get_items_expected_max() == 0 ? "" : " " + option->get_type_name();
+    }
+    std::string make_option_desc(const CLI::Option* option) const override {
+        std::string text = option->get_description();
+        if (!option->get_default_str().empty()) text += " [" + option->get_default_str() + "]";
+        constexpr size_t kRight = 99 - kLeft;
+        for (size_t begin = 0; text.size() - begin > kRight;) {
+            size_t space = text.rfind(' ', begin + kRight);
+            if (space == std::string::npos || space <= begin) break;
+            text[space] = '\n';
+            begin = space + 1;
+        }
+        return text;
+    }
+
+  private:
+    static constexpr size_t kLeft = 34;
+};
+
+// Insertions, deletions, substitutions and swaps of neighbours that make one word the other
+// [Damerau 1964].
+inline size_t edit_distance(const std::string& a, const std::string& b) {
+    std::vector<std::vector<size_t>> d(a.size() + 1, std::vector<size_t>(b.size() + 1));
+    for (size_t i = 0; i <= a.size(); i++) d[i][0] = i;
+    for (size_t j = 0; j <= b.size(); j++) d[0][j] = j;
+    for (size_t i = 1; i <= a.size(); i++) {
+        for (size_t j = 1; j <= b.size(); j++) {
+            d[i][j] = std::min(
+                {d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
+            bool swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+            if (swapped) d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
+        }
+    }
+    return d[a.size()][b.size()];
+}
+
+inline std::string nearest(const std::string& word, const std::vector<std::string>& known) {
+    std::string best;
+    size_t best_distance = SIZE_MAX;
+    for (const std::string& candidate : known) {
+        size_t distance = edit_distance(word.substr(0, 64), candidate);
+        if (distance < best_distance) best_distance = distance, best = candidate;
+    }
+    return best;
+}
+
+[[noreturn]] inline void fail_unknown_option(const CLI::App* command, const std::string& name) {
+    std::vector<std::string> known;
+    for (const CLI::Option* option : command->get_options())
+        if (!option->get_lnames().empty()) known.push_back("--" + option->get_lnames()[0]);
+    fail_input("unknown option %s: did you mean %s?", name.c_str(), nearest(name, known).c_str());
+}
+
+[[noreturn]] inline void fail_unknown_command(const CLI::App* app, const std::string& word) {
+    std::vector<std::string> known;
+    for (const CLI::App* command : app->get_subcommands({})) known.push_back(command->get_name());
+    if (word.empty()) {
+        std::string all;
+        for (const std::string& name : known) all += (all.empty() ? "" : ", ") + name;
+        fail_input("no command: one of %s; --help says more", all.c_str());
+    }
+    fail_input("unknown command %s: did you mean %s?", word.c_str(), nearest(word, known).c_str());
+}
+
+// Finds the first word that is no command and no option of its command, before the parser sees it:
+// fail_input with the nearest one.
+inline void check_words(const CLI::App* app, const std::vector<std::string>& words) {
+    const CLI::App* command = app;
+    for (size_t i = 0; i < words.size(); i++) {
+        const std::string& word = words[i];
+        bool commands = !command->get_subcommands({}).empty();
+        bool is_option = word.size() >= 2 && word[0] == '-' && (word[1] < '0' || word[1] > '9');
+        if (!is_option) {
+            if (!commands) continue;
+            const CLI::App* next = nullptr;
+            for (const CLI::App* sub : command->get_subcommands({}))
+                if (sub->get_name() == word) next = sub;
+            if (next == nullptr) fail_unknown_command(command, word);
+            command = next;
+            continue;
+        }
+        size_t equals = word.find('=');
+        std::string name = word.substr(0, equals);
+        if (name == "--help" || name == "-h") return;
+        const CLI::Option* option = command->get_option_no_throw(name);
+        if (option == nullptr) fail_unknown_option(command, name);
+        if (option->get_items_expected_max() > 0 && equals == std::string::npos) i++;  // its value
+    }
+    if (!command->get_subcommands({}).empty()) fail_unknown_command(command, "");
+}
+
+// The value of an option that a command cannot do without.
+inline void require(const char* option, bool given) {
+    if (!given) fail_input("%s is missing; --help says what it takes", option);
+}
+
+// ==== commands: train, plan ======================================================================
+
+inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on) {
+    require("--data", !o.data.empty());
+    Training training(o, start_s, how_to_go_on);
+    return training.run();
+}
+
+// Operations and time of a run; no time where nothing is known of the device's rate.
+inline void print_time_plan(double operations, size_t tokens_a_step, const Goal& goal,
+                            const PeakRate& peak) {
+    double step = operations * double(tokens_a_step);
+    printf("operations %s a token, %s a step of %s tokens\n", readable_rate(operations).c_str(),
+           readable_rate(step).c_str(), with_commas(tokens_a_step).c_str());
+    printf("machine    %s\n", describe_machine(peak).c_str());
+    if (peak.flops == 0) {
+        printf("time       unknown, as the rate of this device is\n");
+        return;
+    }
+    double step_s = step / (kAssumedShare * peak.flops);
+    printf("time       %.3g s a step at the peak (%s), about %.3g s at %.0f%% of it\n",
+           step / peak.flops, peak.source.c_str(), step_s, 100 * kAssumedShare);
+    if (goal.steps > 0)
+        printf("run        %s steps, about %s\n", with_commas(goal.steps).c_str(),
+               readable_time(step_s * double(goal.steps)).c_str());
+    if (goal.time_limit_s > 0)
+        printf("run        %s, about %s steps\n", readable_time(goal.time_limit_s).c_str(),
+               with_commas(size_t(goal.time_limit_s / step_s)).c_str());
+}
+
+// Sizes, operations and time of a run, from its options alone: no memory is taken for the model.
+inline int plan_command(const PlanOptions& p) {
+    const TrainOptions& o = p.train;
+    ModelChoice choice = choose_model(o.model);
+    int T = choose_sequence_length(o.sequence_length, choice.config);
+    if (!choice.fixed_vocab) choice.config.vocab_size = p.vocab_size;
+    Goal goal{o.steps, o.time_limit_s};
+    size_t sequences = size_t(o.batch_size) * size_t(accumulation(o, T, 1));
+    if (!o.data.empty()) {
+        TrainingData data = read_data(o, choice, cache_folder(o));
+        check_length(o, data, T);
+        choose_vocabulary(data, &choice);
+        size_t windows = count_tokens(data.train) / size_t(T);
+        goal = choose_goal(o, data, windows, sequences);
+        printf("data       %s\n", data.description.c_str());
+    }
+    const GPT2Config& c = choice.config;
+    GPT2Shape shape = training_shape(o, c, T, true);
+    printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %s\n", c.layers,
+           c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str());
+    for (const std::string& line : size_report(c, shape)) printf("%s\n", line.c_str());
+    for (const std::string& line : fit_report(c, shape, gpt2_memory_free()))
+        printf("%s\n", line.c_str());
+    printf("computing  %s\n", describe_computing(shape).c_str());
+    print_time_plan(operations_per_token(c, T), sequences * size_t(T), goal, gpt2_peak(shape));
+    return 0;
+}
+
+// ==== commands: sample, evaluate =================================================================
+
+// A model from disk, for everything but training; its tokenizer is the folder's own, or the one
+// that was named.
+struct LoadedModel {
+    GPT2Ptr model;
+    std::optional<Tokenizer> tokenizer;
+};
+
+inline std::optional<Tokenizer> model_tokenizer(const std::string& name, const std::string& folder,
+                                                const GPT2Config& config) {
+    std::optional<Tokenizer> tokenizer;
+    if (!name.empty()) tokenizer = load_tokenizer(name);
+    else if (holds_tokenizer(folder)) tokenizer = Tokenizer::load(folder);
+    if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
+        fail_input("%s: a tokenizer of %d tokens, the model has a vocabulary of %d",
+                   name.empty() ? folder.c_str() : name.c_str(), tokenizer->vocab_size(),
+                   config.vocab_size);
+    return tokenizer;
+}
+
+// Fills a model from a folder's weights; says on stderr when they are of another precision.
+inline void load_model_noted(GPT2* model, const std::string& folder) {
+    load_model(model, folder);
+    std::string note = conversion_note(folder);
+    if (!note.empty()) fprintf(stderr, "note: %s\n", note.c_str());
+}
+
+inline LoadedModel load_for_inference(const std::string& path, const std::string& tokenizer,
+                                      GPT2Shape shape) {
+    std::string folder = resolve_model_folder(path);
+    GPT2Config config = read_model_config(folder);
+    config.dropout = 0;
+    LoadedModel loaded{nullptr, model_tokenizer(tokenizer, folder, config)};
+    shape.T = std::min(shape.T, config.context);
+    loaded.model.reset(gpt2_create(config, shape, 0, 1));
+    load_model_noted(loaded.model.get(), folder);
+    return loaded;
+}
+
+// The prompt as tokens; what cannot be kept of it is said on stderr.
+inline std::vector<int> prompt_tokens(const std::string& prompt, const Tokenizer& tokenizer,
+                                      int context) {
+    std::string missing;
+    std::vector<int> ids = tokenizer.encode(prompt, &missing);
+    if (!missing.empty())
+        fprintf(stderr,
+                "note: characters of the prompt that the vocabulary lacks are dropped: %s\n",
+                one_line(missing).c_str());
+    std::vector<int> tokens = starting_tokens(ids, tokenizer, context);
+    if (ids.size() > tokens.size())
+        fprintf(stderr, "note: the prompt has %zu tokens, the context %d: its last %zu are used\n",
+                ids.size(), context, tokens.size());
+    return tokens;
+}
+
+inline int sample_command(const SampleOptions& o) {
+    require("--model", !o.model.empty());
+    check_sampler_options(o.sampler);
+    GPT2Shape shape = choose_shape(o.compute);
+    shape.T = 128, shape.generate = 1;  // a longer prompt goes in by parts
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    if (!loaded.tokenizer)
+        fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
+    int context = gpt2_config(loaded.model.get()).context;
+    std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, context);
+    std::optional<AtomicFile> file;
+    if (!o.out.empty()) file.emplace(o.out);
+    auto emit = [&](std::string_view bytes) {
+        if (file) return file->write(bytes.data(), bytes.size()), true;
+        return fwrite(bytes.data(), 1, bytes.size(), stdout) == bytes.size() && fflush(stdout) == 0;
+    };
+    for (size_t i = 0; i < o.num_samples; i++) {
+        if (o.num_samples > 1)
+            emit(format("== sample %zu of %zu, seed %zu ==\n", i + 1, o.num_samples,
+                        size_t(o.seed + i)));
+        Sampler sampler(o.sampler, o.seed + i);
+        if (!emit(o.prompt)) break;
+        generate_text(loaded.model.get(), *loaded.tokenizer, tokens, o.max_new_tokens, sampler,
+                      emit);
+        if (!emit("\n")) break;
+    }
+    if (file) file->commit();
+    return 0;
+}
+
+// --data of `evaluate`, all of it.
+inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const LoadedModel& loaded) {
+    std::vector<std::string> paths = expand_paths(o.data);
+    std::vector<Shard> shards;
+    if (!paths.empty() && is_shard(paths[0])) {
+        for (const std::string& path : paths)
+            shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size);
+        return shards;
+    }
+    if (!loaded.tokenizer)
+        fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
+    // A shard outlives its file, so that nothing of this stays behind.
+    TemporaryFolder folder(join_path(fs::temp_directory_path().string(),
+                                     format("%s-%d", gpt2_program(), int(getpid()))));
+    TextCorpus corpus = read_text(o.data);
+    shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
+    if (shards[0].size() < 2)
+        fail_input("%s: a single token leaves nothing to predict; give more text",
+                   o.data[0].c_str());
+    return shards;
+}
+
+inline int evaluate_command(const EvaluateOptions& o) {
+    require("--model", !o.model.empty());
+    require("--data", !o.data.empty());
+    GPT2Config config = read_model_config(resolve_model_folder(o.model));
+    GPT2Shape shape = choose_shape(o.compute);
+    shape.B = o.batch_size, shape.T = choose_sequence_length(o.sequence_length, config);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    std::vector<Shard> shards = evaluation_shards(o, loaded);
+    std::vector<int> bytes;
+    if (loaded.tokenizer) {
+        bytes = bytes_per_token(*loaded.tokenizer);
+        bytes.resize(size_t(config.vocab_size));  // ids beyond the tokenizer stand for no text
+    }
+    Evaluation e = evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0);
+    if (!o.as_json) {
+        printf("%s\n%s tokens in %s windows of %d, %.1f s\n", describe_evaluation(e).c_str(),
+               with_commas(e.tokens).c_str(), with_commas(e.windows).c_str(), shape.T, e.seconds);
+        return 0;
+    }
+    ordered_json root;
+    root["loss"] = e.loss;
+    root["perplexity"] = e.perplexity();
+    root["bits_per_byte"] = nullptr;
+    if (std::isfinite(e.bits_per_byte)) root["bits_per_byte"] = e.bits_per_byte;
+    root["tokens"] = e.tokens;
+    root["windows"] = e.windows;
+    root["sequence_length"] = shape.T;
+    root["seconds"] = e.seconds;
+    printf("%s\n", json_text(root, -1).c_str());
+    return 0;
+}
+
+// ==== commands: tokenizer, shard =================================================================
+
+inline std::string read_input(const std::string& path) {
+    if (!path.empty()) return read_file(path);
+    std::string text;
+    char buffer[1 << 16];
+    while (size_t size = fread(buffer, 1, sizeof buffer, stdin)) text.append(buffer, size);
+    if (ferror(stdin)) fail_machine("standard input: cannot read: %s", strerror(errno));
+    return text;
+}
+
+inline int tokenizer_train_command(const TokenizerOptions& o) {
+    require("--data", !o.data.empty());
+    require("--out", !o.out.empty());
+    TextCorpus corpus = read_text(o.data);
+    double start_s = now_s();
+    Tokenizer tokenizer = Tokenizer::train_bpe(corpus.text, o.vocab_size);
+    make_folder(o.out);
+    tokenizer.save(o.out);
+    printf("%s: %d tokens from %s bytes in %.1f s\n", o.out.c_str(), tokenizer.vocab_size(),
+           with_commas(corpus.text.size()).c_str(), now_s() - start_s);
+    return 0;
+}
+
+inline int encode_command(const TokenizerOptions& o) {
+    require("--tokenizer", !o.tokenizer.empty());
+    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
+    std::string missing;
+    std::vector<int> ids = tokenizer.encode(read_input(o.in), &missing);
+    if (!missing.empty())
+        fprintf(stderr, "note: characters that the vocabulary lacks are dropped: %s\n",
+                one_line(missing).c_str());
+    if (!o.out.empty()) {
+        write_npy(o.out, ids, {ids.size()});
+        return 0;
+    }
+    for (size_t i = 0; i < ids.size(); i++) printf(i == 0 ? "%d" : " %d", ids[i]);
+    printf("\n");
+    return 0;
+}
+
+// Ids as encode writes them: a .npy file, or numbers with white space between.
+inline std::vector<int> parse_ids(const std::string& text, const std::string& path) {
+    if (text.starts_with("\x93NUMPY")) {
+        if (path.empty()) fail_input("standard input: a .npy file; name it with --in");
+        return read_npy(path).values;
+    }
+    std::vector<int> ids;
+    const char* at = text.c_str();
+    for (;;) {
+        at += strspn(at, " \t\r\n");
+        if (at == text.c_str() + text.size()) return ids;
+        char* end = nullptr;
+        long id = strtol(at, &end, 10);
+        bool number = end != at && (*end == '\0' || strchr(" \t\r\n", *end) != nullptr);
+        if (!number || id < 0 || id > INT_MAX)
+            fail_input("%s: byte %zu: not a token id",
+                       path.empty() ? "standard input" : path.c_str(), size_t(at - text.c_str()));
+        ids.push_back(int(id));
+        at = end;
+    }
+}
+
+inline int decode_command(const TokenizerOptions& o) {
+    require("--tokenizer", !o.tokenizer.empty());
+    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
+    std::string text = tokenizer.decode(parse_ids(read_input(o.in), o.in));
+    if (!o.out.empty()) write_file_atomic(o.out, text);
+    else fwrite(text.data(), 1, text.size(), stdout);
+    return 0;
+}
+
+inline int convert_command(const TokenizerOptions& o) {
+    require("--tokenizer", !o.tokenizer.empty());
+    require("--out", !o.out.empty());
+    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
+    make_folder(o.out);
+    tokenizer.save(o.out);
+    printf("%s: %d tokens\n", o.out.c_str(), tokenizer.vocab_size());
+    return 0;
+}
+
+inline int shard_command(const ShardOptions& o) {
+    require("--data", !o.data.empty());
+    require("--out", !o.out.empty());
+    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
+    TextCorpus corpus = read_text(o.data);
+    std::vector<int> ids = encode_documents(corpus, 0, corpus.text.size(), tokenizer);
+    size_t val_tokens = size_t(double(ids.size()) * o.val_fraction), end = ids.size() - val_tokens;
+    if (end == 0) fail_input("%s: no tokens to train on; give more text", o.data[0].c_str());
+    make_folder(o.out);
+    auto write_part = [&](const std::string& name, size_t from, size_t to) {
+        std::string path = join_path(o.out, name);
+        write_shard(path,
+                    std::vector<int>(ids.begin() + ptrdiff_t(from), ids.begin() + ptrdiff_t(to)));
+        printf("%s: %s tokens\n", path.c_str(), with_commas(to - from).c_str());
+    };
+    int number = 0;
+    for (size_t begin = 0; begin < end; begin += o.shard_tokens)
+        write_part(format("train_%06d.bin", number++), begin,
+                   std::min<size_t>(end, begin + o.shard_tokens));
+    if (val_tokens > 0) write_part("val.bin", end, ids.size());
+    return 0;
+}
+
+// ==== commands: dump, info =======================================================================
+
+// The batch of IDS.npy: inputs and targets (B,T), ids checked against the vocabulary. An id of -1
+// is a target that is ignored; as an input it is read as 0.
+struct DumpBatch {
+    int B, T;
+    std::vector<int> inputs, targets;
+    size_t count;  // targets that count
+};
+
+inline DumpBatch read_dump_batch(const std::string& path, const GPT2Config& config) {
+    NpyArray ids = read_npy(path);
+    if (ids.shape.size() != 2 || ids.shape[0] < 1 || ids.shape[1] < 2)
+        fail_input("%s: must be of shape (B, T+1), with B and T at least 1", path.c_str());
+    size_t B = ids.shape[0], T = ids.shape[1] - 1;
+    if (T > size_t(config.context))
+        fail_input("%s: %zu tokens and their targets; the model has %d positions", path.c_str(), T,
+                   config.context);
+    if (B > size_t(INT_MAX) / T)
+        fail_input("%s: %zu sequences of %zu tokens are too many", path.c_str(), B, T);
+    DumpBatch batch{int(B), int(T), {}, {}, 0};
+    for (size_t b = 0; b < B; b++) {
+        for (size_t t = 0; t <= T; t++) {
+            int id = ids.values[b * (T + 1) + t];
+            if (id < kIgnore || id >= config.vocab_size)
+                fail_input("%s: id %d at (%zu, %zu); the vocabulary has %d", path.c_str(), id, b, t,
+                           config.vocab_size);
+            if (t < T) batch.inputs.push_back(std::max(id, 0));
+            if (t > 0) batch.targets.push_back(id);
+            if (t > 0 && id != kIgnore) batch.count++;
+        }
+    }
+    if (batch.count == 0) fail_input("%s: every target is -1", path.c_str());
+    return batch;
+}
+
+// Copies a group of tensors, so that later steps do not change them, and adds them to a file as
+// PREFIX + the name in transformers' state dict.
+inline void keep_tensors(SafetensorsWriter& writer, const GPT2* model, Group group,
+                         const std::string& prefix) {
+    ParameterTable table = parameter_table(gpt2_config(model));
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!row.present) continue;
+        for (int layer = 0; layer < int(row.count); layer++) {
+            auto host = std::make_shared<std::vector<real>>();
+            read_hf_tensor(*host, model, group, index, layer);
+            writer.add(prefix + hf_name(row, layer), kRealDtype, hf_shape(row),
+                       [host] { return static_cast<const void*>(host->data()); });
+        }
+    }
+}
+
+// See the design: loss, logits (B,T,V), grad.NAME, and with --steps losses (N) and param.NAME.
+// Dropout is off.
+inline int dump_command(const DumpOptions& o) {
+    require("--model", !o.model.empty());
+    require("--tokens", !o.tokens.empty());
+    require("--out", !o.out.empty());
+    GPT2Shape shape = choose_shape(o.compute);
+    std::string folder = resolve_model_folder(o.model);
+    GPT2Config config = read_model_config(folder);
+    config.dropout = 0;
+    DumpBatch batch = read_dump_batch(o.tokens, config);
+    shape.B = batch.B, shape.T = batch.T, shape.training = true;
+    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    load_model_noted(model.get(), folder);
+    size_t rows = batch.inputs.size();
+    std::vector<real> logits(rows * size_t(config.vocab_size));
+    std::vector<real> losses;
+    AdamW adamw = o.adamw;
+    SafetensorsWriter writer(o.out);
+    for (size_t step = 0; step < std::max<size_t>(o.steps, 1); step++) {
+        GPT2Pass pass;
+        pass.training = true, pass.loss_scale = 1 / double(batch.count), pass.step = step;
+        pass.logits = step == 0 ? logits.data() : nullptr;
+        gpt2_zero_gradients(model.get());
+        gpt2_forward(model.get(), batch.inputs.data(), batch.targets.data(), batch.B, batch.T,
+                     pass);
+        gpt2_backward(model.get());
+        losses.push_back(real(gpt2_stats(model.get()).loss));
+        if (step == 0) keep_tensors(writer, model.get(), Group::gradients, "grad.");
+        adamw.step = step + 1;
+        if (o.steps > 0) gpt2_update(model.get(), adamw);
+    }
+    writer.add("loss", kRealDtype, {}, &losses[0]);
+    writer.add("logits", kRealDtype, {size_t(batch.B), size_t(batch.T), size_t(config.vocab_size)},
+               logits.data());
+    if (o.steps > 0) {
+        writer.add("losses", kRealDtype, {losses.size()}, losses.data());
+        keep_tensors(writer, model.get(), Group::parameters, "param.");
+    }
+    writer.commit();
+    return 0;
+}
+
+inline PathDescription describe_any(const std::string& path) {
+    std::error_code ignored;
+    if (!fs::is_regular_file(path, ignored) || !is_shard(path)) return describe_path(path);
+    try {
+        Shard shard(path, INT_MAX);
+        int largest = 0;
+        for (size_t i = 0; i < shard.size(); i++) largest = std::max(largest, shard[i]);
+        return {format("token shard, %zu tokens, largest id %d", shard.size(), largest)};
+    } catch (const Error& error) { return {std::string("damaged: ") + error.what(), false}; }
+}
+
+// Says what each path is; exit code 2 when one is damaged.
+inline int info_command(const std::vector<std::string>& paths) {
+    require("PATH", !paths.empty());
+    int code = 0;
+    for (const std::string& path : paths) {
+        PathDescription description = describe_any(path);
+        printf("%s: %s\n", path.c_str(), description.text.c_str());
+        if (!description.intact) code = kExitInput;
+    }
+    return code;
+}
+
+// ==== the program ================================================================================
+
+// A word as a shell reads it back.
+inline std::string shell_quoted(const std::string& word) {
+    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=+,@%";
+    if (!word.empty() && word.find_first_not_of(plain) == std::string::npos) return word;
+    std::string quoted = "'";
+    for (char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    return quoted + "'";
+}
+
+// The command line without --out and --resume, to which the folder of the run will be added.
+inline std::string command_to_go_on(int argc, char** argv) {
+    std::string line = shell_quoted(argv[0]);
+    for (int i = 1; i < argc; i++) {
+        std::string word = argv[i];
+        if (word == "--out" || word == "--resume") i++;
+        else if (!word.starts_with("--out=") && !word.starts_with("--resume="))
+            line += " " + shell_quoted(word);
+    }
+    return line;
+}
+
+// The one line that an error is: without control characters, whatever a file or path held.
+inline int print_error(const std::string& message, int code) {
+    std::string line = message;
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+    fflush(stdout);
+    fprintf(stderr, "%s: error: %s\n", gpt2_program(), line.c_str());
+    return code;
+}
+
+inline int call_command(const CLI::App& app, const Options& o, double start_s, int argc,
+                        char** argv) {
+    const CLI::App* command = app.get_subcommands().at(0);
+    std::string name = command->get_name();
+    if (name == "train") return train_command(o.train, start_s, command_to_go_on(argc, argv));
+    if (name == "plan") return plan_command(o.plan);
+    if (name == "sample") return sample_command(o.sample);
+    if (name == "evaluate") return evaluate_command(o.evaluate);
+    if (name == "shard") return shard_command(o.shard);
+    if (name == "dump") return dump_command(o.dump);
+    if (name == "info") return info_command(o.info_paths);
+    std::string action = command->get_subcommands().at(0)->get_name();
+    if (action == "train") return tokenizer_train_command(o.tokenizer);
+    if (action == "encode") return encode_command(o.tokenizer);
+    if (action == "decode") return decode_command(o.tokenizer);
+    return convert_command(o.tokenizer);
+}
+
+inline int parse_and_call(int argc, char** argv, double start_s) {
+    Options options;
+    CLI::App app("Trains GPT-2 models: text in, a model folder out.", gpt2_program());
+    app.formatter(std::make_shared<HelpFormatter>());
+    app.require_subcommand(1);
+    add_commands(&app, options);
+    check_words(&app, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::CallForHelp&) {
+        printf("%s", app.help().c_str());
+        return 0;
+    } catch (const CLI::ParseError& error) { fail_input("%s", error.what()); }
+    return call_command(app, options, start_s, argc, argv);
+}
+
+// Whether standard output is a pipe that nobody reads any more, as behind `| head`.
+inline bool reader_is_gone() {
+    struct pollfd output = {STDOUT_FILENO, POLLOUT, 0};
+    return poll(&output, 1, 0) > 0 && (output.revents & POLLERR) != 0;
+}
+
+// The whole program. Returns the exit code: 0 done, 1 the machine failed, 2 the input was wrong,
+// 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
+inline int run(int argc, char** argv) {
+    double start_s = now_s();
+    signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
+    signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
+    int code = 0;
+    try {
+        code = parse_and_call(argc, argv, start_s);
+    } catch (const Error& error) {
+        return print_error(error.what(), error.exit_code);
+    } catch (const std::bad_alloc&) {
+        return print_error("out of memory; a smaller model or batch needs less", kExitMachine);
+    } catch (const std::exception& error) { return print_error(error.what(), kExitMachine); }
+    bool lost = fflush(stdout) != 0 || ferror(stdout);
+    if (lost && code == 0 && !reader_is_gone())
+        return print_error("standard output: cannot write; is the disk full?", kExitMachine);
+    return code;
+}
