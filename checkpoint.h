@@ -554,22 +554,32 @@ inline bool all_finite(const real* values, size_t count) {
     return finite;
 }
 
+// Where the numbers of a model are read from, the model itself or a copy of it: writes one row of
+// the tensor table, of one layer, to `host` as gpt2_copy_out does.
+using TensorReader = std::function<void(Group group, int row, int layer, real* host)>;
+
+inline TensorReader tensors_of(const GPT2* model) {
+    return [model](Group group, int row, int layer, real* host) {
+        gpt2_copy_out(model, group, row, layer, host);
+    };
+}
+
 // One row of the tensor table, of one layer, as a Hugging Face file holds it. `out` is resized.
-inline void read_hf_tensor(std::vector<real>& out, const GPT2* model, Group group, int index,
-                           int layer) {
-    const ParameterRow row = parameter_table(gpt2_config(model))[size_t(index)];
+inline void read_hf_tensor(std::vector<real>& out, const GPT2Config& config,
+                           const TensorReader& tensors, Group group, int index, int layer) {
+    const ParameterRow row = parameter_table(config)[size_t(index)];
     out.resize(row.file_size());
-    if (!row.transposed) return gpt2_copy_out(model, group, index, layer, out.data());
+    if (!row.transposed) return tensors(group, index, layer, out.data());
     std::vector<real> host(out.size());
-    gpt2_copy_out(model, group, index, layer, host.data());
+    tensors(group, index, layer, host.data());
     transpose(out.data(), host.data(), row.file_rows, row.cols);
 }
 
 // Announces every tensor of one group as PREFIX + its name in transformers' state dict. They are
-// copied from the model when the writer commits; parameters that are not finite stop it then.
-inline void add_tensors(SafetensorsWriter& writer, const GPT2* model, Group group,
-                        const std::string& prefix) {
-    ParameterTable table = parameter_table(gpt2_config(model));
+// read when the writer commits; parameters that are not finite stop it then.
+inline void add_tensors(SafetensorsWriter& writer, const GPT2Config& config,
+                        const TensorReader& tensors, Group group, const std::string& prefix) {
+    ParameterTable table = parameter_table(config);
     auto host = std::make_shared<std::vector<real>>();
     for (int index = 0; index < kParameterRows; index++) {
         const ParameterRow& row = table[size_t(index)];
@@ -577,7 +587,7 @@ inline void add_tensors(SafetensorsWriter& writer, const GPT2* model, Group grou
         for (int layer = 0; layer < int(row.count); layer++) {
             std::string name = hf_name(row, layer);
             auto source = [=]() -> const void* {
-                read_hf_tensor(*host, model, group, index, layer);
+                read_hf_tensor(*host, config, tensors, group, index, layer);
                 if (group == Group::parameters && !all_finite(host->data(), host->size()))
                     fail_machine("%s: holds numbers that are not finite; not saved", name.c_str());
                 return host->data();
@@ -589,11 +599,12 @@ inline void add_tensors(SafetensorsWriter& writer, const GPT2* model, Group grou
 
 // Writes FOLDER/model.safetensors. A model without biases gets zeros for them, because
 // transformers has no GPT-2 without; a tied head is not written, because transformers ties it.
-inline FileDigest write_model_file(const GPT2* model, const std::string& folder) {
+inline FileDigest write_model_file(const GPT2Config& config, const TensorReader& tensors,
+                                   const std::string& folder) {
     SafetensorsWriter writer(join_path(folder, "model.safetensors"), {{"format", "pt"}});
-    add_tensors(writer, model, Group::parameters, "");
+    add_tensors(writer, config, tensors, Group::parameters, "");
     std::vector<real> zeros;
-    for (const ParameterRow& row : parameter_table(gpt2_config(model))) {
+    for (const ParameterRow& row : parameter_table(config)) {
         if (row.present || row.cols > 0) continue;
         zeros.resize(std::max(zeros.size(), row.file_rows));
         for (int layer = 0; layer < int(row.count); layer++)
@@ -609,7 +620,7 @@ inline void save_model(const GPT2* model, const Tokenizer* tokenizer, const std:
     const GPT2Config& config = gpt2_config(model);
     make_folder(folder);
     if (tokenizer != nullptr) tokenizer->save(folder, config.context);
-    write_model_file(model, folder);
+    write_model_file(config, tensors_of(model), folder);
     write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder);
 }
 
@@ -986,10 +997,10 @@ inline void save_checkpoint(const std::string& out, uint64_t step, const GPT2* m
     const GPT2Config& config = gpt2_config(model);
     if (tokenizer != nullptr) tokenizer->save(folder.path(), config.context);
     write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder.path());
-    digests["model.safetensors"] = write_model_file(model, folder.path());
+    digests["model.safetensors"] = write_model_file(config, tensors_of(model), folder.path());
     SafetensorsWriter optimizer(join_path(folder.path(), "optimizer.safetensors"));
-    add_tensors(optimizer, model, Group::first_moments, "m.");
-    add_tensors(optimizer, model, Group::second_moments, "v.");
+    add_tensors(optimizer, config, tensors_of(model), Group::first_moments, "m.");
+    add_tensors(optimizer, config, tensors_of(model), Group::second_moments, "v.");
     digests["optimizer.safetensors"] = optimizer.commit();
     write_trainer_json(folder.path(), step, state, digests);
     try {

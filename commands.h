@@ -779,7 +779,7 @@ inline void keep_tensors(SafetensorsWriter& writer, const GPT2* model, Group gro
         if (!row.present) continue;
         for (int layer = 0; layer < int(row.count); layer++) {
             auto host = std::make_shared<std::vector<real>>();
-            read_hf_tensor(*host, model, group, index, layer);
+            read_hf_tensor(*host, gpt2_config(model), tensors_of(model), group, index, layer);
             writer.add(prefix + hf_name(row, layer), kRealDtype, hf_shape(row),
                        [host] { return static_cast<const void*>(host->data()); });
         }
