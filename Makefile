@@ -87,6 +87,15 @@ ifeq ($(filter clean format help,$(MAKECMDGOALS)),)
         echo '$(BUILT_WITH)' >$(FOLDER)/flags)
 endif
 
+# The state of the source, which a run notes in its log: in a file of its own, so that a commit
+# compiles no more than that.
+VERSION := $(if $(wildcard .git),$(shell git describe --always --dirty 2>/dev/null))
+VERSION_SOURCE = const char* gpt2_version() { return "$(or $(VERSION),unknown)"; }
+ifeq ($(filter clean format help,$(MAKECMDGOALS)),)
+    $(shell echo '$(VERSION_SOURCE)' | cmp -s - $(FOLDER)/version.cpp || \
+        echo '$(VERSION_SOURCE)' >$(FOLDER)/version.cpp)
+endif
+
 # ==== programs ===================================================================================
 
 .PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs help own-text train test bench sanitize format clean FORCE
@@ -107,14 +116,18 @@ $(FOLDER)/%.o: %.cpp $(FOLDER)/flags
 $(FOLDER)/test_gpt2.o: OWN_FLAGS := -O1 -Wno-pass-failed
 
 # train_gpt2.o holds a weak main(), which gives way to that of the tests or the benchmarks.
-$(FOLDER)/train_gpt2: $(FOLDER)/train_gpt2.o
+$(FOLDER)/version.o: $(FOLDER)/version.cpp
+	$(CXX) -c $< -o $@
+
+$(FOLDER)/train_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
 	$(if $(MAKECMDGOALS),,@$(MAKE) --no-print-directory help)
 
-$(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o
+$(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-$(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o
+$(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o \
+    $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lbenchmark $(LIBRARIES)
 
 -include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d)
@@ -157,7 +170,7 @@ $(FOLDER)/%.cu.o: %.cu $(FOLDER)/flags Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $(EMU_OPT) $(EMU_FLAGS) $(OWN_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
-$(FOLDER)/train_gpt2cu_emu: $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS)
+$(FOLDER)/train_gpt2cu_emu: $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
 
 # The CPU twin's layers are what kernels are held against, in double, and in float to say how far
@@ -175,14 +188,14 @@ $(FOLDER)/weak_%.o: $(FOLDER)/%.o
 	$(WEAKEN)
 
 $(FOLDER)/test_gpt2cu_emu: $(FOLDER)/test_gpt2.o $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) \
-    $(FOLDER)/weak_train_gpt2.o
+    $(FOLDER)/weak_train_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 $(FOLDER)/test_emu: $(FOLDER)/dev/emu/test_emu.o $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 $(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_twin_float.o \
-    $(FOLDER)/weak_twin_double.o
+    $(FOLDER)/weak_twin_double.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
 
 -include $(wildcard $(FOLDER)/dev/emu/*.d $(FOLDER)/dev/cuda/*.d)
@@ -222,7 +235,7 @@ $(CUDA_FOLDER)/%.o: %.cu $(wildcard *.h) train_gpt2.cu $(wildcard dev/cuda/*.cuh
 
 CUDA_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -Xcompiler -fopenmp $(LDFLAGS) -lcublasLt
 
-$(CUDA_FOLDER)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o
+$(CUDA_FOLDER)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o $(FOLDER)/version.o
 	$(CUDA_LINK) $(LIBRARIES)
 
 cuda: $(CUDA_FOLDER)/train_gpt2cu
@@ -240,19 +253,19 @@ gpu-portable:
 
 portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu train_gpt2 $(CHECKS))
 
-$(PORTABLE)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o
+$(PORTABLE)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
 $(PORTABLE)/test_gpt2cu: $(CUDA_FOLDER)/test_gpt2.cpp.o $(CUDA_FOLDER)/train_gpt2.o \
-    $(CUDA_FOLDER)/weak_twin.o
+    $(CUDA_FOLDER)/weak_twin.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK) -l:libgtest.a
-$(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o
+$(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) $^ -o $@ -static-libstdc++ -static-libgcc -l:libutf8proc.a -l:libxxhash.a \
 	    -l:libgomp.a -lpthread
 $(addprefix $(PORTABLE)/,$(CHECKS)): $(PORTABLE)/%: $(CUDA_FOLDER)/dev/cuda/%.o \
-    $(CUDA_FOLDER)/weak_twin_float.o $(CUDA_FOLDER)/weak_twin_double.o
+    $(CUDA_FOLDER)/weak_twin_float.o $(CUDA_FOLDER)/weak_twin_double.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
 $(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h)

@@ -5,6 +5,8 @@
 // beside their place, synced, read back against their hashes, and renamed.
 #pragma once
 
+#include <sys/statvfs.h>
+
 #include <climits>
 #include <cmath>
 #include <cstdlib>
@@ -904,6 +906,15 @@ inline void rename_path(const std::string& from, const std::string& to) {
         fail_machine("%s: cannot rename to %s: %s", from.c_str(), to.c_str(), strerror(errno));
 }
 
+// Swaps two names in one step; false where the file system cannot.
+inline bool exchange_paths(const std::string& a, const std::string& b) {
+#ifdef RENAME_EXCHANGE
+    return renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0;
+#else
+    return a.empty() && b.empty();
+#endif
+}
+
 // A new, empty folder that is removed with all it holds unless it was renamed.
 class TemporaryFolder {
   public:
@@ -919,14 +930,18 @@ class TemporaryFolder {
     }
     const std::string& path() const { return path_; }
 
-    // Puts the folder in the place of `target`. One that is there already is kept as `target`.old
-    // until it is no longer needed: if the machine stops between the two renames, it is found.
+    // Puts the folder in the place of `target`. One that is there already changes places with it,
+    // so that there is a whole one of that name at any moment; where the file system has no such
+    // exchange, it is kept as `target`.old between two renames. What was replaced stays, under
+    // another name, for the caller to remove when the renames are durable.
     void rename_to(const std::string& target) {
-        if (path_exists(target)) {
+        if (!path_exists(target)) {
+            rename_path(path_, target);
+        } else if (!exchange_paths(path_, target)) {
             remove_folder(target + ".old");
             rename_path(target, target + ".old");
+            rename_path(path_, target);
         }
-        rename_path(path_, target);
         path_.clear();
     }
 
@@ -943,14 +958,22 @@ inline void point_link(const std::string& out, const std::string& link, const st
     rename_path(temporary, path);
 }
 
-// Removes what earlier saves left unfinished or replaced, and all checkpoints but the newest `keep`
-// and those that last and best point to; keep 0 keeps all. Each is renamed away first, so that a
-// half-removed folder is never taken for a checkpoint.
-inline void remove_old_checkpoints(const std::string& out, int keep) {
+// Which checkpoints stay when a newer one is there: the newest `keep` (0: all), those of every
+// step that `keep_every` divides (0: none for that), and those that last and best point to.
+struct Retention {
+    int keep = 0;
+    uint64_t keep_every = 0;
+};
+
+// Removes what earlier saves left unfinished or replaced, and the checkpoints that need not stay.
+// Each is renamed away first, so that a half-removed folder is never taken for a checkpoint.
+inline void remove_old_checkpoints(const std::string& out, const Retention& retention) {
     std::string last = linked_step(out, "last"), best = linked_step(out, "best");
     int newer = 0;
     for (const StepFolder& folder : list_steps(out, "")) {
-        if (keep <= 0 || newer++ < keep || folder.name == last || folder.name == best) continue;
+        bool kept = retention.keep <= 0 || newer++ < retention.keep;
+        kept |= retention.keep_every > 0 && folder.step % retention.keep_every == 0;
+        if (kept || folder.name == last || folder.name == best) continue;
         std::string path = join_path(out, folder.name);
         remove_folder(path + ".tmp");
         rename_path(path, path + ".tmp");
@@ -958,6 +981,7 @@ inline void remove_old_checkpoints(const std::string& out, int keep) {
     for (const char* suffix : {".tmp", ".old"})
         for (const StepFolder& folder : list_steps(out, suffix))
             remove_folder(join_path(out, folder.name));
+    for (const char* link : {"last.tmp", "best.tmp"}) unlink(join_path(out, link).c_str());
 }
 
 // Writes trainer.json: the trainer's own state, and the size and hash of every other file of the
@@ -980,40 +1004,77 @@ inline void write_trainer_json(const std::string& folder, uint64_t step, const o
     write_file_atomic(join_path(folder, "trainer.json"), json_text(root, 2) + "\n");
 }
 
-// Saves a checkpoint of the run in `out` as OUT/step_N: a model folder, the moments as
-// optimizer.safetensors (m.NAME and v.NAME, in the precision that they have in memory) and
-// trainer.json, which is the object `state` and, under "step", "files" and "checksum", what was
-// saved. It is built beside its place, synced, read back and held against the recorded hashes, and
-// only then renamed; OUT/last (and OUT/best when `best`) then point to it, and old checkpoints but
-// the newest `keep` are removed (0: none). Throws with exit code 1 when the disk refuses; the
-// checkpoints before are then as they were.
-inline void save_checkpoint(const std::string& out, uint64_t step, const GPT2* model,
-                            const Tokenizer* tokenizer, const ordered_json& state, bool best,
-                            int keep) {
-    std::string name = step_name(step), target = join_path(out, name);
-    make_folder(out);
-    TemporaryFolder folder(target + ".tmp");
+// What a checkpoint is made of. `tokenizer` may be null; `state` is the trainer's own.
+struct Checkpoint {
+    uint64_t step = 0;
+    GPT2Config config;
+    TensorReader tensors;
+    const Tokenizer* tokenizer = nullptr;
+    ordered_json state;
+    bool best = false;
+};
+
+// Bytes that a checkpoint takes on the disk, but for its tokenizer and headers.
+inline size_t checkpoint_bytes(const GPT2Config& config) {
+    return 3 * sizeof(real) * count_parameters(config);
+}
+
+// The bytes that the disk of an existing folder could still take; none where it does not say.
+inline std::optional<size_t> disk_free(const std::string& folder) {
+    struct statvfs disk;
+    if (statvfs(folder.c_str(), &disk) != 0 || disk.f_blocks == 0) return {};
+    return size_t(disk.f_bavail) * disk.f_frsize;
+}
+
+// Writes the files of a checkpoint into a folder and reads them back.
+inline void write_checkpoint(const Checkpoint& checkpoint, const std::string& folder) {
+    const auto& [step, config, tensors, tokenizer, state, best] = checkpoint;
     std::map<std::string, FileDigest> digests;
-    const GPT2Config& config = gpt2_config(model);
-    if (tokenizer != nullptr) tokenizer->save(folder.path(), config.context);
-    write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder.path());
-    digests["model.safetensors"] = write_model_file(config, tensors_of(model), folder.path());
-    SafetensorsWriter optimizer(join_path(folder.path(), "optimizer.safetensors"));
-    add_tensors(optimizer, config, tensors_of(model), Group::first_moments, "m.");
-    add_tensors(optimizer, config, tensors_of(model), Group::second_moments, "v.");
+    if (tokenizer != nullptr) tokenizer->save(folder, config.context);
+    write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder);
+    digests["model.safetensors"] = write_model_file(config, tensors, folder);
+    SafetensorsWriter optimizer(join_path(folder, "optimizer.safetensors"));
+    add_tensors(optimizer, config, tensors, Group::first_moments, "m.");
+    add_tensors(optimizer, config, tensors, Group::second_moments, "v.");
     digests["optimizer.safetensors"] = optimizer.commit();
-    write_trainer_json(folder.path(), step, state, digests);
+    write_trainer_json(folder, step, state, digests);
     try {
-        verify_checkpoint(folder.path());
+        verify_checkpoint(folder);
     } catch (const Error& error) {
         fail_machine("%s; the disk did not keep what was written", error.what());
     }
+}
+
+// Saves a checkpoint of the run in `out` as OUT/step_N: a model folder, the moments as
+// optimizer.safetensors (m.NAME and v.NAME, in the precision that they have in memory) and
+// trainer.json, which is the state and, under "step", "files" and "checksum", what was saved. It is
+// built beside its place, synced, read back and held against the recorded hashes, and only then
+// renamed; OUT/last (and OUT/best when it is the best) then point to it, and old checkpoints go.
+// `before_publishing` makes durable what must not be older than the checkpoint. Throws with exit
+// code 1 when the disk refuses; the checkpoints before are then as they were. What cannot be
+// removed does no harm and is returned as a line for people.
+inline std::string save_checkpoint(const std::string& out, const Checkpoint& checkpoint,
+                                   const Retention& retention,
+                                   const std::function<void()>& before_publishing = {}) {
+    std::string name = step_name(checkpoint.step), target = join_path(out, name);
+    make_folder(out);
+    size_t needed = checkpoint_bytes(checkpoint.config);
+    std::optional<size_t> free = disk_free(out);
+    if (free && *free < needed)
+        fail_machine("%s: a checkpoint takes %.1f MiB, the disk has %.1f MiB free", target.c_str(),
+                     double(needed) / 1048576, double(*free) / 1048576);
+    TemporaryFolder folder(target + ".tmp");
+    write_checkpoint(checkpoint, folder.path());
+    if (before_publishing) before_publishing();
     folder.rename_to(target);
     sync_folder(out);
     point_link(out, "last", name);
-    if (best) point_link(out, "best", name);
+    if (checkpoint.best) point_link(out, "best", name);
     sync_folder(out);
-    remove_old_checkpoints(out, keep);
+    try {
+        remove_old_checkpoints(out, retention);
+    } catch (const Error& error) { return error.what(); }
+    return "";
 }
 
 // ==== checkpoints: loading =======================================================================
@@ -1039,11 +1100,9 @@ inline std::string latest_checkpoint(const std::string& out, std::string* warnin
     return "";
 }
 
-// Fills parameters and moments from a checkpoint, bit for bit, and returns its trainer.json. Every
-// file is verified first. Throws with exit code 2 for a checkpoint that is damaged, or of another
-// model or precision.
-inline json load_checkpoint(GPT2* model, const std::string& folder) {
-    json trainer = verify_checkpoint(folder);
+// Fills parameters and moments, bit for bit, from a checkpoint that was verified. Throws with exit
+// code 2 for one of another model or precision.
+inline void read_checkpoint(GPT2* model, const std::string& folder) {
     load_model(model, folder);
     SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
     ParameterTable table = parameter_table(gpt2_config(model));
@@ -1072,6 +1131,13 @@ inline json load_checkpoint(GPT2* model, const std::string& folder) {
     if (used != file.entries().size())
         fail_input("%s: holds %zu tensors, the model has %zu", file.path().c_str(),
                    file.entries().size(), used);
+}
+
+// The same for one that nobody looked at yet, whose every file is verified first; returns its
+// trainer.json.
+inline json load_checkpoint(GPT2* model, const std::string& folder) {
+    json trainer = verify_checkpoint(folder);
+    read_checkpoint(model, folder);
     return trainer;
 }
 

@@ -198,6 +198,19 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
                "save a checkpoint; 0: only the best, at the end and when stopped");
     add_number(app, "--keep", o.keep, 0, 1000000, "N",
                "checkpoints to keep beside the best; 0: all");
+    add_number(app, "--keep-every", o.keep_every, 0, kMaxSteps, "STEPS",
+               "keep the checkpoints of these steps as well, for good; 0: none");
+    add_choice(app, "--background-save", o.background_save, {"auto", "on", "off"},
+               "save from a copy while training goes on; auto: where there is memory for it");
+    add_number(app, "--save-retry", o.save_retry_s, 0, 86400, "SECONDS",
+               "after a save that failed; the third failure in a row ends the run");
+    add_number(app, "--max-bad-steps", o.max_bad_steps, 0, kMaxSteps, "N",
+               "end after N steps in a row whose loss or gradient is not finite; each is skipped; "
+               "0: go on for ever");
+    add_number(app, "--spike-threshold", o.spike_threshold, 0, 1e9, "X",
+               "report a loss X deviations above the mean of about 100 steps; 0: never");
+    add_choice(app, "--on-spike", o.on_spike, {"report", "rollback"},
+               "rollback: go back to the last checkpoint and past the data of the spike");
     add_number(app, "--early-stop", o.early_stop, 0, kMaxSteps, "N",
                "stop after N evaluations without gain; 0: never");
     app->add_flag("--overfit-one-batch", o.overfit_one_batch,
@@ -207,6 +220,10 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
     add_text(app, "--resume", o.resume, "auto|never|FOLDER",
              "auto goes on with the run in --out, never sets it aside, FOLDER goes on "
              "with the run there");
+    add_text(app, "--repeat", o.repeat, "FOLDER",
+             "does the run in FOLDER again, into --out, and compares every loss; no other option "
+             "is needed")
+        ->default_str("");
 }
 
 inline void add_train_options(CLI::App* app, TrainOptions& o) {
@@ -432,7 +449,84 @@ inline void require(const char* option, bool given) {
 
 // ==== commands: train, plan ======================================================================
 
+// The first record with which a run began, from its log.
+inline json first_start(const std::string& folder) {
+    std::string path = join_path(folder, "log.jsonl"), text = read_file(path);
+    json record = json::parse(text.substr(0, text.find('\n')), nullptr, false);
+    bool starts = record.is_object() && record.value("event", json()) == "start" &&
+                  record.value("arguments", json()).is_array();
+    if (!starts || record.value("step", json()) != 0)
+        fail_input("%s: does not begin with the record of a run's start; it cannot be repeated",
+                   path.c_str());
+    return record;
+}
+
+// The losses of a log by step: those of training, and of validation where there are any.
+inline std::map<size_t, std::pair<json, json>> losses_by_step(const std::string& folder) {
+    std::map<size_t, std::pair<json, json>> losses;
+    std::stringstream lines(read_file(join_path(folder, "log.jsonl")));
+    for (std::string line; std::getline(lines, line);) {
+        json record = json::parse(line, nullptr, false);
+        if (!record.is_object() || record.contains("event")) continue;
+        if (!record.value("step", json()).is_number_unsigned()) continue;
+        losses[record["step"].get<size_t>()] = {record.value("train_loss", json()),
+                                                record.value("val_loss", json())};
+    }
+    return losses;
+}
+
+// Says how far the logs of two runs agree; exit code 1 where they do not.
+inline int compare_runs(const std::string& first, const std::string& second) {
+    auto a = losses_by_step(first), b = losses_by_step(second);
+    size_t same = 0;
+    for (const auto& [step, losses] : a) {
+        auto found = b.find(step);
+        if (found == b.end())
+            fail_machine("%s: has no step %zu, %s does; %zu steps are equal", second.c_str(), step,
+                         first.c_str(), same);
+        for (auto [x, y] : {std::pair(losses.first, found->second.first),
+                            std::pair(losses.second, found->second.second)})
+            if (x.dump() != y.dump())
+                fail_machine("%s: step %zu: loss %s, and %s in %s; %zu steps before are equal",
+                             second.c_str(), step, y.dump().c_str(), x.dump().c_str(),
+                             first.c_str(), same);
+        same++;
+    }
+    printf("repeated   all %zu steps have the same losses, to the last bit\n", same);
+    return 0;
+}
+
+// `train --repeat FOLDER`: the arguments with which the run there began, into another folder.
+inline int repeat_command(const TrainOptions& asked, double start_s) {
+    json start = first_start(asked.repeat);
+    Options options;
+    CLI::App app;
+    add_train_options(app.add_subcommand("train"), options.train);
+    std::vector<std::string> words = {"train"};
+    try {
+        for (const json& word : start["arguments"]) words.push_back(word.get<std::string>());
+        std::reverse(words.begin(), words.end());  // as the parser takes them
+        app.parse(words);
+    } catch (const std::exception& error) {
+        fail_input("%s: the arguments in its log: %s", asked.repeat.c_str(), error.what());
+    }
+    TrainOptions& o = options.train;
+    o.arguments = start["arguments"].get<std::vector<std::string>>();
+    o.out = asked.out.empty() ? asked.repeat + ".repeat" : asked.out;
+    o.resume = "never", o.repeat = "";
+    o.compute.threads = start.value("settings", json::object()).value("threads", 0);
+    if (start.value("version", "") != gpt2_version())
+        fprintf(stderr, "note: that was version %s, this is %s\n",
+                one_line(start.value("version", "unknown")).c_str(), gpt2_version());
+    {
+        Training training(o, start_s, "");
+        if (int code = training.run(); code != 0) return code;
+    }
+    return compare_runs(asked.repeat, o.out);
+}
+
 inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on) {
+    if (!o.repeat.empty()) return repeat_command(o, start_s);
     require("--data", !o.data.empty());
     Training training(o, start_s, how_to_go_on);
     return training.run();
@@ -889,7 +983,11 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
                         char** argv) {
     const CLI::App* command = app.get_subcommands().at(0);
     std::string name = command->get_name();
-    if (name == "train") return train_command(o.train, start_s, command_to_go_on(argc, argv));
+    if (name == "train") {
+        TrainOptions train = o.train;
+        train.arguments.assign(argv + 2, argv + argc);
+        return train_command(train, start_s, command_to_go_on(argc, argv));
+    }
     if (name == "plan") return plan_command(o.plan);
     if (name == "sample") return sample_command(o.sample);
     if (name == "evaluate") return evaluate_command(o.evaluate);

@@ -617,6 +617,14 @@ class Permutation {
     int half_bits_;
 };
 
+// One hash for the data of a run, of those of its shards, by which a resumed run can tell that it
+// is the same.
+inline uint64_t data_hash(const std::vector<uint64_t>& shard_hashes) {
+    uint64_t hash = 0;
+    for (uint64_t part : shard_hashes) hash = hash_bytes(&part, sizeof part, hash);
+    return hash;
+}
+
 // Deals batches of windows, without end. A window is T+1 consecutive tokens of one shard: inputs
 // are the first T, targets the last T. In an epoch the windows of a shard follow one another from a
 // random offset below T and share only the token at which they meet; all windows of all shards come
@@ -630,6 +638,7 @@ class DataLoader {
     // What a checkpoint keeps: the epoch, and how many of its windows have been dealt to all ranks.
     struct Position {
         uint64_t epoch = 0, window = 0;
+        bool operator==(const Position&) const = default;
     };
 
     DataLoader(std::vector<Shard> shards, int B, int T, int rank, int world, uint64_t seed)
@@ -697,15 +706,11 @@ class DataLoader {
         return tokens;
     }
 
-    // A hash of all tokens, by which a resumed run can tell that its data is the same; reads all of
-    // them.
-    uint64_t data_hash() const {
-        uint64_t hash = 0;
-        for (const Shard& shard : shards_) {
-            uint64_t part = shard.hash();
-            hash = hash_bytes(&part, sizeof part, hash);
-        }
-        return hash;
+    // A hash of each shard's tokens; reads all of them.
+    std::vector<uint64_t> shard_hashes() const {
+        std::vector<uint64_t> hashes;
+        for (const Shard& shard : shards_) hashes.push_back(shard.hash());
+        return hashes;
     }
 
     const std::vector<Shard>& shards() const { return shards_; }

@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
@@ -86,6 +87,16 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
     if (code == ENOENT || code == ENOTDIR || code == EISDIR)
         fail_input("%s: cannot %s: %s", path.c_str(), action, strerror(code));
     fail_machine("%s: cannot %s: %s", path.c_str(), action, strerror(code));
+}
+
+// The bytes of memory that this machine could still give; 0 when it does not say.
+inline size_t machine_memory_free() {
+    std::ifstream file("/proc/meminfo");
+    std::string word;
+    size_t kib = 0;
+    while (file >> word)
+        if (word == "MemAvailable:" && file >> kib) break;
+    return kib * 1024;
 }
 
 // ==== reading ====================================================================================

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <cmath>
 #include <memory>
 
@@ -161,6 +162,8 @@ struct ParameterPointers {
 };
 using ParameterTensors = ParameterPointers<real>;
 
+enum class Group { parameters, gradients, first_moments, second_moments };
+
 // Rows of the table follow each other in memory, each from a multiple of this many numbers on, so
 // that the widest loads of a processor or a card find every row aligned.
 constexpr size_t kRowAlignment = 128;
@@ -245,6 +248,7 @@ struct GPT2Shape {
                                 // 0 nothing, 1 GELU, 2 also layer norms, 3 the whole block
     bool tf32 = false;          // float32 products round what they multiply to 10 bits (CUDA)
     bool deterministic = true;  // only algorithms that give the same bits every time
+    bool snapshot = false;      // it can be copied while it trains: see gpt2_snapshot_begin
 };
 
 // Sizes that the twins choose for themselves.
@@ -345,6 +349,21 @@ struct MemoryRow {
     size_t bytes;
 };
 
+// A snapshot holds the groups that a checkpoint does, one after the other.
+constexpr std::array<Group, 3> kSnapshotGroups = {Group::parameters, Group::first_moments,
+                                                  Group::second_moments};
+
+inline size_t snapshot_bytes(const GPT2Config& config) {
+    return kSnapshotGroups.size() * sizeof(real) * allocated_parameters(config);
+}
+
+// The number of a snapshot at which one of its groups begins; `numbers` is the size of a group.
+inline size_t snapshot_offset(Group group, size_t numbers) {
+    auto place = std::find(kSnapshotGroups.begin(), kSnapshotGroups.end(), group);
+    assert(place != kSnapshotGroups.end());
+    return size_t(place - kSnapshotGroups.begin()) * numbers;
+}
+
 inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
     size_t total = 0;
     for (const MemoryRow& row : rows) total += row.bytes;
@@ -426,8 +445,6 @@ constexpr uint32_t random_stream(RandomUse use, int layer) {
 
 struct GPT2;  // parameters, gradients, moments and activations, in the twin's own memory
 
-enum class Group { parameters, gradients, first_moments, second_moments };
-
 // One forward pass. loss_scale is 1 / (targets that count in the whole step, over micro-batches and
 // ranks), so that gradients and losses summed over the passes of a step are those of the mean.
 // Dropout (training only) is decided by seed, step and the sequence's place in the step,
@@ -461,6 +478,7 @@ struct PeakRate {
 };
 
 const char* gpt2_program();  // the name of this program
+const char* gpt2_version();  // the state of its source, as git describes it
 std::string gpt2_device();   // what computes: a line for people
 PeakRate gpt2_peak(const GPT2Shape& shape);
 Dtype gpt2_dtype(const std::string& option);  // of --dtype auto|fp32|bf16; refuses what cannot be
@@ -469,6 +487,8 @@ Dtype gpt2_dtype(const std::string& option);  // of --dtype auto|fp32|bf16; refu
 // this machine or card could still give (0: it does not say).
 std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape);
 size_t gpt2_memory_free();
+// What a model on a card takes of the machine's own memory beside that; nothing on the CPU.
+std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape);
 
 // Allocates everything, zeroed; throws Error (exit code 1) naming the group and bytes that memory
 // lacked. world ranks of one job each create a model of their own share of the batch.
@@ -501,6 +521,18 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
 // program's orientation, without padding. A row that is not present cannot be copied.
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
+
+// Copies parameters and moments, as the last update left them, to the snapshot that the shape asked
+// for. begin returns at once: passes of the next step run beside the copy, and the update after
+// them waits for its end, as wait does. A whole snapshot stays as it is until the next begin;
+// snapshot_out reads one row of one layer of it, as gpt2_copy_out does, from any thread.
+void gpt2_snapshot_begin(GPT2* model);
+void gpt2_snapshot_wait(GPT2* model);
+void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host);
+
+// One buffer of the activation table, of one layer, as the last passes left it, to host memory
+// (size). For looking into what went wrong, and for nothing that must be fast.
+void gpt2_activation_out(const GPT2* model, int row, int layer, real* host);
 
 struct GPT2Deleter {
     void operator()(GPT2* model) const { gpt2_destroy(model); }

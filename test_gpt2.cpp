@@ -1112,6 +1112,48 @@ TEST(Model, PreviousStatsAreThoseOfTheUpdateBefore) {
     }
 }
 
+// A snapshot is the model as it was when the copy began, whatever the next step does beside it.
+TEST(Model, ASnapshotIsTheModelAsItWasWhenItBegan) {
+    GPT2Config config = odd_config();
+    GPT2Shape shape = training_shape(2, 8);
+    shape.snapshot = true;
+    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    gpt2_initialise(model.get(), 3);
+    Batch batch(2, 8, config.vocab_size, 4);
+    auto step = [&](uint64_t number) {
+        gpt2_zero_gradients(model.get());
+        GPT2Pass pass;
+        pass.training = true, pass.loss_scale = 1.0 / 16;
+        gpt2_forward(model.get(), batch.inputs.data(), batch.targets.data(), 2, 8, pass);
+        gpt2_backward(model.get());
+        AdamW adamw;
+        adamw.step = number;
+        gpt2_update(model.get(), adamw);
+    };
+    auto rows = [&](auto copy) {
+        std::vector<std::vector<real>> all;
+        ParameterTable table = parameter_table(config);
+        for (Group group : kSnapshotGroups)
+            for (int row = 0; row < kParameterRows; row++)
+                for (int layer = 0;
+                     table[size_t(row)].present && layer < int(table[size_t(row)].count); layer++) {
+                    all.emplace_back(table[size_t(row)].file_size());
+                    copy(model.get(), group, row, layer, all.back().data());
+                }
+        return all;
+    };
+    step(1);
+    auto before = rows(gpt2_copy_out);
+    gpt2_snapshot_begin(model.get());
+    step(2);
+    gpt2_snapshot_wait(model.get());
+    EXPECT_EQ(rows(gpt2_snapshot_out), before);
+    EXPECT_NE(rows(gpt2_copy_out), before) << "and the step was made";
+    gpt2_snapshot_begin(model.get());
+    gpt2_snapshot_wait(model.get());
+    EXPECT_EQ(rows(gpt2_snapshot_out), rows(gpt2_copy_out));
+}
+
 TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
     GPT2Config config;
     named_config("gpt2-xl", &config);
@@ -3051,7 +3093,7 @@ TEST(DataLoader, KnowsChangedData) {
     std::string a = data_counting_shard(folder, "a.bin", 50),
                 b = data_counting_shard(folder, "b.bin", 50, 1);
     auto hash = [](const std::vector<std::string>& paths) {
-        return DataLoader(data_open(paths), 1, 4, 0, 1, 0).data_hash();
+        return data_hash(DataLoader(data_open(paths), 1, 4, 0, 1, 0).shard_hashes());
     };
     EXPECT_EQ(hash({a, b}), hash({a, b}));
     std::set<uint64_t> hashes = {hash({a, b}), hash({b, a}), hash({a}), hash({b}), hash({a, a})};
@@ -3995,9 +4037,12 @@ struct SavedRun {
     std::string out = join_path(test_folder(), "run");
     GPT2Ptr model = filled_model(odd_configs()[0], 20);
 
-    void save(uint64_t step, bool best = false, int keep = 0) {
+    Checkpoint checkpoint(uint64_t step, bool best = false) const {
         ordered_json state = {{"epoch", 0.1}, {"seed", ~uint64_t(0)}, {"data", "\xff text"}};
-        save_checkpoint(out, step, model.get(), nullptr, state, best, keep);
+        return {step, gpt2_config(model.get()), tensors_of(model.get()), nullptr, state, best};
+    }
+    void save(uint64_t step, bool best = false, int keep = 0, uint64_t keep_every = 0) {
+        EXPECT_EQ(save_checkpoint(out, checkpoint(step, best), {keep, keep_every}), "");
     }
     std::string path(const std::string& name) const { return join_path(out, name); }
     std::string link(const char* name) const { return fs::read_symlink(path(name)).string(); }
@@ -4022,7 +4067,9 @@ TEST(Checkpoint, KeepsEveryBitOfParametersMomentsAndState) {
         GPT2Ptr model = filled_model(config, 21), other = filled_model(config, 22);
         ordered_json state = {{"step", 7}, {"rate", 0.1 + 0.2}, {"loader", {{"window", 3}}}};
         Tokenizer tokenizer = Tokenizer::bytes();
-        save_checkpoint(out, 1234567890123, model.get(), &tokenizer, state, true, 1);
+        Checkpoint checkpoint{1234567890123, config, tensors_of(model.get()),
+                              &tokenizer,    state,  true};
+        save_checkpoint(out, checkpoint, {1});
         std::string folder = latest_checkpoint(out);
         EXPECT_EQ(folder, join_path(out, "step_1234567890123"));
         json trainer = load_checkpoint(other.get(), folder);
@@ -4054,6 +4101,12 @@ TEST(Checkpoint, LinksPointToTheLastAndTheBestAndOldOnesGo) {
     EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000003"));
     run.save(5, false, 0);
     EXPECT_EQ(run.names().size(), 6u);
+}
+
+TEST(Checkpoint, MultiplesOfAStepStayForGood) {
+    SavedRun run;
+    for (uint64_t step = 1; step <= 7; step++) run.save(step, false, 1, 3);
+    EXPECT_EQ(run.names(), (Strings{"last", "step_00000003", "step_00000006", "step_00000007"}));
 }
 
 TEST(Checkpoint, SavingAStepAgainReplacesIt) {
@@ -4203,11 +4256,11 @@ TEST(Checkpoint, AFullDiskLeavesTheCheckpointBefore) {
         EXPECT_EQ(bits_of(other.get()), before);
     }
     signal(SIGXFSZ, old_action);
-    expect_failure([&] { save_checkpoint("/proc/x/run", 1, run.model.get(), nullptr, {}, 0, 0); },
-                   1, "/proc/x/run: cannot create");
+    expect_failure([&] { save_checkpoint("/proc/x/run", run.checkpoint(1), {}); }, 1,
+                   "/proc/x/run: cannot create");
     std::string file = run.path("file");
     put_file(file, "x");
-    expect_failure([&] { save_checkpoint(file, 1, run.model.get(), nullptr, {}, 0, 0); }, 1, file);
+    expect_failure([&] { save_checkpoint(file, run.checkpoint(1), {}); }, 1, file);
 }
 
 TEST(Checkpoint, MomentsOfAnotherModelOrPrecisionAreRefused) {
@@ -4355,7 +4408,8 @@ struct SmallRun {
         std::string text = read_file(out("log.jsonl"));
         for (size_t begin = 0; begin < text.size();) {
             size_t end = text.find('\n', begin);
-            records.push_back(json::parse(text.substr(begin, end - begin)));
+            json record = json::parse(text.substr(begin, end - begin));
+            if (!record.contains("event")) records.push_back(record);
             begin = end + 1;
         }
         return records;
@@ -4880,6 +4934,41 @@ TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
     EXPECT_EQ(read_file(folder + "/log.jsonl"), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
 }
 
+// A disk that takes no more of the log: the records wait, none is there by half, and once there is
+// room all are.
+TEST(Run, TheLogKeepsWhatTheDiskRefuses) {
+    std::string folder = test_folder(), path = folder + "/log.jsonl";
+    RunLog log(folder, 0);
+    EXPECT_EQ(log.write({{"step", 1}}), "");
+    rlimit old_limit;
+    getrlimit(RLIMIT_FSIZE, &old_limit);
+    auto old_action = signal(SIGXFSZ, SIG_IGN);
+    rlimit small = {15, old_limit.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &small);
+    std::string first = log.write({{"step", 2}}), second = log.write({{"step", 3}});
+    std::string error = error_of([&] { log.sync(); });
+    setrlimit(RLIMIT_FSIZE, &old_limit);
+    signal(SIGXFSZ, old_action);
+    EXPECT_EQ(first, "File too large");
+    EXPECT_EQ(second, "") << "said once";
+    EXPECT_EQ(error.substr(0, 2), "1 ");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n");
+    EXPECT_EQ(log.write({{"step", 4}}), "");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"step\":4}\n");
+}
+
+TEST(Run, TheLogFollowsAFolderThatIsRemoved) {
+    std::string folder = test_folder() + "/run", path = folder + "/log.jsonl";
+    make_folder(folder);
+    RunLog log(folder, 0);
+    log.write({{"step", 1}});
+    fs::remove_all(folder);
+    EXPECT_EQ(log.write({{"step", 2}}), "");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n");
+    log.cut(1);
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n");
+}
+
 TEST(Run, ADamagedStateIsRefused) {
     SmallRun run;
     EXPECT_EQ(run.train(), 0);
@@ -4929,8 +5018,119 @@ TEST(Run, ALossThatIsNotANumberEndsIt) {
     tuned.options.tokenizer = "auto";
     std::string error = error_of([&] { tuned.train(); });
     EXPECT_EQ(error.substr(0, 2), "1 ");
-    EXPECT_NE(error.find("step 1: loss"), std::string::npos) << error;
+    EXPECT_NE(error.find("step 1 and the 2 after it: loss nan"), std::string::npos) << error;
     EXPECT_EQ(latest_checkpoint(tuned.options.out), "");
+}
+
+// A model of a folder, untied, whose embedding of the byte Q overflows in the first layer norm, and
+// text in which that byte is there once.
+struct RunWithOneBadWindow : SmallRun {
+    RunWithOneBadWindow() {
+        std::string text = some_text(400);
+        text[text.size() / 2] = 'Q';
+        write_file_atomic(folder + "/text.txt", text);
+        GPT2Config config;
+        config.vocab_size = 257, config.layers = 2, config.heads = 2, config.channels = 12;
+        config.context = 9, config.tied = false;
+        GPT2Ptr model(gpt2_create(config, test_shape(1, 9), 0, 1));
+        gpt2_initialise(model.get(), 5);
+        std::vector<real> wte(257 * 12);
+        gpt2_copy_out(model.get(), Group::parameters, k_wte, 0, wte.data());
+        std::fill_n(wte.begin() + 'Q' * 12, 12, real(3e38));
+        gpt2_copy_in(model.get(), Group::parameters, k_wte, 0, wte.data());
+        Tokenizer tokenizer = Tokenizer::bytes();
+        save_model(model.get(), &tokenizer, folder + "/model");
+        options.model = {};
+        options.model.model = folder + "/model";
+        options.tokenizer = "auto", options.eval_every = 0, options.save_every = 10;
+        options.steps = 60;  // more than an epoch
+    }
+    std::vector<size_t> skipped_steps() const {
+        std::vector<size_t> steps;
+        for (const json& record : log())
+            if (record.contains("skipped")) steps.push_back(record.at("step"));
+        return steps;
+    }
+};
+
+TEST(Run, AStepThatIsNotFiniteIsSkippedAndItsDataNamed) {
+    RunWithOneBadWindow run, parts;
+    EXPECT_EQ(run.train(), 0);
+    std::vector<json> log = run.log();
+    ASSERT_EQ(log.size(), 60u);
+    std::vector<size_t> skipped = run.skipped_steps();
+    ASSERT_GE(skipped.size(), 1u);
+    EXPECT_LE(skipped.size(), 3u);
+    for (const json& record : log) {
+        bool bad = record.contains("skipped");
+        EXPECT_EQ(record.at("train_loss").is_number(), !bad) << record;
+        if (bad) { EXPECT_TRUE(record.at("data").at("window").is_number_unsigned()) << record; }
+    }
+    EXPECT_LT(log.back().at("train_loss").get<double>(), 5.0);
+    EXPECT_EQ(parts.train_step_by_step(), 0);
+    EXPECT_EQ(parts.skipped_steps(), skipped);
+    expect_same_file(run.out("last/model.safetensors"), parts.out("last/model.safetensors"));
+}
+
+TEST(Run, TooManyBadStepsEndItWithADiagnosis) {
+    for (size_t limit : {1, 2}) {
+        RunWithOneBadWindow run;
+        run.options.max_bad_steps = limit;
+        if (limit == 2) run.options.overfit_one_batch = true;  // a bad batch again and again
+        if (limit == 2) write_file_atomic(run.folder + "/text.txt", std::string(3000, 'Q'));
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.substr(0, 2), "1 ");
+        EXPECT_NE(error.find("first in layer 0: ln1; none was applied"), std::string::npos)
+            << error;
+        if (limit == 2) { EXPECT_NE(error.find("step 1 and the 1 after it"), std::string::npos); }
+        json diagnosis = json::parse(read_file(run.out("diagnosis.json")));
+        EXPECT_EQ(diagnosis.at("first"), "layer 0: ln1");
+        EXPECT_EQ(diagnosis.at("bad_steps_in_a_row"), limit);
+        EXPECT_GE(diagnosis.at("not_finite").get<size_t>(), 12u);
+        std::string checkpoint = latest_checkpoint(run.options.out);
+        if (limit == 2) {
+            EXPECT_EQ(checkpoint, "");
+        } else {
+            EXPECT_EQ(read_state(checkpoint, nullptr).step,
+                      diagnosis.at("step").get<size_t>() / 10 * 10);
+        }
+    }
+}
+
+// Text of one pattern, with a stretch that is like nothing before it.
+TEST(Run, ASpikeIsReportedAndRolledBack) {
+    std::string text;
+    for (int i = 0; i < 900; i++) text += "abcd ";
+    std::string noise;
+    for (int id : random_ids(30, 26, 7)) noise += char('A' + id);
+    text.replace(2000, noise.size(), noise);
+    auto prepare = [&](SmallRun& run, const char* on_spike) {
+        write_file_atomic(run.folder + "/text.txt", text);
+        run.options.tokenizer = "bytes", run.options.on_spike = on_spike;
+        run.options.spike_threshold = 3;
+        run.options.steps = 220, run.options.save_every = 10, run.options.eval_every = 0;
+        run.options.schedule = "constant", run.options.learning_rate = 1e-2;
+    };
+    auto count = [](const SmallRun& run, const char* key) {
+        std::string log = read_file(run.out("log.jsonl"));
+        size_t found = 0;
+        for (size_t at = log.find(key); at != std::string::npos; at = log.find(key, at + 1))
+            found++;
+        return found;
+    };
+    SmallRun report, rollback, again;
+    prepare(report, "report"), prepare(rollback, "rollback"), prepare(again, "rollback");
+    EXPECT_EQ(report.train(), 0);
+    EXPECT_GE(count(report, "\"spike\":"), 1u);
+    EXPECT_EQ(count(report, "\"rollback\""), 0u);
+    EXPECT_EQ(rollback.train(), 0);
+    EXPECT_GE(count(rollback, "\"event\":\"rollback\""), 1u);
+    EXPECT_GE(rollback.state().at("skipped_data").size(), 1u);
+    std::vector<json> log = rollback.log();
+    ASSERT_EQ(log.size(), 220u) << "each step once";
+    for (size_t i = 0; i < log.size(); i++) EXPECT_EQ(log[i].at("step"), i + 1);
+    EXPECT_EQ(again.train(), 0);
+    expect_same_file(again.out("last/model.safetensors"), rollback.out("last/model.safetensors"));
 }
 
 // A rate beyond all numbers makes the first update the last one that counts. Whether step 2 is
@@ -4944,12 +5144,158 @@ TEST(Run, TheStepThatFailsIsNamedAlsoWhenTheNextIsAtWork) {
         run.options.save_every = 1 + eval_every;
         std::string error = error_of([&] { run.train(); });
         EXPECT_EQ(error.substr(0, 2), "1 ");
-        EXPECT_NE(error.find("step 2: loss"), std::string::npos) << error;
+        EXPECT_NE(error.find("step 2 and the 2 after it: loss nan"), std::string::npos) << error;
         std::vector<json> log = run.log();
-        ASSERT_EQ(log.size(), 1u);
-        EXPECT_EQ(log[0].at("step"), 1u);
+        ASSERT_EQ(log.size(), 3u);
+        EXPECT_TRUE(log[0].at("train_loss").is_number());
+        for (size_t i : {1, 2}) EXPECT_EQ(log[i].at("skipped"), "loss nan, gradient norm nan");
         for (const StepFolder& folder : list_steps(run.options.out, "")) EXPECT_EQ(folder.step, 1u);
     }
+}
+
+TEST(Run, SavingInTheBackgroundChangesNothing) {
+    SmallRun on, off;
+    on.options.background_save = "on", off.options.background_save = "off";
+    for (SmallRun* run : {&on, &off}) {
+        run->options.steps = 20, run->options.save_every = 1;
+        EXPECT_EQ(run->train(), 0);
+    }
+    for (uint64_t step = 1; step <= 20; step++)
+        for (const char* file : {"/model.safetensors", "/optimizer.safetensors"})
+            expect_same_file(on.out(step_name(step)) + file, off.out(step_name(step)) + file);
+}
+
+// A saver whose disk refuses the first `failures` times.
+struct FailingSaver {
+    std::string out = join_path(test_folder(), "run");
+    GPT2Ptr model;
+    int failures, tries = 0;
+    std::optional<Saver> saver;
+
+    FailingSaver(int count, bool background, double retry_s = 0) : failures(count) {
+        GPT2Config config = odd_config();
+        GPT2Shape shape = training_shape(1, 4);
+        shape.snapshot = true;
+        model.reset(gpt2_create(config, shape, 0, 1));
+        gpt2_initialise(model.get(), 1);
+        saver.emplace(Saver::Options{out, {0}, background, retry_s}, model.get(), [this] {
+            if (tries++ < failures) fail_machine("no space");
+        });
+    }
+    Checkpoint checkpoint(uint64_t step) const {
+        return {step, gpt2_config(model.get()), tensors_of(model.get()), nullptr, {}, false};
+    }
+    void await() {
+        for (int i = 0; i < 5000 && linked_step(out, "last").empty(); i++) {
+            saver->poll();
+            usleep(1000);
+        }
+    }
+};
+
+TEST(Saver, AFailedSaveIsTriedAgain) {
+    FailingSaver failing(2, true);
+    failing.saver->begin(failing.checkpoint(1));
+    failing.saver->hand_over();
+    failing.await();
+    EXPECT_EQ(failing.tries, 3);
+    EXPECT_EQ(latest_checkpoint(failing.out), join_path(failing.out, "step_00000001"));
+
+    FailingSaver direct(1, false);
+    direct.saver->begin(direct.checkpoint(1));
+    EXPECT_EQ(latest_checkpoint(direct.out), "");
+    EXPECT_TRUE(direct.saver->poll()) << "asks for the model as it is by then";
+    direct.saver->begin(direct.checkpoint(2));
+    EXPECT_FALSE(direct.saver->poll());
+    EXPECT_EQ(linked_step(direct.out, "last"), "step_00000002");
+
+    FailingSaver last(2, true);
+    last.saver->finish(last.checkpoint(3));
+    EXPECT_EQ(linked_step(last.out, "last"), "step_00000003");
+
+    FailingSaver later(1, true, 3600);
+    later.saver->begin(later.checkpoint(1));
+    later.saver->hand_over();
+    later.saver->wait();
+    later.saver->poll();
+    EXPECT_EQ(later.tries, 1) << "an hour has not passed";
+}
+
+TEST(Saver, TheThirdFailureInARowEndsTheRunAndLeavesWhatWas) {
+    for (bool background : {true, false}) {
+        FailingSaver failing(0, background);
+        failing.saver->finish(failing.checkpoint(1));
+        failing.failures = 100;
+        std::string error = error_of([&] {
+            for (uint64_t step = 2; step < 10; step++) {
+                failing.saver->begin(failing.checkpoint(step));
+                failing.saver->hand_over();
+                failing.saver->wait();
+            }
+        });
+        EXPECT_NE(error.find("step_00000004 was not saved, 3 times in a row: no space; "),
+                  std::string::npos)
+            << error;
+        EXPECT_NE(error.find("step_00000001 is the last good state"), std::string::npos) << error;
+        EXPECT_EQ(latest_checkpoint(failing.out), join_path(failing.out, "step_00000001"));
+        EXPECT_EQ(list_steps(failing.out, "").size(), 1u);
+    }
+}
+
+TEST(Run, TwoInOneFolderAreRefused) {
+    SmallRun run;
+    make_folder(run.options.out);
+    {
+        RunLock other(run.options.out);
+        EXPECT_TRUE(other.taken());
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.substr(0, 2), "2 ");
+        EXPECT_NE(error.find(format("process %d on ", int(getpid()))), std::string::npos) << error;
+        EXPECT_NE(error.find("trains in this folder; wait for it, or give another --out"),
+                  std::string::npos)
+            << error;
+    }
+    EXPECT_EQ(run.train(), 0) << "the file alone locks nobody out";
+}
+
+TEST(Run, AFileNamedStopStopsIt) {
+    SmallRun run;
+    run.options.steps = 1000000, run.options.save_every = 0;
+    make_folder(run.options.out);
+    write_file_atomic(run.out("stop"), "");
+    std::string said = run.train_and_read(128 + SIGTERM);
+    stop_signal() = 0;
+    EXPECT_FALSE(path_exists(run.out("stop"))) << "the next command goes on";
+    EXPECT_NE(latest_checkpoint(run.options.out), "") << said;
+}
+
+TEST(Run, SettingsThatChangeAreSaidWithBothValues) {
+    SmallRun run;
+    stop_signal() = SIGINT;
+    EXPECT_EQ(run.train(), 130);
+    stop_signal() = 0;
+    run.options.learning_rate = 1e-3, run.options.steps = 7, run.options.batch_size = 2;
+    run.options.total_batch_tokens = 4 * 9;
+    std::string said = run.train_and_read();
+    for (const char* line : {"note       learning rate was 0.002 so far and is 0.001 from here on",
+                             "note       steps was 6 so far and is 7 from here on",
+                             "note       batch size was 4 so far and is 2 from here on"})
+        EXPECT_NE(said.find(line), std::string::npos) << said;
+    EXPECT_EQ(said.find("beta1"), std::string::npos) << said;
+}
+
+TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
+    SmallRun run;
+    GPT2Config config;
+    named_config("gpt2-xl", &config);
+    make_folder(run.options.out);
+    run.options.keep = 0, run.options.save_every = 1;
+    std::string error = error_of([&] {
+        check_disk(run.options, run.options.out, config, Goal{1000000000, 0});
+    });
+    EXPECT_EQ(error.substr(0, 2), "1 ");
+    EXPECT_NE(error.find("a smaller --keep or a larger --save-every would fit"), std::string::npos)
+        << error;
 }
 
 TEST(Run, ResumingInAnotherPrecisionIsSaid) {
@@ -5382,9 +5728,13 @@ TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
     // From 6,000 bytes up: libomp makes a small file of shared memory when it starts, and needs it.
     for (rlim_t limit : {6000, 9000, 20000}) {
         Call full{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
-                                        "30", "--out", "run"})};
+                                        "30", "--save-retry", "0", "--out", "run"})};
         full.file_limit = limit;
         Outcome outcome = full.run();
+        std::string error = std::string(gpt2_program()) + ": error: ";
+        size_t at = outcome.err.find(error);  // warnings come before
+        ASSERT_NE(at, std::string::npos) << outcome.err;
+        outcome.err.erase(0, at);
         expect_error(outcome, 1, "File too large");
         fs::remove_all(path("run"));
     }
@@ -5467,8 +5817,8 @@ TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
 }
 
 TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
-    for (int signal : {SIGINT, SIGTERM}) {
-        std::string out = signal == SIGINT ? "run1" : "run2";
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1}) {
+        std::string out = format("run%d", signal);
         std::vector<std::string> words =
             train_words({"--data", "text.txt", "--out", out, "--steps"});
         words.push_back("100000000");
@@ -5534,12 +5884,34 @@ TEST_F(Cli, AKilledRunGoesOnAndEndsWithTheSameBits) {
         std::stringstream lines(read_file(path(out + "/log.jsonl")));
         for (std::string line; std::getline(lines, line);) {
             log.push_back(json::parse(line));
-            for (const char* key : {"step_ms", "tokens_per_s", "elapsed_s"}) log.back().erase(key);
+            if (log.back().contains("event")) log.pop_back();
+            else
+                for (const char* key : {"step_ms", "tokens_per_s", "elapsed_s"})
+                    log.back().erase(key);
         }
         return log;
     };
     EXPECT_EQ(records("killed"), records("whole"));
     EXPECT_EQ(records("whole").size(), 80u);
+}
+
+TEST_F(Cli, ARunIsRepeatedFromItsLog) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "5",
+                                "--eval-every", "2", "--dropout", "0.1", "--out", "run"}))
+                  .code,
+              0);
+    Outcome again = call({"train", "--repeat", "run"});
+    EXPECT_EQ(again.code, 0) << again.err;
+    EXPECT_NE(again.out.find("repeated   all 5 steps have the same losses, to the last bit"),
+              std::string::npos)
+        << again.out;
+    std::string log = read_file(path("run/log.jsonl"));
+    size_t at = log.find("\"train_loss\":", log.find("\"step\":4")) + 13;
+    log[at + 3] = log[at + 3] == '1' ? '2' : '1';
+    write("run/log.jsonl", log);
+    expect_error(call({"train", "--repeat", "run", "--out", "other"}), 1, "other: step 4: loss ");
+    write("run/log.jsonl", "{}\n");
+    expect_error(call({"train", "--repeat", "run"}), 2, "it cannot be repeated");
 }
 
 TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
@@ -5721,8 +6093,10 @@ TEST_F(Cuda, SizesThatTheKernelsDoNotTakeAreRefused) {
 std::vector<double> logged_losses(const std::string& log) {
     std::vector<double> losses;
     std::istringstream lines(read_file(log));
-    for (std::string line; std::getline(lines, line);)
-        losses.push_back(json::parse(line).at("train_loss"));
+    for (std::string line; std::getline(lines, line);) {
+        json record = json::parse(line);
+        if (!record.contains("event")) losses.push_back(record.at("train_loss"));
+    }
     return losses;
 }
 
@@ -5842,7 +6216,8 @@ std::string tests_of_program() {
     if (kDouble) return "Gradient.*:Layer.*:Model.*:Golden.*";
     if (std::string(gpt2_program()) == "train_gpt2") return "-Gradient.*:Cuda.*";
     std::string tests =
-        "Model.*:Golden.*:Checkpoint.*:ModelFolder.*:Plan.*:Run.*:Evaluate.*:Sampling.*:Cli.*:"
+        "Model.*:Golden.*:Checkpoint.*:Saver.*:ModelFolder.*:Plan.*:Run.*:Evaluate.*:Sampling.*:"
+        "Cli.*:"
         "Cuda.*-Cli.APrecisionThatIsNotThereIsRefused";
     if (test_dtype() == Dtype::bf16) tests += ":Cuda.RunsGoFromOneProgramToTheOther";
     return tests;

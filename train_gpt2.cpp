@@ -13,6 +13,7 @@
 #include <cassert>
 #include <chrono>
 #include <fstream>
+#include <thread>
 
 #include "commands.h"
 #include "gpt2.h"
@@ -670,6 +671,8 @@ struct GPT2 {
     ParameterTable parameter_rows;
     ActivationTable activation_rows;
     std::array<real*, 4> groups = {};  // parameters, gradients, moments: each laid out as the table
+    real* snapshot = nullptr;          // parameters and moments, one group after the other
+    std::thread snapshot_copy;         // what fills it
     std::array<ParameterTensors, 2>
         layer0;  // where each tensor starts, in parameters and in gradients
     real* activation_memory = nullptr;
@@ -682,7 +685,9 @@ struct GPT2 {
     GPT2Stats last = {}, before_last = {};  // of the last two updates
 
     ~GPT2() {
+        if (snapshot_copy.joinable()) snapshot_copy.join();
         for (real* group : groups) free(group);
+        free(snapshot);
         free(activation_memory);
     }
 
@@ -729,15 +734,7 @@ struct GPT2 {
     }
 };
 
-// The memory that this machine could still give, in bytes; 0 when it does not say.
-size_t gpt2_memory_free() {
-    std::ifstream file("/proc/meminfo");
-    std::string word;
-    size_t kib = 0;
-    while (file >> word)
-        if (word == "MemAvailable:" && file >> kib) break;
-    return kib * 1024;
-}
+size_t gpt2_memory_free() { return machine_memory_free(); }
 
 // What the whole process will take: the tables; the copies of one tensor at a time, of which
 // initialisation, files and the library's packing hold at most two; and the program with its
@@ -748,10 +745,13 @@ std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& sh
     size_t largest = 0;
     for (const ParameterRow& row : parameter_table(config))
         largest = std::max(largest, row.file_size());
+    if (shape.snapshot) rows.push_back({"snapshot", snapshot_bytes(config)});
     rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
     rows.push_back({"program, libraries", kProgramBytes});
     return rows;
 }
+
+std::vector<MemoryRow> gpt2_host_memory(const GPT2Config&, const GPT2Shape&) { return {}; }
 
 // Refuses what is larger than the memory that is free, before any of it is taken.
 static void check_memory(const GPT2Config& config, const GPT2Shape& shape) {
@@ -784,6 +784,8 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
                                        "second moments"};
     for (size_t group = 0; group < (shape.training ? 4u : 1u); group++)
         model->groups[group] = allocate(model->parameters, kGroups[group]);
+    if (shape.snapshot)
+        model->snapshot = allocate(snapshot_bytes(config) / sizeof(real), "the snapshot");
     size_t numbers = 0, offset = 0;
     for (const ActivationRow& row : model->activation_rows) numbers += row.allocated();
     model->activation_memory = allocate(numbers, "activations");
@@ -808,21 +810,53 @@ void gpt2_destroy(GPT2* model) { delete model; }
 const GPT2Config& gpt2_config(const GPT2* model) { return model->config; }
 const GPT2Shape& gpt2_shape(const GPT2* model) { return model->shape; }
 
-static real* tensor_address(const GPT2* model, Group group, int row, int layer) {
-    size_t offset = 0;
+// Where one row of the table, of one layer, begins in its group.
+static size_t tensor_offset(const GPT2* model, int row, int layer) {
+    size_t offset = size_t(layer) * model->parameter_rows[size_t(row)].size();
     for (int i = 0; i < row; i++) offset += model->parameter_rows[size_t(i)].allocated();
-    return model->groups[size_t(group)] + offset +
-           size_t(layer) * model->parameter_rows[size_t(row)].size();
+    return offset;
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
-    const real* memory = tensor_address(model, group, row, layer);
+    const real* memory = model->groups[size_t(group)] + tensor_offset(model, row, layer);
     std::copy(memory, memory + model->parameter_rows[size_t(row)].file_size(), host);
 }
 
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
+    gpt2_snapshot_wait(model);
     std::copy(host, host + model->parameter_rows[size_t(row)].file_size(),
-              tensor_address(model, group, row, layer));
+              model->groups[size_t(group)] + tensor_offset(model, row, layer));
+}
+
+void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {
+    size_t offset = 0;
+    for (int i = 0; i < row; i++) offset += model->activation_rows[size_t(i)].allocated();
+    size_t N = model->activation_rows[size_t(row)].size;
+    const real* memory = model->activation_memory + offset + size_t(layer) * N;
+    std::copy(memory, memory + N, host);
+}
+
+// One thread copies: it takes less time than the passes beside it, which have the others.
+void gpt2_snapshot_begin(GPT2* model) {
+    assert(model->shape.snapshot);
+    gpt2_snapshot_wait(model);
+    model->snapshot_copy = std::thread([model] {
+        real* to = model->snapshot;
+        for (Group group : kSnapshotGroups) {
+            const real* from = model->groups[size_t(group)];
+            to = std::copy(from, from + model->parameters, to);
+        }
+    });
+}
+
+void gpt2_snapshot_wait(GPT2* model) {
+    if (model->snapshot_copy.joinable()) model->snapshot_copy.join();
+}
+
+void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    const real* memory = model->snapshot + snapshot_offset(group, model->parameters) +
+                         tensor_offset(model, row, layer);
+    std::copy(memory, memory + model->parameter_rows[size_t(row)].file_size(), host);
 }
 
 // ==== gpt2_forward ===============================================================================
@@ -1057,6 +1091,7 @@ void gpt2_zero_gradients(GPT2* model) {
 void gpt2_update(GPT2* model, const AdamW& adamw) {
     auto [params, grads, m, v] = model->groups;
     double grad_norm = global_norm(grads, model->parameters);
+    gpt2_snapshot_wait(model);  // what it copies is about to change
     bool finite = std::isfinite(grad_norm) && std::isfinite(model->loss);
     double grad_scale =
         adamw.grad_clip > 0 ? std::min(1.0, adamw.grad_clip / (grad_norm + 1e-6)) : 1;

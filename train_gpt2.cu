@@ -2699,7 +2699,12 @@ struct GPT2 {
     double* norm_scratch = nullptr;
     UpdateGate* gate = nullptr;
 
+    float* snapshot = nullptr;  // pinned
+    bool snapshot_begun = false;
+    cudaEvent_t snapshot_ready = nullptr, snapshot_copied = nullptr;
+
     cudaStream_t stream = nullptr, copy_stream = nullptr;
+    cudaStream_t snapshot_stream = nullptr;  // so that no batch waits behind it
     std::unique_ptr<Products> products;
     std::array<BatchSlot, 2> slots;
     uint64_t passes = 0, updates = 0;
@@ -2713,6 +2718,7 @@ struct GPT2 {
     ~GPT2() {
         if (stream != nullptr) cudaStreamSynchronize(stream);
         if (copy_stream != nullptr) cudaStreamSynchronize(copy_stream);
+        if (snapshot_stream != nullptr) cudaStreamSynchronize(snapshot_stream);
         products.reset();
         for (void* memory : allocations) cudaFree(memory);
         for (BatchSlot& slot : slots) {
@@ -2721,10 +2727,14 @@ struct GPT2 {
             if (slot.read != nullptr) cudaEventDestroy(slot.read);
         }
         cudaFreeHost(host_gates);
+        cudaFreeHost(snapshot);
+        for (cudaEvent_t event : {snapshot_ready, snapshot_copied})
+            if (event != nullptr) cudaEventDestroy(event);
         for (cudaEvent_t event : gate_copied)
             if (event != nullptr) cudaEventDestroy(event);
         if (stream != nullptr) cudaStreamDestroy(stream);
         if (copy_stream != nullptr) cudaStreamDestroy(copy_stream);
+        if (snapshot_stream != nullptr) cudaStreamDestroy(snapshot_stream);
     }
 
     // The parameters of one layer as products read them, and their gradients; tensors that exist
@@ -2800,6 +2810,11 @@ std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& sh
     std::vector<MemoryRow> rows = tensor_memory(config, shape);
     for (const MemoryRow& row : memory_beside_tensors(shape)) rows.push_back(row);
     return rows;
+}
+
+std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    if (!shape.snapshot) return {};
+    return {{"snapshot, not on the card", snapshot_bytes(config)}};
 }
 
 static void require_device();
@@ -2885,6 +2900,20 @@ static void allocate_slots(GPT2* model) {
     model->counts.resize(size_t(model->config.vocab_size));
 }
 
+static void allocate_snapshot(GPT2* model) {
+    size_t bytes = snapshot_bytes(model->config);
+    if (cudaMallocHost(reinterpret_cast<void**>(&model->snapshot), bytes) != cudaSuccess) {
+        cudaGetLastError();
+        fail_machine(
+            "out of memory: the snapshot needs %.1f MiB of the machine's memory; "
+            "--background-save off would do without",
+            double(bytes) / 1048576);
+    }
+    check(cudaStreamCreateWithFlags(&model->snapshot_stream, cudaStreamNonBlocking), "stream");
+    for (cudaEvent_t* event : {&model->snapshot_ready, &model->snapshot_copied})
+        check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+}
+
 // Where the winners of timed products are kept: XDG_CACHE_HOME, or .cache in the home folder.
 static std::string product_cache_folder() {
     const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
@@ -2937,6 +2966,7 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
     check(cudaStreamCreateWithFlags(&model->copy_stream, cudaStreamNonBlocking), "stream");
     allocate_tensors(model.get());
     allocate_slots(model.get());
+    if (shape.snapshot) allocate_snapshot(model.get());
     check(cudaStreamSynchronize(model->stream), "gpt2_create");  // the copy stream sees zeros too
     ProductOptions options = {shape.tf32, shape.deterministic, worth_tuning(config, shape),
                               product_cache_folder()};
@@ -2977,6 +3007,7 @@ void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* hos
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
+    gpt2_snapshot_wait(model);
     check(cudaStreamSynchronize(model->stream), "gpt2_copy_in");
     float* memory = model->groups[size_t(group)];
     if (memory != nullptr)
@@ -2988,6 +3019,49 @@ void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host
     check(cudaMemcpy(model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16),
                      cudaMemcpyHostToDevice),
           "gpt2_copy_in");
+}
+
+void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {
+    const ActivationRow& buffer = model->activation_rows[size_t(row)];
+    size_t width = buffer.bytes(model->shape.dtype) / buffer.allocated();
+    const char* memory = static_cast<const char*>(model->activations[size_t(row)]) +
+                         size_t(layer) * buffer.size * width;
+    std::vector<char> numbers(buffer.size * width);
+    check(cudaStreamSynchronize(model->stream), "gpt2_activation_out");
+    check(cudaMemcpy(numbers.data(), memory, numbers.size(), cudaMemcpyDeviceToHost),
+          "gpt2_activation_out");
+    if (width == sizeof(float)) {
+        memcpy(host, numbers.data(), numbers.size());
+        return;
+    }
+    const auto* narrow = reinterpret_cast<const bf16*>(numbers.data());
+    for (size_t i = 0; i < buffer.size; i++) host[i] = __bfloat162float(narrow[i]);
+}
+
+// The copy has a stream of its own, which begins when the updates so far are done; the next update
+// waits for it on the device, so that the host waits for nothing.
+void gpt2_snapshot_begin(GPT2* model) {
+    assert(model->shape.snapshot);
+    cudaStream_t stream = model->snapshot_stream;
+    check(cudaEventRecord(model->snapshot_ready, model->stream), "snapshot");
+    check(cudaStreamWaitEvent(stream, model->snapshot_ready, 0), "snapshot");
+    for (Group group : kSnapshotGroups)
+        check(cudaMemcpyAsync(model->snapshot + snapshot_offset(group, model->parameters),
+                              model->groups[size_t(group)], model->parameters * sizeof(float),
+                              cudaMemcpyDeviceToHost, stream),
+              "snapshot");
+    check(cudaEventRecord(model->snapshot_copied, stream), "snapshot");
+    model->snapshot_begun = true;
+}
+
+void gpt2_snapshot_wait(GPT2* model) {
+    if (model->snapshot_begun) check(cudaEventSynchronize(model->snapshot_copied), "snapshot");
+}
+
+void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    const float* memory = model->snapshot + snapshot_offset(group, model->parameters) +
+                          tensor_offset(model, row, layer);
+    memcpy(host, memory, model->parameter_rows[size_t(row)].file_size() * sizeof(float));
 }
 
 // ==== gpt2_forward ===============================================================================
@@ -3316,6 +3390,8 @@ void gpt2_update(GPT2* model, const AdamW& adamw) {
     cudaStream_t stream = model->stream;
     global_norm(&model->gate->norm, model->norm_scratch, grads, model->parameters, stream);
     launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream, model->gate, adamw.grad_clip);
+    if (model->snapshot_begun)  // what it copies is about to change
+        check(cudaStreamWaitEvent(stream, model->snapshot_copied, 0), "gpt2_update");
     size_t offset = 0;
     for (const ParameterRow& row : model->parameter_rows) {
         size_t N = row.allocated();

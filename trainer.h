@@ -6,13 +6,19 @@
 #pragma once
 
 #include <omp.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/statfs.h>
 
+#include <atomic>
 #include <chrono>
 #include <climits>
 #include <csignal>
+#include <future>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <thread>
 
 #include "checkpoint.h"
 #include "dataloader.h"
@@ -108,11 +114,18 @@ struct TrainOptions {
     size_t sample_every = 500;  // steps; 0: never
     size_t save_every = 1000;   // steps; 0: only at the end and when the run is stopped
     int keep = 2;               // checkpoints, beside the best; 0: all
-    size_t early_stop = 0;      // evaluations without gain; 0: never
+    uint64_t keep_every = 0;    // steps; their multiples stay as well
+    std::string background_save = "auto";
+    double save_retry_s = 30;    // after a save that failed
+    size_t max_bad_steps = 3;    // in a row, before the run ends; 0: no limit
+    double spike_threshold = 6;  // deviations of the loss above its mean; 0: none is a spike
+    std::string on_spike = "report";
+    size_t early_stop = 0;  // evaluations without gain; 0: never
     bool overfit_one_batch = false;
-    std::string out, resume = "auto";
-    FILE* screen = stdout;  // where progress is shown
-    PeakRate peak;          // of this machine; 0: to be asked for
+    std::string out, resume = "auto", repeat;
+    std::vector<std::string> arguments;  // as they were typed, for the log
+    FILE* screen = stdout;               // where progress is shown
+    PeakRate peak;                       // of this machine; 0: to be asked for
 };
 
 constexpr double kMaxSteps = 1e12, kMaxSeed = 9007199254740992;  // what a double counts exactly
@@ -261,6 +274,7 @@ inline std::vector<std::string> size_report(const GPT2Config& config, const GPT2
         format("  %-9s%18s%14s", "total", "", with_commas(count_parameters(config)).c_str()));
     std::vector<MemoryRow> rows = gpt2_memory(config, shape);
     rows.push_back({"total", total_bytes(rows)});
+    for (const MemoryRow& row : gpt2_host_memory(config, shape)) rows.push_back(row);
     for (const MemoryRow& row : rows)
         right.push_back(
             format("%-18s%11s", row.group.c_str(), readable_bytes(double(row.bytes)).c_str()));
@@ -758,16 +772,21 @@ class Screen {
 
 // ==== stopping ===================================================================================
 
+constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
+
 // The signal that asked the run to stop, or 0.
 inline volatile std::sig_atomic_t& stop_signal() {
     static volatile std::sig_atomic_t signal = 0;
     return signal;
 }
 
-// While it lives, the first SIGINT or SIGTERM is noted in stop_signal() and the second one ends the
-// program at once. The handler has a stack of its own: kernels that oneDNN makes at run time may
-// use the stack pointer as they like, and what the system puts there for a handler then falls on
-// the heap. A signal to the process goes to the main thread, whose stack this is.
+// While it lives, the first signal that asks a program to end is noted in stop_signal() and the
+// second one ends it at once: from a terminal, from a person, from a terminal that goes away, and
+// from schedulers that warn of a limit (SIGUSR1 and SIGUSR2 as Slurm's --signal sends them, SIGXCPU
+// from others). A hang-up that nohup ignores stays ignored. The handler has a stack of its own:
+// kernels that oneDNN makes at run time may use the stack pointer as they like, and what the system
+// puts there for a handler then falls on the heap. A signal to the process goes to the main thread,
+// whose stack this is.
 class StopOnSignal {
   public:
     StopOnSignal() : stack_(kStackBytes) {
@@ -780,14 +799,17 @@ class StopOnSignal {
             stop_signal() = signal;
         };
         action.sa_flags = SA_RESTART | SA_ONSTACK;
-        sigaction(SIGINT, &action, &interrupt_);
-        sigaction(SIGTERM, &action, &terminate_);
+        for (size_t i = 0; i < std::size(kStopSignals); i++) {
+            sigaction(kStopSignals[i], &action, &before_[i]);
+            if (kStopSignals[i] == SIGHUP && before_[i].sa_handler == SIG_IGN)
+                signal(SIGHUP, SIG_IGN);
+        }
     }
     StopOnSignal(const StopOnSignal&) = delete;
     StopOnSignal& operator=(const StopOnSignal&) = delete;
     ~StopOnSignal() {
-        sigaction(SIGINT, &interrupt_, nullptr);
-        sigaction(SIGTERM, &terminate_, nullptr);
+        for (size_t i = 0; i < std::size(kStopSignals); i++)
+            sigaction(kStopSignals[i], &before_[i], nullptr);
         sigaltstack(&outer_stack_, nullptr);
     }
 
@@ -796,10 +818,31 @@ class StopOnSignal {
         1 << 16;  // several times what AVX-512 and AMX registers take
     std::vector<char> stack_;
     stack_t outer_stack_;
-    struct sigaction interrupt_, terminate_;
+    struct sigaction before_[std::size(kStopSignals)];
 };
 
 // ==== the run folder: state ======================================================================
+
+// The running mean and deviation of the training loss, over about the last hundred steps, by which
+// a spike is told from noise [exponentially weighted, West 1979, "Updating Mean and Variance
+// Estimates"].
+struct LossTrend {
+    double mean = 0, variance = 0;
+    size_t steps = 0;
+
+    // How many deviations `loss` lies above the mean; 0 while too little is known.
+    double deviations(double loss) const {
+        constexpr size_t kEnough = 50;
+        if (steps < kEnough || !(variance > 0)) return 0;
+        return (loss - mean) / std::sqrt(variance);
+    }
+    void add(double loss) {
+        constexpr double kShortest = 100;  // steps that the mean is over, once there are as many
+        double weight = 1 / std::min(kShortest, double(++steps)), delta = loss - mean;
+        mean += weight * delta;
+        variance = (1 - weight) * (variance + weight * delta * delta);
+    }
+};
 
 // Where a run stands. Random numbers are counted from seed and step, so there is no other state of
 // a generator to keep.
@@ -812,14 +855,27 @@ struct RunState {
     bool finished = false;
     std::string dtype = "fp32";  // of the steps since the run was last started
     Goal goal;
+    size_t bad_steps = 0;  // in a row, up to this step
+    LossTrend trend;
+    std::vector<DataLoader::Position> skipped;  // where steps began whose data is passed over
 };
 
-// The content of trainer.json; save_checkpoint adds step, files and checksum.
-inline ordered_json to_json(const RunState& state, const ordered_json& identity, uint64_t seed) {
+inline ordered_json to_json(const DataLoader::Position& position) {
+    return {{"epoch", position.epoch}, {"window", position.window}};
+}
+
+inline DataLoader::Position read_position(const json& value) {
+    return {value.at("epoch").get<uint64_t>(), value.at("window").get<uint64_t>()};
+}
+
+// The content of trainer.json; save_checkpoint adds step, files and checksum. `identity` must be
+// the same for the run to go on, `settings` may change.
+inline ordered_json to_json(const RunState& state, const ordered_json& identity,
+                            const ordered_json& settings, uint64_t seed) {
     ordered_json root;
     root["format"] = 1;
     root["tokens"] = state.tokens;
-    root["loader"] = {{"epoch", state.position.epoch}, {"window", state.position.window}};
+    root["loader"] = to_json(state.position);
     root["random"] = {{"seed", seed}, {"step", state.step}};
     root["elapsed_s"] = state.elapsed_s;
     root["best_val_loss"] = nullptr;
@@ -829,12 +885,34 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     root["finished"] = state.finished;
     root["dtype"] = state.dtype;
     root["goal"] = {{"steps", state.goal.steps}, {"time_limit_s", state.goal.time_limit_s}};
+    root["bad_steps_in_a_row"] = state.bad_steps;
+    root["loss_trend"] = {{"mean", state.trend.mean},
+                          {"variance", state.trend.variance},
+                          {"steps", state.trend.steps}};
+    root["skipped_data"] = ordered_json::array();
+    for (const DataLoader::Position& position : state.skipped)
+        root["skipped_data"].push_back(to_json(position));
     root["run"] = identity;
+    root["settings"] = settings;
     return root;
 }
 
-// Reads it back from a checkpoint folder, with `identity` written when it is not null.
-inline RunState read_state(const std::string& folder, json* identity) {
+// The parts of trainer.json that came later than its format: a file without them is an older one.
+inline void read_later_state(const json& root, RunState* state) {
+    state->dtype = root.value("dtype", state->dtype);
+    state->bad_steps = root.value("bad_steps_in_a_row", state->bad_steps);
+    if (root.contains("loss_trend")) {
+        const json& trend = root["loss_trend"];
+        state->trend = {trend.at("mean").get<double>(), trend.at("variance").get<double>(),
+                        trend.at("steps").get<size_t>()};
+    }
+    for (const json& position : root.value("skipped_data", json::array()))
+        state->skipped.push_back(read_position(position));
+}
+
+// Reads it back from a checkpoint folder, with `identity` and `settings` written when they are not
+// null.
+inline RunState read_state(const std::string& folder, json* identity, json* settings = nullptr) {
     std::string path = join_path(folder, "trainer.json");
     json root = read_json_object(path);
     RunState state;
@@ -844,18 +922,18 @@ inline RunState read_state(const std::string& folder, json* identity) {
                        one_line(root.at("format").dump()).c_str());
         state.step = root.at("step").get<size_t>();
         state.tokens = root.at("tokens").get<size_t>();
-        state.position.epoch = root.at("loader").at("epoch").get<uint64_t>();
-        state.position.window = root.at("loader").at("window").get<uint64_t>();
+        state.position = read_position(root.at("loader"));
         state.elapsed_s = root.at("elapsed_s").get<double>();
         if (!root.at("best_val_loss").is_null())
             state.best_loss = root.at("best_val_loss").get<double>();
         state.best_step = root.at("best_step").get<size_t>();
         state.stale = root.at("evaluations_without_gain").get<size_t>();
         state.finished = root.at("finished").get<bool>();
-        state.dtype = root.value("dtype", state.dtype);
         state.goal.steps = root.at("goal").at("steps").get<size_t>();
         state.goal.time_limit_s = root.at("goal").at("time_limit_s").get<double>();
+        read_later_state(root, &state);
         if (identity != nullptr) *identity = root.at("run");
+        if (settings != nullptr) *settings = root.value("settings", json::object());
     } catch (const json::exception&) {
         fail_input("%s: not the state of a run of this program", path.c_str());
     }
@@ -864,7 +942,7 @@ inline RunState read_state(const std::string& folder, json* identity) {
 
 // What two runs must share for one to go on where the other stopped.
 inline ordered_json run_identity(const TrainOptions& o, const ModelChoice& model,
-                                 const TrainingData& data, const DataLoader& loader, int T,
+                                 const TrainingData& data, uint64_t hash, int T,
                                  int micro_batches) {
     const GPT2Config& c = model.config;
     ordered_json run;
@@ -877,13 +955,46 @@ inline ordered_json run_identity(const TrainOptions& o, const ModelChoice& model
     run["tied"] = c.tied;
     run["bias"] = c.bias;
     run["started from"] = model.folder;
-    run["data"] = hash_text(loader.data_hash());
+    run["data"] = hash_text(hash);
     run["tokenizer"] = data.tokenizer ? hash_text(data.tokenizer->fingerprint()) : "none";
     run["seed"] = o.seed;
     run["sequence length"] = T;
     run["sequences a step"] = o.batch_size * int64_t(micro_batches);
     run["overfit one batch"] = o.overfit_one_batch;
     return run;
+}
+
+// What a run may change where it goes on. Those that decide about bits are all here.
+inline ordered_json run_settings(const TrainOptions& o, const Goal& goal, const GPT2Shape& shape) {
+    ordered_json settings;
+    settings["steps"] = goal.steps;
+    settings["time limit"] = goal.time_limit_s;
+    settings["learning rate"] = o.learning_rate;
+    settings["schedule"] = o.schedule;
+    settings["warm-up"] = o.warmup < 0 ? ordered_json("a tenth") : ordered_json(o.warmup);
+    settings["final rate fraction"] = o.final_lr_fraction;
+    settings["weight decay"] = o.weight_decay;
+    settings["beta1"] = o.beta1;
+    settings["beta2"] = o.beta2;
+    settings["epsilon"] = o.epsilon;
+    settings["gradient clip"] = o.grad_clip;
+    settings["dropout"] = o.model.dropout;
+    settings["batch size"] = o.batch_size;
+    settings["threads"] = shape.threads;
+    settings["tf32"] = shape.tf32;
+    settings["deterministic"] = shape.deterministic;
+    return settings;
+}
+
+// A line for each setting that was another one so far.
+inline std::vector<std::string> setting_changes(const json& stored, const ordered_json& mine) {
+    std::vector<std::string> lines;
+    for (const auto& [key, value] : mine.items()) {
+        if (!stored.contains(key) || stored[key].dump() == value.dump()) continue;
+        lines.push_back(format("%s was %s so far and is %s from here on", key.c_str(),
+                               one_line(stored[key].dump()).c_str(), value.dump().c_str()));
+    }
+    return lines;
 }
 
 // The first entry in which a stored identity differs, for people; "" when there is none.
@@ -897,16 +1008,71 @@ inline std::string identity_difference(const json& stored, const ordered_json& m
     return "";
 }
 
+// ==== the run folder: one program at a time ======================================================
+
+// While it lives, no other program trains in the folder: an flock on OUT/lock, which the system
+// takes back however the program ends. The file stays, because removing it would let two programs
+// lock two files of one name.
+class RunLock {
+  public:
+    // taken() is false where another program has the folder; owner() is then who. Throws with exit
+    // code 1 where the file cannot be made. A file system without locks is passed over.
+    explicit RunLock(const std::string& out) : path_(join_path(out, "lock")) { take(); }
+    RunLock(const RunLock&) = delete;
+    RunLock& operator=(const RunLock&) = delete;
+    ~RunLock() {
+        if (fd_ >= 0) close(fd_);
+    }
+
+    bool taken() const { return taken_; }
+    const std::string& owner() const { return owner_; }
+
+    // The folder may have been removed under the run, or moved: locks the one that is there now.
+    void renew() {
+        struct stat held, there;
+        bool same = fd_ >= 0 && fstat(fd_, &held) == 0 && stat(path_.c_str(), &there) == 0 &&
+                    held.st_ino == there.st_ino && held.st_dev == there.st_dev;
+        if (same) return;
+        if (fd_ >= 0) close(fd_);
+        take();
+        if (!taken_) fail_machine("%s: %s trains there now", path_.c_str(), owner_.c_str());
+    }
+
+  private:
+    void take() {
+        fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+        if (fd_ < 0) fail_machine("%s: cannot create: %s", path_.c_str(), strerror(errno));
+        taken_ = flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+        char text[256] = "";
+        if (!taken_) {
+            ssize_t size = pread(fd_, text, sizeof text - 1, 0);
+            owner_ = one_line(std::string_view(text, size_t(std::max<ssize_t>(size, 0))));
+            if (owner_.empty()) owner_ = "another program";
+            return;
+        }
+        gethostname(text, sizeof text - 1);
+        std::string mine = format("process %d on %s", int(getpid()), text);
+        // For people alone: what cannot be written is no loss.
+        if (ftruncate(fd_, 0) != 0 || pwrite(fd_, mine.data(), mine.size(), 0) < 0) return;
+    }
+
+    std::string path_, owner_;
+    int fd_ = -1;
+    bool taken_ = false;
+};
+
 // ==== the run folder: which one ==================================================================
 
 struct RunFolder {
     std::string out;
-    std::string checkpoint;  // to go on from; "": a new run
+    std::string checkpoint;  // to go on from, verified; "": a new run
     std::string note;        // for people
+    std::unique_ptr<RunLock> lock = nullptr;
 };
 
 inline bool holds_run(const std::string& out) {
-    return path_exists(join_path(out, "log.jsonl")) || !list_steps(out, "").empty();
+    return path_exists(join_path(out, "log.jsonl")) || !list_steps(out, "").empty() ||
+           !list_steps(out, ".old").empty();
 }
 
 // Whether this command asks for more than a finished run was asked for.
@@ -926,14 +1092,28 @@ inline std::string set_aside(const std::string& out) {
     }
 }
 
+// The folder, made where it is not there, for this program alone.
+inline std::unique_ptr<RunLock> lock_folder(const std::string& out) {
+    make_folder(out);
+    auto lock = std::make_unique<RunLock>(out);
+    if (!lock->taken())
+        fail_input("%s: %s trains in this folder; wait for it, or give another --out", out.c_str(),
+                   lock->owner().c_str());
+    return lock;
+}
+
 // --out was given: goes on with the run there, or refuses and says what would help.
 inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, const Goal& goal,
                                  const ordered_json& identity) {
-    if (!holds_run(out)) return {out, "", ""};
-    if (o.resume == "never")
-        return {out, "", format("the run that was there is now %s", set_aside(out).c_str())};
+    std::unique_ptr<RunLock> lock = lock_folder(out);
+    if (!holds_run(out)) return {out, "", "", std::move(lock)};
+    if (o.resume == "never") {
+        std::string aside = set_aside(out);
+        return {out, "", "the run that was there is now " + aside, lock_folder(out)};
+    }
     std::string damage, checkpoint = latest_checkpoint(out, &damage);
-    if (checkpoint.empty() && list_steps(out, "").empty()) return {out, "", ""};
+    bool empty = list_steps(out, "").empty() && list_steps(out, ".old").empty();
+    if (checkpoint.empty() && empty) return {out, "", "", std::move(lock)};
     damage = damage.substr(0, damage.find('\n'));
     if (checkpoint.empty())
         fail_input("%s: no checkpoint is intact: %s; give another --out, or --resume never",
@@ -951,14 +1131,14 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
             out.c_str(), state.step);
     std::string note = format("going on with %s", checkpoint.c_str());
     if (!damage.empty()) note += "; passed over: " + damage;
-    return {out, checkpoint, note};
+    return {out, checkpoint, note, std::move(lock)};
 }
 
 // --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder.
 inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& identity) {
     std::string from = o.resume, damage;
-    bool is_checkpoint = path_exists(join_path(from, "trainer.json"));
-    if (!is_checkpoint) from = latest_checkpoint(o.resume, &damage);
+    if (path_exists(join_path(from, "trainer.json"))) verify_checkpoint(from);
+    else from = latest_checkpoint(o.resume, &damage);
     if (from.empty())
         fail_input("--resume %s: %s", o.resume.c_str(),
                    damage.empty() ? "no run is there; give a run folder, auto or never"
@@ -975,7 +1155,7 @@ inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& 
     std::error_code ignored;
     if (holds_run(out) && !fs::equivalent(out, home, ignored))
         fail_input("%s: holds another run; give another --out", out.c_str());
-    return {out, from, format("going on with %s", from.c_str())};
+    return {out, from, format("going on with %s", from.c_str()), lock_folder(out)};
 }
 
 // runs/NAME, of the name of the data.
@@ -988,20 +1168,31 @@ inline std::string default_out(const std::vector<std::string>& data) {
     return "runs/" + name;
 }
 
+// The checkpoint from which this very run would go on in a folder; "" where that holds another one,
+// or this one finished.
+inline std::string unfinished_checkpoint(const std::string& out, const ordered_json& identity) {
+    std::string checkpoint = latest_checkpoint(out);
+    if (checkpoint.empty()) return "";
+    json stored;
+    RunState state = read_state(checkpoint, &stored);
+    return state.finished || !identity_difference(stored, identity).empty() ? "" : checkpoint;
+}
+
 // No --out: the first of runs/NAME, runs/NAME-2, ... that is free, or that holds this very run,
-// unfinished.
+// unfinished. One in which another program trains is not free.
 inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& identity) {
     std::string base = default_out(o.data);
     for (int number = 1;; number++) {
         std::string out = number == 1 ? base : format("%s-%d", base.c_str(), number);
-        if (!holds_run(out)) return {out, "", ""};
-        if (o.resume == "never") continue;
-        std::string checkpoint = latest_checkpoint(out);
+        if (holds_run(out) && o.resume == "never") continue;
+        make_folder(out);
+        auto lock = std::make_unique<RunLock>(out);
+        if (!lock->taken()) continue;
+        if (!holds_run(out)) return {out, "", "", std::move(lock)};
+        std::string checkpoint = unfinished_checkpoint(out, identity);
         if (checkpoint.empty()) continue;
-        json stored;
-        RunState state = read_state(checkpoint, &stored);
-        if (state.finished || !identity_difference(stored, identity).empty()) continue;
-        return {out, checkpoint, format("going on with %s", checkpoint.c_str())};
+        std::string note = format("going on with %s", checkpoint.c_str());
+        return {out, checkpoint, note, std::move(lock)};
     }
 }
 
@@ -1028,46 +1219,372 @@ inline std::string cache_folder(const TrainOptions& o) {
 
 // ==== the run folder: log ========================================================================
 
-// OUT/log.jsonl, a line a step, on disk as soon as it is written. Opening it for a run that goes on
-// from `step` drops the lines after that step, which will be written again.
+// OUT/log.jsonl: JSON objects, a line each; those of steps, and those with "event" of what happened
+// to the run. Each is written whole, or not at all; what a disk refuses is kept and written before
+// the next one. Opening it for a run that goes on from `step` drops what was written after that
+// step, and will be again. Any thread may call.
 class RunLog {
   public:
-    RunLog(const std::string& out, size_t step) : path_(join_path(out, "log.jsonl")) {
+    RunLog(const std::string& out, size_t step) : out_(out), path_(join_path(out, "log.jsonl")) {
+        open_file();
         cut(step);
-        file_ = fopen(path_.c_str(), "ae");
-        if (file_ == nullptr) fail_errno(path_, "open");
     }
     RunLog(const RunLog&) = delete;
     RunLog& operator=(const RunLog&) = delete;
-    ~RunLog() { fclose(file_); }
+    ~RunLog() { close(fd_); }
 
-    void write(const ordered_json& record) {
-        std::string text = json_text(record, -1) + "\n";
-        if (fwrite(text.data(), 1, text.size(), file_) != text.size() || fflush(file_) != 0)
-            fail_machine("%s: cannot write: %s", path_.c_str(), strerror(errno));
+    // Returns what went wrong, once for a row of failures; "" otherwise.
+    std::string write(const ordered_json& record) {
+        std::lock_guard<std::mutex> guard(mutex_);
+        pending_ += json_text(record, -1) + "\n";
+        std::string wrong = write_pending(), said = failing_ ? "" : wrong;
+        failing_ = !wrong.empty();
+        return said;
+    }
+
+    // Makes every record durable; throws with exit code 1 where the disk refuses.
+    void sync() {
+        std::lock_guard<std::mutex> guard(mutex_);
+        std::string wrong = write_pending();
+        if (wrong.empty() && fsync(fd_) != 0) wrong = strerror(errno);
+        if (!wrong.empty()) fail_machine("%s: cannot write: %s", path_.c_str(), wrong.c_str());
+    }
+
+    // Drops the records after `step`, and whatever at the end is no record, such as one that a
+    // crash cut short.
+    void cut(size_t step) {
+        std::lock_guard<std::mutex> guard(mutex_);
+        pending_.clear();
+        MappedFile file(path_);
+        std::string_view text = file.view();
+        size_t end = text.size();
+        while (end > 0) {
+            size_t before = end == 1 ? std::string_view::npos : text.rfind('\n', end - 2);
+            size_t begin = before == std::string_view::npos ? 0 : before + 1;
+            if (text[end - 1] == '\n' && is_record(text.substr(begin, end - begin), step)) break;
+            end = begin;
+        }
+        if (end < text.size() && ftruncate(fd_, off_t(end)) != 0)
+            fail_machine("%s: cannot cut: %s", path_.c_str(), strerror(errno));
     }
 
   private:
-    // A line that is no record, such as one that a crash cut short, is dropped as well.
-    void cut(size_t step) {
-        if (!path_exists(path_)) return;
-        std::string text = read_file(path_), kept;
-        for (size_t begin = 0; begin < text.size();) {
-            size_t end = std::min(text.find('\n', begin), text.size());
-            std::string line = text.substr(begin, end - begin);
-            json record = json::parse(line, nullptr, false);
-            bool whole = record.is_object() && record.value("step", json()).is_number_unsigned();
-            if (whole && record["step"].get<size_t>() <= step) kept += line + "\n";
-            begin = end + 1;
-        }
-        if (kept != text) write_file_atomic(path_, kept);
+    static bool is_record(std::string_view line, size_t last_step) {
+        json record = json::parse(line, nullptr, false);
+        bool whole = record.is_object() && record.value("step", json()).is_number_unsigned();
+        return whole && record["step"].get<size_t>() <= last_step;
     }
 
-    std::string path_;
-    FILE* file_ = nullptr;
+    void open_file() {
+        fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+        if (fd_ < 0) fail_errno(path_, "open");
+    }
+
+    // The folder may have been removed under the run: what the old file held, which lives on while
+    // it is open, begins the new one.
+    void follow_folder() {
+        struct stat held, there;
+        bool same = fstat(fd_, &held) == 0 && stat(path_.c_str(), &there) == 0 &&
+                    held.st_ino == there.st_ino && held.st_dev == there.st_dev;
+        if (same) return;
+        std::string content(size_t(held.st_size), '\0');
+        ssize_t size = pread(fd_, content.data(), content.size(), 0);
+        make_folder(out_);
+        int old = fd_;
+        open_file();
+        close(old);
+        if (size > 0) pending_.insert(0, content, 0, size_t(size));
+    }
+
+    // Appends what is pending; where less than all of it fits, nothing of it stays in the file.
+    std::string write_pending() {
+        try {
+            follow_folder();
+        } catch (const Error& error) { return error.what(); }
+        if (pending_.empty()) return "";
+        off_t size = lseek(fd_, 0, SEEK_END);
+        size_t done = 0;
+        while (done < pending_.size()) {
+            ssize_t written = ::write(fd_, pending_.data() + done, pending_.size() - done);
+            if (written < 0 && errno == EINTR) continue;
+            if (written <= 0) {
+                std::string wrong = strerror(errno);
+                if (ftruncate(fd_, size) != 0) wrong += "; a part of a record is at its end";
+                return wrong;
+            }
+            done += size_t(written);
+        }
+        pending_.clear();
+        return "";
+    }
+
+    std::string out_, path_, pending_;
+    int fd_ = -1;
+    bool failing_ = false;
+    std::mutex mutex_;
 };
 
+// ==== saving =====================================================================================
+
+// A warning in one line, beside whatever the screen shows.
+inline void warn(const std::string& text) {
+    fprintf(stderr, "%s: warning: %s\n", gpt2_program(), text.c_str());
+}
+
+// Saves the checkpoints of a run, so that training goes on meanwhile: begin() starts a snapshot of
+// the model, hand_over(), called when the device has its next step, gives it to a thread that
+// writes, syncs and verifies it. There is one such thread at a time; who comes second waits. A save
+// that fails is a warning and is tried again; the third failure in a row ends the run with exit
+// code 1 and the checkpoints before as they were.
+class Saver {
+  public:
+    struct Options {
+        std::string out;
+        Retention retention;
+        bool background = true;
+        double retry_s = 30;  // after a failure
+    };
+
+    Saver(const Options& options, GPT2* model, const std::function<void()>& before_publishing)
+        : o_(options), model_(model), before_publishing_(before_publishing) {}
+
+    double last_save_s() const { return last_save_s_; }
+
+    // Saves the model as it is now.
+    void begin(Checkpoint checkpoint) {
+        wait();
+        content_ = std::move(checkpoint);
+        handed_over_ = !o_.background;
+        if (!o_.background) return save_now();
+        content_->tensors = [model = model_](Group group, int row, int layer, real* host) {
+            gpt2_snapshot_out(model, group, row, layer, host);
+        };
+        gpt2_snapshot_begin(model_);
+    }
+
+    // To be called when the step after begin() was launched.
+    void hand_over() {
+        if (!content_ || handed_over_) return;
+        gpt2_snapshot_wait(model_);
+        handed_over_ = true;
+        start();
+    }
+
+    // Looks after the thread, and tries again what failed when it is time. Returns true where the
+    // caller must begin() again, because there is no snapshot to try with.
+    bool poll() {
+        if (running_.valid() &&
+            running_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
+            wait();
+        if (running_.valid() || failures_ == 0 || now_s() < retry_at_s_) return false;
+        if (!o_.background) return true;
+        if (content_ && handed_over_) start();
+        return false;
+    }
+
+    // Saves the model as it is now, and returns when that is done, after as many tries as there
+    // may be: the run is about to end.
+    void finish(Checkpoint checkpoint) {
+        wait();
+        content_ = std::move(checkpoint);
+        for (save_now(); failures_ > 0; save_now())
+            std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
+    }
+
+    // Until no save is at work.
+    void wait() {
+        if (!running_.valid()) return;
+        std::string note;
+        try {
+            note = running_.get();
+        } catch (const Error& error) {
+            return failed(error.what());
+        } catch (const std::bad_alloc&) { return failed("out of memory"); }
+        succeeded(note);
+    }
+
+  private:
+    static constexpr int kTries = 3;
+
+    std::string save() {
+        double begin_s = now_s();
+        std::string note = save_checkpoint(o_.out, *content_, o_.retention, before_publishing_);
+        last_save_s_ = now_s() - begin_s;
+        return note;
+    }
+
+    // The thread takes no signals, whose handler's stack is the main thread's, and no threads of
+    // its own, which would be taken from training.
+    void start() {
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        running_ = std::async(std::launch::async, [this] {
+            omp_set_num_threads(1);
+            return save();
+        });
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    void save_now() {
+        try {
+            succeeded(save());
+        } catch (const Error& error) { failed(error.what()); } catch (const std::bad_alloc&) {
+            failed("out of memory");
+        }
+    }
+
+    void succeeded(const std::string& note) {
+        if (!note.empty()) warn("old checkpoints stay: " + note);
+        failures_ = 0;
+        content_.reset();
+    }
+
+    void failed(const std::string& reason) {
+        failures_++;
+        retry_at_s_ = now_s() + o_.retry_s;
+        std::string name = step_name(content_->step);
+        if (failures_ < kTries)
+            return warn(format("%s was not saved: %s; trying again in %g s (%d of %d)",
+                               name.c_str(), reason.c_str(), o_.retry_s, failures_, kTries - 1));
+        std::string last = linked_step(o_.out, "last");
+        last = last.empty() ? "there is no checkpoint yet"
+                            : join_path(o_.out, last) + " is the last good state";
+        fail_machine(
+            "%s was not saved, %d times in a row: %s; %s; the same command goes on from it",
+            name.c_str(), kTries, reason.c_str(), last.c_str());
+    }
+
+    Options o_;
+    GPT2* model_;
+    std::function<void()> before_publishing_;
+    std::optional<Checkpoint> content_;  // of the save at work, or of the one that failed
+    bool handed_over_ = false;
+    int failures_ = 0;  // in a row
+    double retry_at_s_ = 0;
+    std::atomic<double> last_save_s_ = 0;
+    std::future<std::string> running_;  // last: it is waited for before the rest goes
+};
+
+// What a file system is known for that puts checkpoints at risk; "" for the others.
+inline std::string file_system_note(const std::string& folder) {
+    struct statfs system;
+    if (statfs(folder.c_str(), &system) != 0) return "";
+    constexpr std::pair<long, const char*> kKinds[] = {
+        {0x6969, "NFS"},    {0xFF534D42, "CIFS"}, {0xFE534D42, "SMB"},   {0x517B, "SMB"},
+        {0x01021997, "9p"}, {0x65735546, "FUSE"}, {0x0BD00BD0, "Lustre"}};
+    for (const auto& [kind, name] : kKinds)
+        if (long(system.f_type) == kind)
+            return format(
+                "%s is on %s, where synced data may still be lost with the server, and a "
+                "lock may not hold between machines",
+                folder.c_str(), name);
+    return "";
+}
+
+// Refuses a disk that the run's checkpoints will not fit on, before anything is computed.
+inline void check_disk(const TrainOptions& o, const std::string& out, const GPT2Config& config,
+                       const Goal& goal) {
+    std::optional<size_t> free = disk_free(out);
+    if (!free) return;
+    size_t saves = o.save_every > 0 && goal.steps > 0 ? goal.steps / o.save_every + 1 : 1;
+    size_t kept = o.keep > 0 ? std::min(saves, size_t(o.keep)) + 1 : saves;  // and the best
+    size_t one = checkpoint_bytes(config), there = list_steps(out, "").size();
+    size_t needed = (std::max(kept, there) - there + 1) * one;  // one is written beside the others
+    if (needed <= *free) return;
+    fail_machine(
+        "%s: %zu checkpoints of %s need %s more, the disk has %s free; another --out, a smaller "
+        "--keep or a larger --save-every would fit",
+        out.c_str(), kept, readable_bytes(double(one)).c_str(),
+        readable_bytes(double(needed)).c_str(), readable_bytes(double(*free)).c_str());
+}
+
+// ==== bad numbers ================================================================================
+
+// The first tensor that holds a number that is not finite, looked for in the order in which they
+// are computed: what a diagnosis says.
+struct BadTensor {
+    std::string name;
+    size_t bad = 0, size = 0;
+};
+
+inline std::optional<BadTensor> bad_numbers(const std::string& name,
+                                            const std::vector<real>& host) {
+    auto finite = [](real value) { return std::isfinite(value); };
+    size_t good = size_t(std::count_if(host.begin(), host.end(), finite));
+    if (good == host.size()) return {};
+    return BadTensor{name, host.size() - good, host.size()};
+}
+
+inline std::string layer_name(int layer, const char* name) {
+    return format("layer %d: %s", layer, name);
+}
+
+inline std::optional<BadTensor> bad_parameter(const GPT2* model, Group group, int row, int layer) {
+    const ParameterRow entry = parameter_table(gpt2_config(model))[size_t(row)];
+    if (!entry.present) return {};
+    std::vector<real> host(entry.file_size());
+    gpt2_copy_out(model, group, row, layer, host.data());
+    std::string name = entry.per_layer() ? layer_name(layer, entry.name) : entry.name;
+    return bad_numbers((group == Group::gradients ? "gradient of " : "") + name, host);
+}
+
+inline std::optional<BadTensor> first_bad_parameter(const GPT2* model) {
+    ParameterTable table = parameter_table(gpt2_config(model));
+    for (int row = 0; row < kParameterRows; row++)
+        for (int layer = 0; layer < int(table[size_t(row)].count); layer++)
+            if (auto bad = bad_parameter(model, Group::parameters, row, layer)) return bad;
+    return {};
+}
+
+// After a forward pass. Of buffers that all layers share, the last layer's content is there.
+inline std::optional<BadTensor> first_bad_activation(const GPT2* model) {
+    ActivationTable table = activation_table(gpt2_config(model), gpt2_shape(model));
+    int layers = gpt2_config(model).layers;
+    auto look = [&](int row, int layer, int place) -> std::optional<BadTensor> {
+        const ActivationRow& buffer = table[size_t(row)];
+        if (buffer.size == 0 || buffer.count == 0) return {};
+        std::vector<real> host(buffer.size);
+        gpt2_activation_out(model, row, place, host.data());
+        return bad_numbers(layer < 0 ? buffer.name : layer_name(layer, buffer.name), host);
+    };
+    if (auto bad = look(a_encoded, -1, 0)) return bad;
+    for (int layer = 0; layer < layers; layer++) {
+        for (int row = a_ln1; row <= a_residual3; row++) {
+            size_t count = table[size_t(row)].count;
+            if (count <= 1 && layer + 1 < layers) continue;
+            if (auto bad = look(row, layer, count > 1 ? layer : 0)) return bad;
+        }
+    }
+    for (int row : {a_lnf, a_lnf_mean, a_lnf_rstd, a_logits, a_losses})
+        if (auto bad = look(row, -1, 0)) return bad;
+    return {};
+}
+
+// After a backward pass, which goes from the last layer to the first.
+inline std::optional<BadTensor> first_bad_gradient(const GPT2* model) {
+    const GPT2Config& config = gpt2_config(model);
+    for (int row : {k_headw, k_lnfb, k_lnfw})
+        if (auto bad = bad_parameter(model, Group::gradients, row, 0)) return bad;
+    for (int layer = config.layers - 1; layer >= 0; layer--)
+        for (int row = k_fcprojb; row >= k_ln1w; row--)
+            if (auto bad = bad_parameter(model, Group::gradients, row, layer)) return bad;
+    for (int row : {k_wpe, k_wte})
+        if (auto bad = bad_parameter(model, Group::gradients, row, 0)) return bad;
+    return {};
+}
+
 // ==== the training loop ==========================================================================
+
+// Whether checkpoints are saved in the background: where memory for the snapshot is to spare,
+// unless the options say.
+inline bool chooses_snapshot(const TrainOptions& o, const GPT2Config& config, GPT2Shape shape) {
+    if (o.background_save != "auto") return o.background_save == "on";
+    shape.snapshot = true;
+    size_t card = gpt2_memory_free(), machine = machine_memory_free();
+    return (card == 0 || fits(config, shape, card)) &&
+           (machine == 0 || total_bytes(gpt2_host_memory(config, shape)) <= machine);
+}
 
 // The shape of the model that trains: with a cache for one sequence when it also samples.
 inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
@@ -1076,6 +1593,7 @@ inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config,
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = samples && o.sample_every > 0 ? 1 : 0;
     shape.recompute = choose_recompute(o.recompute, config, shape, gpt2_memory_free());
+    shape.snapshot = chooses_snapshot(o, config, shape);
     return shape;
 }
 
@@ -1104,11 +1622,12 @@ inline Goal choose_goal(const TrainOptions& o, const TrainingData& data, size_t 
 
 // A step that was given to the device, and what its record will say.
 struct LaunchedStep {
-    size_t step;  // counts from 1
-    double learning_rate;
-    DataLoader::Position position;  // of the data, behind its batches
-    double epoch;                   // the same in epochs
-    double begin_s;
+    size_t step = 0;  // counts from 1
+    double learning_rate = 0;
+    DataLoader::Position begin;     // of the data, before its batches
+    DataLoader::Position position;  // and behind them
+    double epoch = 0;               // the same in epochs
+    double begin_s = 0;
 };
 
 // One run, from data to the last checkpoint. Members are what a step needs; each is made once,
@@ -1130,11 +1649,20 @@ class Training {
         train_tokens_ = count_tokens(data_.train);
         loader_.emplace(std::move(data_.train), o_.batch_size, T_, rank_, world_, o_.seed);
         goal_ = choose_goal(o_, data_, loader_->windows_per_epoch(), sequences_a_step());
-        identity_ = run_identity(o_, choice_, data_, *loader_, T_, micro_batches_);
+        shard_hashes_ = loader_->shard_hashes();
+        identity_ = run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_);
         folder_ = choose_run_folder(o_, goal_, identity_);
-        make_folder(folder_.out);
+        check_disk(o_, folder_.out, choice_.config, goal_);
         prepare_model();
         log_.emplace(folder_.out, state_.step);
+        Saver::Options saving = {folder_.out,
+                                 {o_.keep, o_.keep_every},
+                                 gpt2_shape(model_.get()).snapshot,
+                                 o_.save_retry_s};
+        saver_.emplace(saving, model_.get(), [this] {
+            folder_.lock->renew();
+            log_->sync();
+        });
         size_t tokens = size_t(o_.batch_size) * size_t(T_) * size_t(micro_batches_);
         inputs_.resize(tokens);
         targets_.resize(tokens);
@@ -1148,22 +1676,28 @@ class Training {
         peak_ = o_.peak.flops > 0 ? o_.peak : gpt2_peak(gpt2_shape(model_.get()));
         report();
         StopOnSignal signals;
+        write_record(start_record());
         std::optional<LaunchedStep> before;
         if (!is_over()) fetch_batches();
         for (bool last = is_over(); !last;) {
             LaunchedStep now = launch();
-            if (before) log_->write(finish(*before, gpt2_previous_stats(model_.get())));
+            saver_->hand_over();
+            if (before) write_record(finish(*before, gpt2_previous_stats(model_.get())));
             before = now;
-            if (!is_awaited(now)) continue;
+            look_for_stop_file();
+            bool save_again = saver_->poll();
+            if (!save_again && !is_awaited(now)) continue;
             before.reset();
             ordered_json record = finish(now, gpt2_stats(model_.get()));
+            if (rolls_back_ && roll_back()) continue;
             last = is_over();
             if (stop_signal() != 0 && !last) return stop(&record);
             bool best = false;
             if (is_due(o_.eval_every, now.step) || last) best = evaluate(&record, &last);
-            log_->write(record);
+            write_record(record);
             if (is_due(o_.sample_every, now.step) && !last) sample();
-            if (last || best || is_due(o_.save_every, now.step)) save(best, last);
+            owes_save_ |= best || save_again || is_due(o_.save_every, now.step);
+            if (last || (owes_save_ && state_.bad_steps == 0)) save(best, last);
         }
         conclude();
         return 0;
@@ -1193,8 +1727,8 @@ class Training {
         }
         double window_s = window_s_;
         if (window_s == 0) window_s = step_s_ / (3 * double(sequences_a_step()));
-        double save_s =
-            save_s_ > 0 ? save_s_ : 12.0 * double(count_parameters(choice_.config)) / 3e8;
+        double save_s = saver_->last_save_s();
+        if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
         return 1.1 * (windows * window_s + save_s) + 0.15;
     }
 
@@ -1209,6 +1743,8 @@ class Training {
     // the last one, something is due after it, or nothing is known yet of how long a step takes.
     bool is_awaited(const LaunchedStep& now) const {
         if (stop_signal() != 0 || step_s_ == 0 || now.step == goal_.steps) return true;
+        bool may_end = o_.max_bad_steps > 0 && state_.bad_steps + 1 >= o_.max_bad_steps;
+        if (may_end || rolls_back_ || owes_save_) return true;
         if (is_due(o_.eval_every, now.step) || is_due(o_.sample_every, now.step) ||
             is_due(o_.save_every, now.step))
             return true;
@@ -1222,8 +1758,12 @@ class Training {
         const char* dtype = dtype_name(shape.dtype);
         model_.reset(gpt2_create(choice_.config, shape, rank_, world_));
         if (!folder_.checkpoint.empty()) {
-            load_checkpoint(model_.get(), folder_.checkpoint);
-            state_ = read_state(folder_.checkpoint, nullptr);
+            json settings;
+            read_checkpoint(model_.get(), folder_.checkpoint);
+            state_ = read_state(folder_.checkpoint, nullptr, &settings);
+            for (const std::string& change :
+                 setting_changes(settings, run_settings(o_, goal_, shape)))
+                add_note(change);
             elapsed_before_s_ = state_.elapsed_s;
             loader_->seek(state_.position);
             if (state_.dtype != dtype)
@@ -1236,17 +1776,33 @@ class Training {
         }
         std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
         if (!from.empty()) add_note(conversion_note(from));
+        add_note(file_system_note(folder_.out));
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
+        settings_ = run_settings(o_, goal_, shape);
         launched_ = state_.step;
     }
     void add_note(const std::string& note) {
         if (!note.empty()) notes_.push_back(note);
     }
 
+    void write_record(const ordered_json& record) {
+        std::string wrong = log_->write(record);
+        if (!wrong.empty())
+            warn(format("%s: cannot write: %s; its records are kept until it can",
+                        join_path(folder_.out, "log.jsonl").c_str(), wrong.c_str()));
+    }
+
     void report();
     void report_goal();
+    ordered_json start_record();
+    void look_for_stop_file();
+    [[noreturn]] void end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats);
+    ordered_json diagnose(const LaunchedStep& bad);
+    ordered_json skip(const LaunchedStep& bad, const GPT2Stats& stats);
+    void look_for_spike(const LaunchedStep& launched, double loss, ordered_json* record);
+    bool roll_back();
     void fetch_batches();
     LaunchedStep launch();
     ordered_json finish(const LaunchedStep& launched, const GPT2Stats& stats);
@@ -1269,17 +1825,26 @@ class Training {
     std::optional<DataLoader> loader_;
     Goal goal_;
     ordered_json identity_;
+    std::vector<uint64_t> shard_hashes_;
+    ordered_json settings_;
     RunFolder folder_;
     std::vector<std::string> notes_;  // for people
     GPT2Ptr model_;
     RunState state_;       // after the last step that is known to be done
     size_t launched_ = 0;  // steps, of which the last may not be done
     std::optional<RunLog> log_;
+    double stop_file_s_ = 0;   // when it was last looked for
+    LaunchedStep spike_;       // the last one
+    bool owes_save_ = false;   // once the steps are good again
+    bool rolls_back_ = false;  // to before it
+    size_t rollbacks_ = 0;
     std::vector<int> inputs_, targets_;             // of the next step: (micro-batches, B, T)
+    DataLoader::Position fetched_from_;             // where their data begins
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
     PeakRate peak_;
-    double step_s_ = 0, window_s_ = 0, save_s_ = 0;  // how long each took, lately
+    double step_s_ = 0, window_s_ = 0;  // how long each took, lately
     Evaluation final_;
+    std::optional<Saver> saver_;  // last: what it reads outlives it
 };
 
 // The device, and how fast it is where that is known.
@@ -1342,11 +1907,55 @@ inline void Training::report_goal() {
     screen_.line("goal       " + goal);
 }
 
+// What is needed to do the run again: options, versions, machine, data.
+inline ordered_json Training::start_record() {
+    char now[32];
+    time_t seconds = time(nullptr);
+    struct tm parts;
+    strftime(now, sizeof now, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&seconds, &parts));
+    ordered_json record;
+    record["event"] = "start";
+    record["step"] = state_.step;
+    record["time"] = now;
+    record["program"] = gpt2_program();
+    record["version"] = gpt2_version();
+    record["compiler"] = __VERSION__;
+    record["device"] = gpt2_device();
+    record["arguments"] = o_.arguments;
+    record["settings"] = settings_;
+    record["computing"] = describe_computing(gpt2_shape(model_.get()));
+    record["run"] = identity_;
+    record["data"] = ordered_json::array();
+    const std::vector<Shard>& shards = loader_->shards();
+    for (size_t i = 0; i < shards.size(); i++)
+        record["data"].push_back({{"file", shards[i].path()},
+                                  {"tokens", shards[i].size()},
+                                  {"xxh3", hash_text(shard_hashes_[i])}});
+    return record;
+}
+
+// A file OUT/stop does what SIGTERM does; it is looked for ten times a second at most.
+inline void Training::look_for_stop_file() {
+    constexpr double kInterval_s = 0.1;
+    if (stop_signal() != 0 || now_s() < stop_file_s_ + kInterval_s) return;
+    stop_file_s_ = now_s();
+    if (unlink(join_path(folder_.out, "stop").c_str()) == 0) stop_signal() = SIGTERM;
+}
+
+// The batches of the next step. Data that a roll-back passes over is taken and not used.
 inline void Training::fetch_batches() {
     if (o_.overfit_one_batch) loader_->seek({});
+    auto skipped = [&] {
+        return std::find(state_.skipped.begin(), state_.skipped.end(), loader_->position()) !=
+               state_.skipped.end();
+    };
     size_t batch = size_t(o_.batch_size) * size_t(T_);
-    for (int m = 0; m < micro_batches_; m++)
-        loader_->next_batch(&inputs_[size_t(m) * batch], &targets_[size_t(m) * batch]);
+    for (bool again = true; again;) {
+        again = skipped() && !o_.overfit_one_batch;
+        fetched_from_ = loader_->position();
+        for (int m = 0; m < micro_batches_; m++)
+            loader_->next_batch(&inputs_[size_t(m) * batch], &targets_[size_t(m) * batch]);
+    }
     if (o_.overfit_one_batch) loader_->seek({});
 }
 
@@ -1356,8 +1965,12 @@ inline void Training::fetch_batches() {
 // that count in the whole step.
 inline LaunchedStep Training::launch() {
     double progress = run_progress(goal_, launched_, elapsed_s(), reserve_s());
-    LaunchedStep now{launched_ + 1, learning_rate(o_, goal_, launched_, progress),
-                     loader_->position(), loader_->epoch_fraction(), now_s()};
+    LaunchedStep now{launched_ + 1,
+                     learning_rate(o_, goal_, launched_, progress),
+                     fetched_from_,
+                     loader_->position(),
+                     loader_->epoch_fraction(),
+                     now_s()};
     AdamW adamw{now.learning_rate, o_.beta1,     o_.beta2, o_.epsilon,
                 o_.weight_decay,   o_.grad_clip, now.step};
     size_t batch = size_t(o_.batch_size) * size_t(T_);
@@ -1378,15 +1991,153 @@ inline LaunchedStep Training::launch() {
     return now;
 }
 
-// Takes note of a step that is done, and makes its record. fail_machine where its loss or gradient
-// is not finite; a step that was launched after it is lost with it.
-inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Stats& stats) {
-    if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm))
-        fail_machine(
-            "%s: step %zu: loss %g, gradient norm %g; the checkpoints before it are intact; a "
-            "lower --learning-rate or a longer --warmup may help",
-            folder_.out.c_str(), launched.step, stats.loss, stats.grad_norm);
+// A loss or norm for people: printf has two NaNs.
+inline std::string number_text(double value) {
+    return std::isnan(value) ? "nan" : format("%g", value);
+}
 
+inline std::string numbers_of(const GPT2Stats& stats) {
+    return "loss " + number_text(stats.loss) + ", gradient norm " + number_text(stats.grad_norm);
+}
+
+// Says of a step whose loss or gradient is not finite that it was skipped: the device has not
+// applied it. As many in a row as the options allow end the run.
+inline ordered_json Training::skip(const LaunchedStep& bad, const GPT2Stats& stats) {
+    state_.bad_steps++;
+    state_.step = bad.step;
+    state_.position = bad.position;
+    if (o_.max_bad_steps > 0 && state_.bad_steps >= o_.max_bad_steps)
+        end_with_diagnosis(bad, stats);
+    warn(format("step %zu is skipped: %s, over the data from window %llu of epoch %llu on",
+                bad.step, numbers_of(stats).c_str(),
+                static_cast<unsigned long long>(bad.begin.window),
+                static_cast<unsigned long long>(bad.begin.epoch)));
+    ordered_json record;
+    record["step"] = bad.step;
+    record["train_loss"] = nullptr;
+    record["learning_rate"] = bad.learning_rate;
+    record["grad_norm"] = nullptr;
+    record["skipped"] = numbers_of(stats);
+    record["data"] = to_json(bad.begin);
+    record["epoch"] = bad.epoch;
+    record["tokens"] = state_.tokens;
+    return record;
+}
+
+// Does the passes of a bad step again, from the same weights over the same data, and says which
+// tensor is the first that is not finite.
+inline ordered_json Training::diagnose(const LaunchedStep& bad) {
+    if (auto found = first_bad_parameter(model_.get()))
+        return {{"first", found->name}, {"not_finite", found->bad}, {"of", found->size}};
+    loader_->seek(bad.begin);
+    state_.skipped.clear();
+    fetch_batches();
+    size_t batch = size_t(o_.batch_size) * size_t(T_);
+    GPT2Pass pass;
+    pass.training = true, pass.seed = o_.seed, pass.step = bad.step - 1;
+    pass.loss_scale = 1 / double(targets_.size());
+    gpt2_zero_gradients(model_.get());
+    for (int m = 0; m < micro_batches_; m++) {
+        auto described = [&](const BadTensor& found) -> ordered_json {
+            return {{"first", found.name},
+                    {"not_finite", found.bad},
+                    {"of", found.size},
+                    {"micro_batch", m}};
+        };
+        pass.first_sequence = uint64_t(m * world_ + rank_) * uint64_t(o_.batch_size);
+        gpt2_forward(model_.get(), &inputs_[size_t(m) * batch], &targets_[size_t(m) * batch],
+                     o_.batch_size, T_, pass);
+        if (auto found = first_bad_activation(model_.get())) return described(*found);
+        gpt2_backward(model_.get());
+        if (auto found = first_bad_gradient(model_.get())) return described(*found);
+    }
+    return {{"first", nullptr}};  // each pass is finite: the sum of them was not
+}
+
+// OUT/diagnosis.json and the end. Weights and checkpoints stay as they are.
+inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats) {
+    saver_->wait();
+    ordered_json root;
+    root["step"] = bad.step;
+    root["bad_steps_in_a_row"] = state_.bad_steps;
+    root["loss"] = number_text(stats.loss);
+    root["grad_norm"] = number_text(stats.grad_norm);
+    root["learning_rate"] = bad.learning_rate;
+    root["data"] = to_json(bad.begin);
+    ordered_json diagnosis = diagnose(bad);
+    for (const auto& [key, value] : diagnosis.items()) root[key] = value;
+    std::string path = join_path(folder_.out, "diagnosis.json");
+    write_file_atomic(path, json_text(root, 2) + "\n");
+    size_t first = bad.step + 1 - state_.bad_steps;
+    std::string steps = format("step %zu", first);
+    if (state_.bad_steps > 1) steps += format(" and the %zu after it", state_.bad_steps - 1);
+    fail_machine(
+        "%s: %s: %s, first in %s; none was applied, and the checkpoints before are intact; a lower "
+        "--learning-rate or a longer --warmup may help; %s says more",
+        folder_.out.c_str(), steps.c_str(), numbers_of(stats).c_str(),
+        root["first"].is_string() ? root["first"].get<std::string>().c_str() : "no single pass",
+        path.c_str());
+}
+
+// Notes a loss far above those before it, and that the run goes back where it is to.
+inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
+                                     ordered_json* record) {
+    constexpr size_t kMostRollbacks = 10;
+    double deviations = state_.trend.deviations(loss);
+    bool spike = o_.spike_threshold > 0 && deviations > o_.spike_threshold;
+    if (!spike) return state_.trend.add(loss);
+    (*record)["spike"] = deviations;
+    std::string what = format("step %zu: loss %.4f is %.1f deviations above the mean of %.4f",
+                              launched.step, loss, deviations, state_.trend.mean);
+    bool back = o_.on_spike == "rollback" && rollbacks_ < kMostRollbacks;
+    if (!back || rolls_back_) {
+        warn(what);
+        return state_.trend.add(loss);
+    }
+    spike_ = launched;
+    rolls_back_ = true;
+    warn(what + "; going back to the last checkpoint, past this data");
+}
+
+// Goes back to the last checkpoint, and from there on past the data of the spike. False where there
+// is none, and the run goes on as it is.
+inline bool Training::roll_back() {
+    rolls_back_ = false;
+    rollbacks_++;
+    saver_->wait();
+    std::string checkpoint = latest_checkpoint(folder_.out);
+    if (checkpoint.empty()) {
+        warn("there is no checkpoint yet to go back to");
+        return false;
+    }
+    std::vector<DataLoader::Position> skipped = state_.skipped;
+    read_checkpoint(model_.get(), checkpoint);
+    std::string dtype = state_.dtype;
+    state_ = read_state(checkpoint, nullptr);
+    state_.finished = false, state_.goal = goal_, state_.dtype = dtype;
+    for (const DataLoader::Position& position : skipped)
+        if (std::find(state_.skipped.begin(), state_.skipped.end(), position) ==
+            state_.skipped.end())
+            state_.skipped.push_back(position);
+    state_.skipped.push_back(spike_.begin);
+    launched_ = state_.step;
+    loader_->seek(state_.position);
+    fetch_batches();
+    log_->cut(state_.step);
+    ordered_json record;
+    record["event"] = "rollback";
+    record["step"] = state_.step;
+    record["from_step"] = spike_.step;
+    record["skipped_data"] = to_json(spike_.begin);
+    write_record(record);
+    screen_.line(format("back at    step %zu", state_.step));
+    return true;
+}
+
+// Takes note of a step that is done, and makes its record.
+inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Stats& stats) {
+    if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm)) return skip(launched, stats);
+    state_.bad_steps = 0;
     state_.step = launched.step;
     state_.tokens += tokens_a_step();
     state_.position = launched.position;
@@ -1408,6 +2159,7 @@ inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Sta
     record["epoch"] = launched.epoch;
     record["tokens"] = state_.tokens;
     record["elapsed_s"] = elapsed_before_s_ + done_s - start_s_;
+    look_for_spike(launched, stats.loss, &record);
     return record;
 }
 
@@ -1474,13 +2226,17 @@ inline void Training::sample() {
 }
 
 inline void Training::save(bool best, bool last) {
-    double begin_s = now_s();
+    owes_save_ = false;
     state_.elapsed_s = elapsed_s();
     state_.finished = last;
-    save_checkpoint(folder_.out, state_.step, model_.get(),
-                    data_.tokenizer ? &*data_.tokenizer : nullptr,
-                    to_json(state_, identity_, o_.seed), best, o_.keep);
-    save_s_ = now_s() - begin_s;
+    Checkpoint checkpoint{state_.step,
+                          choice_.config,
+                          tensors_of(model_.get()),
+                          data_.tokenizer ? &*data_.tokenizer : nullptr,
+                          to_json(state_, identity_, settings_, o_.seed),
+                          best};
+    if (last || stop_signal() != 0) saver_->finish(std::move(checkpoint));
+    else saver_->begin(std::move(checkpoint));
 }
 
 // A signal came: this step is done, and an evaluation that was due is made, so that the run goes on
@@ -1489,7 +2245,7 @@ inline int Training::stop(ordered_json* record) {
     int signal = stop_signal();
     bool last = false, best = false;
     if (is_due(o_.eval_every, state_.step)) best = evaluate(record, &last);
-    log_->write(*record);
+    write_record(*record);
     save(best, last);
     screen_.line(format("stopped by signal %d at step %zu; saved %s", signal, state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
