@@ -208,7 +208,7 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
                "end after N steps in a row whose loss or gradient is not finite; each is skipped; "
                "0: go on for ever");
     add_number(app, "--spike-threshold", o.spike_threshold, 0, 1e9, "X",
-               "report a loss X deviations above the mean of about 100 steps; 0: never");
+               "report a loss X deviations above the mean of about 20 steps; 0: never");
     add_choice(app, "--on-spike", o.on_spike, {"report", "rollback"},
                "rollback: go back to the last checkpoint and past the data of the spike");
     add_number(app, "--early-stop", o.early_stop, 0, kMaxSteps, "N",

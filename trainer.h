@@ -823,9 +823,8 @@ class StopOnSignal {
 
 // ==== the run folder: state ======================================================================
 
-// The running mean and deviation of the training loss, over about the last hundred steps, by which
-// a spike is told from noise [exponentially weighted, West 1979, "Updating Mean and Variance
-// Estimates"].
+// By which a spike of the training loss is told from noise: its mean over about the last 20 steps,
+// which follows a falling loss, and how far single steps lay from that over about the last 50.
 struct LossTrend {
     double mean = 0, variance = 0;
     size_t steps = 0;
@@ -837,10 +836,10 @@ struct LossTrend {
         return (loss - mean) / std::sqrt(variance);
     }
     void add(double loss) {
-        constexpr double kShortest = 100;  // steps that the mean is over, once there are as many
-        double weight = 1 / std::min(kShortest, double(++steps)), delta = loss - mean;
-        mean += weight * delta;
-        variance = (1 - weight) * (variance + weight * delta * delta);
+        constexpr double kMeanSteps = 20, kVarianceSteps = 50;
+        double count = double(++steps), delta = loss - mean;
+        if (steps > 1) variance += (delta * delta - variance) / std::min(kVarianceSteps, count - 1);
+        mean += delta / std::min(kMeanSteps, count);
     }
 };
 
