@@ -42,6 +42,9 @@ NVCC_PATH := $(shell command -v nvcc 2>/dev/null)
 CUDA_HOME ?= $(firstword $(if $(NVCC_PATH),$(patsubst %/bin/nvcc,%,$(shell readlink -f $(NVCC_PATH)))) \
     $(wildcard /usr/local/cuda))
 CUDA_HEADERS := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/include/cublasLt.h))
+# cuDNN, which attention's benchmark puts beside ours; it is opened when the benchmark runs.
+CUDNN ?= $(if $(wildcard $(addsuffix /cudnn.h,$(CUDA_HOME)/include /usr/include /usr/local/include \
+    /usr/include/*-linux-gnu)),yes,no)
 NVCC := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc))
 
 # ==== flags ======================================================================================
@@ -162,7 +165,6 @@ EMU_OPT = $(if $(filter asan tsan,$(VARIANT)),-O1,-O2)
 
 # A program of a layer's takes all layers, and does not call all.
 $(FOLDER)/dev/cuda/%.o: OWN_FLAGS = -Wno-unused-function
-$(CUDA_FOLDER)/dev/cuda/%.o: OWN_FLAGS = -diag-suppress 177
 
 # (The flags above are not among those that the file `flags` holds.)
 $(EMU_OBJECTS) $(FOLDER)/twin_float.o $(FOLDER)/twin_double.o: Makefile
@@ -229,8 +231,13 @@ NVCC_FLAGS = -std=c++20 -O3 --expt-relaxed-constexpr --threads 0 $(CUDA_CODE) -I
     -Xcompiler $(subst $(space),$(comma),$(strip $(ARCH) -fopenmp -Wall -Wextra)) $(CPPFLAGS)
 CUDA_FOLDER ?= build/cuda
 
+# A program of a layer's takes all layers, and does not call all.
+$(CUDA_FOLDER)/dev/cuda/%.o: OWN_FLAGS = -diag-suppress 177
+$(CUDA_FOLDER)/dev/cuda/attention.o: OWN_FLAGS = -diag-suppress 177 \
+    $(if $(filter yes,$(CUDNN)),-DGPT2_CUDNN)
+
 # The compiler's report on registers and spills is kept beside the object, for the tests.
-$(CUDA_FOLDER)/%.o: %.cu $(wildcard *.h) train_gpt2.cu $(wildcard dev/cuda/*.cuh)
+$(CUDA_FOLDER)/%.o: %.cu $(wildcard *.h) train_gpt2.cu $(wildcard dev/cuda/*.cuh) Makefile
 	$(if $(NVCC),,@echo "no nvcc here: install the CUDA toolkit, or set CUDA_HOME" >&2; exit 1)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(OWN_FLAGS) -c $< -o $@ 2>$(basename $@).ptxas || (cat $(basename $@).ptxas; exit 1)
@@ -246,12 +253,18 @@ cuda: $(CUDA_FOLDER)/train_gpt2cu
 # For a machine with a GPU and little else: the program, its tests and the layers' benchmarks, with
 # all but cuBLASLt and the driver linked in. dev/bench/gpu.sh takes them from build/gpu-portable.
 PORTABLE := build/gpu-portable
-PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static -Xcompiler -static-libstdc++,-static-libgcc \
+# Functions that a program does not call are left out of it: the programs of the layers hold all of
+# the CPU twin twice, and what travels is to be small. (One of them is libstdc++'s random device,
+# which would ask for a newer C library than the machine there may have.)
+SECTIONS := -ffunction-sections -fdata-sections
+PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static \
+    -Xcompiler -static-libstdc++,-static-libgcc -Xlinker --gc-sections,--strip-all \
     -lcublasLt -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread -ldl
-PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN,$(FLAGS)) -march=x86-64-v3
+PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN,$(FLAGS)) -march=x86-64-v3 $(SECTIONS)
 
 gpu-portable:
-	@$(MAKE) --no-print-directory ARCH=-march=x86-64-v3 CUDA_FOLDER=build/cuda-portable portable-programs
+	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \
+	    CUDA_FOLDER=build/cuda-portable portable-programs
 
 portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu train_gpt2 $(CHECKS))
 
@@ -264,22 +277,22 @@ $(PORTABLE)/test_gpt2cu: $(CUDA_FOLDER)/test_gpt2.cpp.o $(CUDA_FOLDER)/train_gpt
 	$(PORTABLE_LINK) -l:libgtest.a
 $(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
-	$(PORTABLE_CXX) $^ -o $@ -static-libstdc++ -static-libgcc -l:libutf8proc.a -l:libxxhash.a \
-	    -l:libgomp.a -lpthread
+	$(PORTABLE_CXX) $^ -o $@ -static-libstdc++ -static-libgcc -Wl,--gc-sections,--strip-all \
+	    -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread
 $(addprefix $(PORTABLE)/,$(CHECKS)): $(PORTABLE)/%: $(CUDA_FOLDER)/dev/cuda/%.o \
     $(CUDA_FOLDER)/weak_twin_float.o $(CUDA_FOLDER)/weak_twin_double.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
-$(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h)
+$(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h) Makefile
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -O1 -c $< -o $@
-$(CUDA_FOLDER)/twin.o: train_gpt2.cpp $(wildcard *.h)
+$(CUDA_FOLDER)/twin.o: train_gpt2.cpp $(wildcard *.h) Makefile
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -c $< -o $@
-$(CUDA_FOLDER)/twin_float.o: train_gpt2.cpp $(wildcard *.h)
+$(CUDA_FOLDER)/twin_float.o: train_gpt2.cpp $(wildcard *.h) Makefile
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) $(IN_ORDER) -c $< -o $@
-$(CUDA_FOLDER)/twin_double.o: train_gpt2.cpp $(wildcard *.h)
+$(CUDA_FOLDER)/twin_double.o: train_gpt2.cpp $(wildcard *.h) Makefile
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -DGPT2_REAL=double -c $< -o $@
 $(CUDA_FOLDER)/weak_%.o: $(CUDA_FOLDER)/%.o

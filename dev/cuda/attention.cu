@@ -1,8 +1,11 @@
 // Attention, its gradient and the form that reads a cache: checked against the CPU twin, and timed,
-// with other cuts of the tiles beside the ones in use.
+// with other cuts of the tiles beside the ones in use, and cuDNN's attention where it is installed.
 #include <omp.h>
 
 #include "bench.cuh"
+#ifdef GPT2_CUDNN
+#    include "cudnn.cuh"
+#endif
 
 // ==== check ======================================================================================
 
@@ -313,24 +316,83 @@ static void bench_backward_cut(const AttentionTensors<Float>& t, const std::stri
         type_name<Float>(), size, 2.5 * t.operations(), roof, ms);
 }
 
+// What cuDNN's way takes, 0 where it was not run, and by how much its results differ from ours, of
+// which the largest is given: both round sums of the same numbers to bf16.
+struct Peer {
+    double forward_ms = 0, backward_ms = 0;
+    std::string forward_difference, backward_difference;
+
+    // For the last column; the ratio is above 1 where ours is faster.
+    static std::string beside(double peer_ms, double ms, const std::string& difference) {
+        if (peer_ms == 0) return "";
+        return format("cuDNN %.1f us (%.2f), %s", peer_ms * 1e3, peer_ms / ms, difference.c_str());
+    }
+};
+
+#ifdef GPT2_CUDNN
+
+// The largest difference, in words. bf16 keeps 8 bits: ten roundings of the largest
+// element would say that they did not compute the same.
+static std::string difference(const char* name, const Device<bf16>& peer,
+                              const Device<bf16>& ours) {
+    Numbers theirs = peer.download(), own = ours.download();
+    double off = distance(theirs, own).largest, size = 0;
+    for (double value : own) size = std::max(size, std::fabs(value));
+    if (!(off <= size / 25))
+        printf("%s: cuDNN's result is not ours: off by %.3g where the largest is %.3g\n", name, off,
+               size);
+    return format("off by %.2g of %.2g", off, size);
+}
+
+static Peer time_cudnn(const AttentionTensors<bf16>& t) {
+    Peer peer;
+    try {
+        static Cudnn cudnn;
+        CudnnAttention theirs(cudnn, t.qkv, t.dout, t.B, t.T, t.NH, t.C / t.NH);
+        peer.forward_ms = time_ms([&] { theirs.forward(); });
+        peer.forward_difference = difference("attention_forward", theirs.out, t.out);
+        peer.backward_ms = time_ms([&] { theirs.backward(); });
+        attention_backward<bf16>(t.dqkv, t.dout, t.qkv, t.out, t.logsumexp, t.scratch, Dropout(),
+                                 t.B, t.T, t.C, t.NH, stream());
+        peer.backward_difference = difference("attention_backward", theirs.dqkv, t.dqkv);
+    } catch (const Error& error) {
+        printf("attention by cuDNN: skipped: %s\n", error.what());
+    }
+    return peer;
+}
+
+#else
+
+static Peer time_cudnn(const AttentionTensors<bf16>&) {
+    printf("attention by cuDNN: skipped: this was built where cudnn.h is not\n");
+    return {};
+}
+
+#endif
+
+static Peer time_cudnn(const AttentionTensors<float>&) { return {}; }  // it has none in float32
+
 // Backward counts the five products of the mathematics; ours does seven.
 template <class Float>
 static void bench_model(const BenchModel& model, double roof) {
     AttentionTensors<Float> t(model);
     std::string size = t.size(model.name);
+    Peer peer = time_cudnn(t);
     for (double probability : {0., 0.1}) {
         std::string label = size + (probability > 0 ? format(", dropout %g", probability) : "");
         double ms = time_ms([&] {
             attention_forward<Float>(t.out, t.logsumexp, t.qkv, dropout_of(probability), t.B, t.T,
                                      t.C, t.NH, stream());
         });
-        table_operations("attention_forward", type_name<Float>(), label, t.operations(), roof, ms);
+        table_operations("attention_forward", type_name<Float>(), label, t.operations(), roof, ms,
+                         Peer::beside(peer.forward_ms, ms, peer.forward_difference));
         ms = time_ms([&] {
             attention_backward<Float>(t.dqkv, t.dout, t.qkv, t.out, t.logsumexp, t.scratch,
                                       dropout_of(probability), t.B, t.T, t.C, t.NH, stream());
         });
         table_operations("attention_backward", type_name<Float>(), label, 2.5 * t.operations(),
-                         roof, ms);
+                         roof, ms, Peer::beside(peer.backward_ms, ms, peer.backward_difference));
+        peer = Peer();  // what follows has dropout, and cuDNN had none
     }
     int position = t.T - 1;
     double ms = time_ms([&] {  // qkv holds the caches: (B,T,C) twice

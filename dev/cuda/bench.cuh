@@ -435,6 +435,16 @@ inline std::string device_line() {
                   driver / 1000, driver % 1000 / 10);
 }
 
+// One line where there is no card, before a check has failed for the want of it.
+inline void require_card() {
+    int driver = 0, count = 0;
+    cudaDriverGetVersion(&driver);
+    if (driver == 0) fail_machine("no NVIDIA driver here");
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) fail_machine("no GPU here: %s", cudaGetErrorString(status));
+    if (count == 0) fail_machine("no GPU here");
+}
+
 // What main() of each program is; run_checks and run_bench are its own.
 inline int bench_main(int argc, char** argv, void (*run_checks)(), void (*run_bench)()) {
     if (argc < 2) return usage(argv[0]);
@@ -448,7 +458,10 @@ inline int bench_main(int argc, char** argv, void (*run_checks)(), void (*run_be
         else return usage(argv[0]);
     }
     if ((mode != "check" && mode != "bench") || bench_options.tokens < 1) return usage(argv[0]);
+    bool started = false;
     try {
+        require_card();
+        started = true;
         if (mode == "bench") {
             printf("%s\n", device_line().c_str());
             table_head();
@@ -458,7 +471,7 @@ inline int bench_main(int argc, char** argv, void (*run_checks)(), void (*run_be
         run_checks();
     } catch (const Error& error) {
         fprintf(stderr, "%s: error: %s\n", argv[0], error.what());
-        if (mode == "bench") return error.exit_code;
+        if (mode == "bench" || !started) return error.exit_code;
         checks.count(false, error.what());
     }
     printf("%d passed, %d failed, %d skipped\n", checks.passed, checks.failed, checks.skipped);
