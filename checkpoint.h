@@ -126,6 +126,48 @@ inline float bfloat16_to_float(uint16_t half) {
     return value;
 }
 
+// The float nearest to `value`, but with an odd last bit where that is not exact: rounding it once
+// more, to a format with at least two bits fewer, then gives what rounding `value` itself would
+// [Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums"].
+inline float to_odd_float(float value) { return value; }
+inline float to_odd_float(double value) {
+    float near = float(value);
+    if (double(near) == value || std::isnan(value) || std::isinf(near)) return near;
+    uint32_t bits;
+    memcpy(&bits, &near, sizeof(bits));
+    if (std::fabs(double(near)) > std::fabs(value)) bits--;  // towards zero
+    bits |= 1;
+    memcpy(&near, &bits, sizeof(near));
+    return near;
+}
+
+// To the nearest half, of two equally near ones to that with an even last bit; from 65520 on,
+// infinity. A value below the smallest normal one is added to a float whose last bit has the worth
+// of a subnormal's, so that the processor rounds.
+inline uint16_t float_to_half(float value) {
+    uint32_t bits, magnitude;
+    memcpy(&bits, &value, sizeof(bits));
+    uint32_t sign = bits >> 16 & 0x8000;
+    magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);  // NaN
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (magnitude < 0x38800000) {
+        float sum = std::fabs(value) + 0.5f;
+        memcpy(&bits, &sum, sizeof(bits));
+        return uint16_t(sign | (bits - 0x3f000000));
+    }
+    uint32_t rounded = magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1);
+    return uint16_t(sign | rounded >> 13);
+}
+
+// To the nearest bfloat16, of two equally near ones to that with an even last bit.
+inline uint16_t float_to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // out[i] = convert(number i of `data`), which may lie at any address.
 template <typename From, typename To, typename Convert>
 void convert_numbers(To* out, const char* data, size_t count, Convert convert) {
@@ -500,8 +542,10 @@ inline GPT2Config read_config(const std::string& path) {
     return config;
 }
 
-// Writes FOLDER/config.json. end_of_text, below 0 where there is none, becomes bos and eos.
-inline void write_config(const GPT2Config& config, int end_of_text, const std::string& folder) {
+// Writes FOLDER/config.json. end_of_text, below 0 where there is none, becomes bos and eos; `dtype`
+// is what PyTorch calls the format of the weights.
+inline void write_config(const GPT2Config& config, int end_of_text, const std::string& folder,
+                         const char* dtype = kRealName) {
     ordered_json id = end_of_text < 0 ? ordered_json(nullptr) : ordered_json(end_of_text);
     ordered_json root;
     root["architectures"] = {"GPT2LMHeadModel"};
@@ -524,7 +568,7 @@ inline void write_config(const GPT2Config& config, int end_of_text, const std::s
     root["bias"] = config.bias;
     root["bos_token_id"] = id;
     root["eos_token_id"] = id;
-    root["torch_dtype"] = kRealName;
+    root["torch_dtype"] = dtype;
     root["use_cache"] = true;
     write_file_atomic(join_path(folder, "config.json"), json_text(root, 2) + "\n");
 }
@@ -628,20 +672,127 @@ inline void save_model(const GPT2* model, const Tokenizer* tokenizer, const std:
 
 // ==== model folders: reading =====================================================================
 
-inline SafetensorsFile open_model_file(const std::string& folder) {
-    std::string path = join_path(folder, "model.safetensors");
-    if (!path_exists(path)) {
-        for (const char* name :
-             {"model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"})
+// A name from a file that may be opened in the file's own folder: no path, nothing hidden.
+inline bool is_plain_name(const std::string& name) {
+    bool printable = std::all_of(name.begin(), name.end(),
+                                 [](char c) { return static_cast<unsigned char>(c) >= 0x20; });
+    return !name.empty() && name[0] != '.' && name.find_first_of("/\\") == std::string::npos &&
+           printable;
+}
+
+// What model.safetensors.index.json says: the file of each tensor, and the bytes of all of them.
+struct ShardIndex {
+    std::map<std::string, std::string> file_of;  // by the tensor's name
+    std::optional<double> total_size;
+};
+
+// Reads an index. Throws with exit code 2 where it is no index, or names anything but a safetensors
+// file beside it.
+inline ShardIndex read_shard_index(const std::string& path) {
+    json root = read_json_object(path);
+    json map = root.value("weight_map", json());
+    if (!map.is_object() || map.empty())
+        fail_input("%s: weight_map: no object that says where tensors are", path.c_str());
+    ShardIndex index;
+    for (const auto& [tensor, file] : map.items()) {
+        std::string name = file.is_string() ? file.get<std::string>() : "";
+        if (!is_plain_name(name) || !name.ends_with(".safetensors"))
+            fail_input("%s: weight_map: %s: %s is no safetensors file of this folder", path.c_str(),
+                       one_line(tensor).c_str(), one_line(json_text(file, -1)).c_str());
+        index.file_of[tensor] = name;
+    }
+    json metadata = root.value("metadata", json());
+    if (metadata.is_object() && metadata.contains("total_size")) {
+        if (!metadata["total_size"].is_number())
+            fail_input("%s: metadata: total_size %s is not a number", path.c_str(),
+                       one_line(json_text(metadata["total_size"], -1)).c_str());
+        index.total_size = metadata["total_size"].get<double>();
+    }
+    return index;
+}
+
+// The tensors of a model folder, whichever files they are in: model.safetensors or, where there is
+// none, what model.safetensors.index.json lists. Files are mapped, not read. Opening throws with
+// exit code 2 unless every shard holds exactly the tensors that the index says are in it.
+class ModelFiles {
+  public:
+    explicit ModelFiles(const std::string& folder) : path_(join_path(folder, "model.safetensors")) {
+        std::string index = path_ + ".index.json";
+        if (path_exists(path_) || !path_exists(index)) {
+            fail_for_pytorch(folder);
+            SafetensorsFile& file = files_.emplace_back(path_);
+            for (const auto& [name, entry] : file.entries()) place_[name] = 0;
+        } else {
+            path_ = index;
+            open_shards(folder);
+        }
+    }
+
+    const std::string& path() const { return path_; }  // of the one file, or of the index
+    const std::vector<SafetensorsFile>& files() const { return files_; }
+    bool has(const std::string& name) const { return place_.count(name) > 0; }
+
+    // The file that holds a tensor which is there.
+    const SafetensorsFile& file_of(const std::string& name) const {
+        return files_.at(place_.at(name));
+    }
+    const std::string& dtype_of(const std::string& name) const {
+        return file_of(name).entry(name).dtype;
+    }
+    std::vector<std::string> names() const {
+        std::vector<std::string> names;
+        for (const auto& [name, place] : place_) names.push_back(name);
+        return names;
+    }
+
+  private:
+    void fail_for_pytorch(const std::string& folder) const {
+        if (path_exists(path_)) return;
+        for (const char* name : {"pytorch_model.bin", "pytorch_model.bin.index.json"})
             if (path_exists(join_path(folder, name)))
                 fail_input(
-                    "%s: this program reads model.safetensors, in one piece; write it in "
-                    "Python with save_pretrained(FOLDER, safe_serialization=True, "
-                    "max_shard_size=\"100GB\")",
+                    "%s: this program reads model.safetensors; write it in Python with "
+                    "save_pretrained(FOLDER, safe_serialization=True)",
                     join_path(folder, name).c_str());
     }
-    return SafetensorsFile(path);
-}
+
+    void open_shards(const std::string& folder) {
+        ShardIndex index = read_shard_index(path_);
+        std::map<std::string, size_t> opened;
+        for (const auto& [tensor, name] : index.file_of) opened.emplace(name, 0);
+        constexpr size_t kMostShards = 10000;  // each takes a mapping, of which there are 65,530
+        if (opened.size() > kMostShards)
+            fail_input("%s: names %zu files; at most %zu are read", path_.c_str(), opened.size(),
+                       kMostShards);
+        size_t bytes = 0;
+        for (auto& [name, place] : opened) {
+            place = files_.size();
+            const SafetensorsFile& file = files_.emplace_back(join_path(folder, name));
+            for (const auto& [tensor, entry] : file.entries()) {
+                auto listed = index.file_of.find(tensor);
+                if (listed == index.file_of.end() || listed->second != name)
+                    fail_input("%s: %s: the index says that it is %s", file.path().c_str(),
+                               one_line(tensor).c_str(),
+                               listed == index.file_of.end()
+                                   ? "not there"
+                                   : ("in " + one_line(listed->second)).c_str());
+                place_[tensor] = place;
+                bytes += entry.end - entry.begin;
+            }
+        }
+        for (const auto& [tensor, name] : index.file_of)
+            if (place_.count(tensor) == 0)
+                fail_input("%s: %s: missing; the index says that it is here",
+                           join_path(folder, name).c_str(), one_line(tensor).c_str());
+        if (index.total_size && *index.total_size != double(bytes))
+            fail_input("%s: metadata: total_size %.17g, the tensors have %zu bytes", path_.c_str(),
+                       *index.total_size, bytes);
+    }
+
+    std::string path_;
+    std::vector<SafetensorsFile> files_;
+    std::map<std::string, size_t> place_;  // by the tensor's name: which of the files
+};
 
 struct PlacedTensor {
     std::string name;  // in the file
@@ -660,8 +811,7 @@ inline void check_shape(const SafetensorsFile& file, const std::string& name,
 // its shape. Rows that the configuration has not (a tied head, biases) are placed where the file
 // has them, for the reader to look into. The causal masks that old files hold are passed over.
 // Throws with exit code 2 on a tensor that is missing, unknown, or of another shape.
-inline std::vector<PlacedTensor> place_tensors(const SafetensorsFile& file,
-                                               const GPT2Config& config) {
+inline std::vector<PlacedTensor> place_tensors(const ModelFiles& files, const GPT2Config& config) {
     const std::string prefix = "transformer.";
     auto without_prefix = [&](const std::string& name) {
         return name.compare(0, prefix.size(), prefix) == 0 ? name.substr(prefix.size()) : name;
@@ -673,13 +823,13 @@ inline std::vector<PlacedTensor> place_tensors(const SafetensorsFile& file,
         const ParameterRow& row = table[size_t(index)];
         for (int layer = 0; layer < int(row.count); layer++) {
             std::string full = hf_name(row, layer), bare = without_prefix(full);
-            std::string name = file.has(full) ? full : bare;
-            if (!file.has(name)) {
+            std::string name = files.has(full) ? full : bare;
+            if (!files.has(name)) {
                 if (!row.present) continue;
                 fail_input("%s: %s: missing; the configuration asks for shape %s",
-                           file.path().c_str(), full.c_str(), shape_text(hf_shape(row)).c_str());
+                           files.path().c_str(), full.c_str(), shape_text(hf_shape(row)).c_str());
             }
-            check_shape(file, name, row);
+            check_shape(files.file_of(name), name, row);
             placed.push_back({name, index, layer});
             known.insert(name);
         }
@@ -690,27 +840,28 @@ inline std::vector<PlacedTensor> place_tensors(const SafetensorsFile& file,
             known.insert(bare);
             known.insert(prefix + bare);
         }
-    for (const auto& [name, entry] : file.entries())
+    for (const std::string& name : files.names())
         if (known.count(name) == 0)
             fail_input("%s: %s: a GPT-2 of %d layers has no such tensor, or has it already",
-                       file.path().c_str(), one_line(name).c_str(), config.layers);
+                       files.file_of(name).path().c_str(), one_line(name).c_str(), config.layers);
     return placed;
 }
 
 // A tensor that the model has no memory for must say nothing new: a tied head equals the token
 // embedding, the biases of a model without are zero.
-inline void check_redundant(const SafetensorsFile& file, const PlacedTensor& tensor,
+inline void check_redundant(const ModelFiles& files, const PlacedTensor& tensor,
                             const std::string& embedding, const std::vector<real>& values) {
+    const std::string& path = files.file_of(tensor.name).path();
     if (tensor.row == k_headw) {
         std::vector<real> wte(values.size());
-        file.read(embedding, wte.data());
+        files.file_of(embedding).read(embedding, wte.data());
         if (values != wte)
             fail_input(
                 "%s: %s: differs from %s, but the head is tied; set "
                 "\"tie_word_embeddings\": false in config.json",
-                file.path().c_str(), tensor.name.c_str(), embedding.c_str());
+                path.c_str(), tensor.name.c_str(), embedding.c_str());
     } else if (std::any_of(values.begin(), values.end(), [](real value) { return value != 0; })) {
-        fail_input("%s: %s: not zero, but config.json says \"bias\": false", file.path().c_str(),
+        fail_input("%s: %s: not zero, but config.json says \"bias\": false", path.c_str(),
                    tensor.name.c_str());
     }
 }
@@ -737,22 +888,22 @@ inline void write_hf_tensor(GPT2* model, Group group, int index, int layer,
     gpt2_copy_in(model, group, index, layer, host);
 }
 
-// A model folder's configuration, after a look at model.safetensors: every tensor is there and has
-// its shape, so that memory for the model may be taken on the configuration's word.
+// A model folder's configuration, after a look at its tensors: every one is there and has its
+// shape, so that memory for the model may be taken on the configuration's word.
 inline GPT2Config read_model_config(const std::string& folder) {
     GPT2Config config = read_config(folder);
-    place_tensors(open_model_file(folder), config);
+    place_tensors(ModelFiles(folder), config);
     return config;
 }
 
-// Fills the model's parameters from FOLDER/model.safetensors (F64, F32, F16 or BF16). The model
+// Fills the model's parameters from a model folder (F64, F32, F16 or BF16). The model
 // must be of the folder's configuration, but for dropout. Throws with exit code 2 for a file that
 // does not fit; the parameters are then partly those of the file when a tensor in it holds numbers
 // that it may not, and untouched otherwise.
 inline void load_model(GPT2* model, const std::string& folder) {
     const GPT2Config& config = gpt2_config(model);
-    SafetensorsFile file = open_model_file(folder);
-    std::vector<PlacedTensor> placed = place_tensors(file, config);
+    ModelFiles files(folder);
+    std::vector<PlacedTensor> placed = place_tensors(files, config);
     GPT2Config stored = read_config(folder);  // shapes do not show these two
     if (stored.heads != config.heads || stored.layer_norm_epsilon != config.layer_norm_epsilon)
         fail_input("%s: %d heads and layer_norm_epsilon %g, the model has %d and %g",
@@ -761,25 +912,24 @@ inline void load_model(GPT2* model, const std::string& folder) {
     ParameterTable table = parameter_table(config);
     std::vector<real> values, scratch;
     for (const PlacedTensor& tensor : placed) {
-        read_finite(file, tensor.name, values);
+        read_finite(files.file_of(tensor.name), tensor.name, values);
         if (table[size_t(tensor.row)].present)
             write_hf_tensor(model, Group::parameters, tensor.row, tensor.layer, values, scratch);
-        else check_redundant(file, tensor, placed[0].name, values);  // row 0 is wte
+        else check_redundant(files, tensor, placed[0].name, values);  // row 0 is wte
     }
 }
 
 // For people: that the weights of a folder are kept in another format than the program's own, which
 // load_model converts; "" where they are not. The folder is one that load_model has read.
 inline std::string conversion_note(const std::string& folder) {
-    SafetensorsFile file = open_model_file(folder);
+    ModelFiles files(folder);
     std::set<std::string> dtypes;
-    for (const PlacedTensor& tensor : place_tensors(file, read_config(folder)))
-        if (file.entry(tensor.name).dtype != kRealDtype)
-            dtypes.insert(file.entry(tensor.name).dtype);
+    for (const PlacedTensor& tensor : place_tensors(files, read_config(folder)))
+        if (files.dtype_of(tensor.name) != kRealDtype) dtypes.insert(files.dtype_of(tensor.name));
     if (dtypes.empty()) return "";
     std::string text;
     for (const std::string& dtype : dtypes) text += (text.empty() ? "" : " and ") + dtype;
-    return format("weights are %s in %s: converted to %s", text.c_str(), file.path().c_str(),
+    return format("weights are %s in %s: converted to %s", text.c_str(), files.path().c_str(),
                   kRealName);
 }
 
@@ -1165,94 +1315,4 @@ inline std::string resolve_model_folder(const std::string& path) {
         "%s: neither a model folder (no config.json) nor a run folder (no checkpoint "
         "step_00000000)",
         path.c_str());
-}
-
-// ==== what a path is =============================================================================
-
-struct PathDescription {
-    std::string text;  // for people; more lines than one for a run
-    bool intact = true;
-};
-
-inline std::string describe_config(const GPT2Config& config) {
-    return format(
-        "GPT-2 of %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu "
-        "parameters",
-        config.layers, config.heads, config.channels, config.context, config.vocab_size,
-        count_parameters(config));
-}
-
-// Reads a whole model folder, without memory for the model: throws as load_model does.
-inline std::string describe_model(const std::string& folder) {
-    GPT2Config config = read_config(folder);
-    SafetensorsFile file = open_model_file(folder);
-    ParameterTable table = parameter_table(config);
-    std::vector<PlacedTensor> placed = place_tensors(file, config);
-    std::vector<real> values;
-    std::set<std::string> dtypes;
-    for (const PlacedTensor& tensor : placed) {
-        read_finite(file, tensor.name, values);
-        if (!table[size_t(tensor.row)].present)
-            check_redundant(file, tensor, placed[0].name, values);
-        dtypes.insert(file.entry(tensor.name).dtype);
-    }
-    std::string text = describe_config(config) + " in";
-    for (const std::string& dtype : dtypes) text += " " + dtype;
-    if (!path_exists(join_path(folder, "tokenizer.json"))) return text + "; no tokenizer";
-    return text + format("; tokenizer of %d tokens", Tokenizer::load(folder).vocab_size());
-}
-
-inline PathDescription describe_folder(const std::string& path) {
-    std::vector<StepFolder> steps = list_steps(path, "");
-    if (path_exists(join_path(path, "trainer.json"))) {
-        json trainer = verify_checkpoint(path);
-        return {
-            format("checkpoint, step %s, verified: ", one_line(trainer["step"].dump()).c_str()) +
-            describe_model(path)};
-    }
-    if (path_exists(join_path(path, "config.json")))
-        return {"model folder: " + describe_model(path)};
-    if (steps.empty()) return {"folder, neither a model nor a run"};
-    PathDescription description{format("run folder, %zu checkpoints", steps.size())};
-    for (const StepFolder& folder : steps) {
-        std::string line = "\n  " + folder.name;
-        for (const char* link : {"last", "best"})
-            if (linked_step(path, link) == folder.name) line += std::string(" (") + link + ")";
-        try {
-            line += ": " + describe_folder(join_path(path, folder.name)).text;
-        } catch (const Error& error) {
-            line += ": cannot be used: " + std::string(error.what());
-            description.intact = false;
-        }
-        description.text += line;
-    }
-    return description;
-}
-
-inline PathDescription describe_file(const std::string& path) {
-    MappedFile file(path);
-    std::string name = fs::path(path).filename().string();
-    if (file.size() == 0) return {"empty file"};
-    if (fs::path(path).extension() == ".safetensors") {
-        SafetensorsFile tensors(path);
-        size_t numbers = 0;
-        for (const auto& [tensor, entry] : tensors.entries()) numbers += entry.count();
-        return {format("safetensors file, %zu tensors, %zu numbers, %zu bytes",
-                       tensors.entries().size(), numbers, tensors.size())};
-    }
-    if (name == "config.json") return {"configuration: " + describe_config(read_config(path))};
-    if (name == "tokenizer.json")
-        return {format("tokenizer of %d tokens", Tokenizer::load(path).vocab_size())};
-    bool text = file.view().substr(0, 1 << 20).find('\0') == std::string_view::npos;
-    return {
-        format("%s, %zu bytes", text ? "text" : "file of no kind that is known here", file.size())};
-}
-
-// Says what a file or folder is and whether it is intact: a model, a checkpoint and a run folder
-// are read whole. Throws with exit code 2 when there is nothing.
-inline PathDescription describe_path(const std::string& path) {
-    if (!path_exists(path)) fail_input("%s: no such file or folder", path.c_str());
-    try {
-        return is_folder(path) ? describe_folder(path) : describe_file(path);
-    } catch (const Error& error) { return {std::string("cannot be used: ") + error.what(), false}; }
 }

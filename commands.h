@@ -52,6 +52,10 @@ struct DumpOptions {
     ComputeOptions compute;
 };
 
+struct ExportOptions {
+    std::string model, state, tokenizer, out, dtype = "fp32", max_shard_size;
+};
+
 struct PlanOptions {
     TrainOptions train;
     int vocab_size = 50257;
@@ -65,6 +69,7 @@ struct Options {
     TokenizerOptions tokenizer;
     ShardOptions shard;
     DumpOptions dump;
+    ExportOptions exporting;  // export is a keyword
     PlanOptions plan;
     std::vector<std::string> info_paths;
 };
@@ -134,8 +139,8 @@ inline void add_model_options(CLI::App* app, ModelOptions& o) {
     app->option_defaults()->group("Model");
     const char* names =
         "tiny, small, medium, gpt2, gpt2-medium, gpt2-large, gpt2-xl, dN (a GPT-2 of N layers), "
-        "a model FOLDER to go on from, or a config.json";
-    add_text(app, "--model", o.model, "NAME|FOLDER", names)
+        "a model FOLDER or an llm.c FILE.bin to go on from, or a config.json";
+    add_text(app, "--model", o.model, "NAME|FOLDER|FILE", names)
         ->default_str("2 layers, 4 heads, 256 channels, context 64");
     add_number(app, "--layers", o.layers, 1, 1000, "N", "layers")->default_str("of --model");
     add_number(app, "--heads", o.heads, 1, 1000, "N", "attention heads; they divide the channels")
@@ -243,8 +248,10 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_watch_options(app, o);
 }
 
+constexpr const char* kModelHelp = "a run or a model folder, or a model of llm.c";
+
 inline void add_sample_options(CLI::App* app, SampleOptions& o) {
-    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_text(app, "--prompt", o.prompt, "TEXT",
              "what the text begins with; empty: the token <|endoftext|>")
@@ -263,7 +270,7 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
 }
 
 inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
-    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
     add_paths(app, "--data", o.data, "text or token shards; all of it is evaluated");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
@@ -306,7 +313,7 @@ inline void add_shard_options(CLI::App* app, ShardOptions& o) {
 }
 
 inline void add_dump_options(CLI::App* app, DumpOptions& o) {
-    add_text(app, "--model", o.model, "FOLDER", "a run or a model folder");
+    add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
     add_text(app, "--tokens", o.tokens, "IDS.npy", "int32 (B, T+1); a target of -1 is ignored");
     add_text(app, "--out", o.out, "FILE.safetensors", "gets loss, logits, grad.NAME, ...");
     add_number(app, "--steps", o.steps, 0, 1e6, "N", "steps of AdamW on the batch, dumped too");
@@ -317,6 +324,25 @@ inline void add_dump_options(CLI::App* app, DumpOptions& o) {
     add_number(app, "--beta2", o.adamw.beta2, 0, 0.999999, "X", "of AdamW");
     add_number(app, "--epsilon", o.adamw.epsilon, 1e-30, 1, "X", "of AdamW");
     add_compute_options(app, o.compute);
+}
+
+inline void add_export_options(CLI::App* app, ExportOptions& o) {
+    add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
+    add_text(app, "--state", o.state, "FILE.bin",
+             "the state that llm.c saved beside its model: its moments are written as "
+             "optimizer.safetensors, its float32 weights are taken");
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the model's own");
+    add_text(app, "--out", o.out, "FOLDER|FILE.bin",
+             "a new folder for the Hugging Face hub, or a new file for llm.c");
+    add_choice(app, "--export-dtype", o.dtype, {"fp32", "bf16", "fp16"},
+               "format of the weights; each is rounded to the nearest");
+    auto size = [](std::string& word) {
+        return parse_size(word) > 0 ? "" : format("%s: must be bytes, such as 5GB", word.c_str());
+    };
+    add_text(app, "--max-shard-size", o.max_shard_size, "SIZE",
+             "most bytes in a file, such as 5GB or 500MB; above it, files and an index of them")
+        ->check(CLI::Validator(size, ""))
+        ->default_str("one file");
 }
 
 inline void add_commands(CLI::App* app, Options& o) {
@@ -334,6 +360,10 @@ inline void add_commands(CLI::App* app, Options& o) {
                                          "one batch through a model: loss, logits, gradients, "
                                          "steps of the optimizer"),
                      o.dump);
+    add_export_options(app->add_subcommand("export",
+                                           "a model in the form that other programs read: a "
+                                           "folder for the hub, a file for llm.c"),
+                       o.exporting);
     CLI::App* plan = app->add_subcommand("plan",
                                          "parameters, memory and time, before anything "
                                          "is allocated");
@@ -595,7 +625,7 @@ inline std::optional<Tokenizer> model_tokenizer(const std::string& name, const s
                                                 const GPT2Config& config) {
     std::optional<Tokenizer> tokenizer;
     if (!name.empty()) tokenizer = load_tokenizer(name);
-    else if (holds_tokenizer(folder)) tokenizer = Tokenizer::load(folder);
+    else tokenizer = tokenizer_of(folder, config);
     if (tokenizer && tokenizer->vocab_size() > config.vocab_size)
         fail_input("%s: a tokenizer of %d tokens, the model has a vocabulary of %d",
                    name.empty() ? folder.c_str() : name.c_str(), tokenizer->vocab_size(),
@@ -605,15 +635,15 @@ inline std::optional<Tokenizer> model_tokenizer(const std::string& name, const s
 
 // Fills a model from a folder's weights; says on stderr when they are of another precision.
 inline void load_model_noted(GPT2* model, const std::string& folder) {
-    load_model(model, folder);
-    std::string note = conversion_note(folder);
+    load_any_model(model, folder);
+    std::string note = any_conversion_note(folder);
     if (!note.empty()) fprintf(stderr, "note: %s\n", note.c_str());
 }
 
 inline LoadedModel load_for_inference(const std::string& path, const std::string& tokenizer,
                                       GPT2Shape shape) {
-    std::string folder = resolve_model_folder(path);
-    GPT2Config config = read_model_config(folder);
+    std::string folder = resolve_model(path);
+    GPT2Config config = read_any_config(folder);
     config.dropout = 0;
     LoadedModel loaded{nullptr, model_tokenizer(tokenizer, folder, config)};
     shape.T = std::min(shape.T, config.context);
@@ -645,7 +675,7 @@ inline int sample_command(const SampleOptions& o) {
     shape.T = 128, shape.generate = 1;  // a longer prompt goes in by parts
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
     if (!loaded.tokenizer)
-        fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
+        fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
     int context = gpt2_config(loaded.model.get()).context;
     std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, context);
     std::optional<AtomicFile> file;
@@ -678,7 +708,7 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
         return shards;
     }
     if (!loaded.tokenizer)
-        fail_input("%s: there is no tokenizer.json; name one with --tokenizer", o.model.c_str());
+        fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
     // A shard outlives its file, so that nothing of this stays behind.
     TemporaryFolder folder(join_path(fs::temp_directory_path().string(),
                                      format("%s-%d", gpt2_program(), int(getpid()))));
@@ -693,7 +723,7 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
 inline int evaluate_command(const EvaluateOptions& o) {
     require("--model", !o.model.empty());
     require("--data", !o.data.empty());
-    GPT2Config config = read_model_config(resolve_model_folder(o.model));
+    GPT2Config config = read_any_config(resolve_model(o.model));
     GPT2Shape shape = choose_shape(o.compute);
     shape.B = o.batch_size, shape.T = choose_sequence_length(o.sequence_length, config);
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
@@ -827,7 +857,7 @@ inline int shard_command(const ShardOptions& o) {
     return 0;
 }
 
-// ==== commands: dump, info =======================================================================
+// ==== commands: dump, export, info =======================================================================
 
 // The batch of IDS.npy: inputs and targets (B,T), ids checked against the vocabulary. An id of -1
 // is a target that is ignored; as an input it is read as 0.
@@ -887,8 +917,8 @@ inline int dump_command(const DumpOptions& o) {
     require("--tokens", !o.tokens.empty());
     require("--out", !o.out.empty());
     GPT2Shape shape = choose_shape(o.compute);
-    std::string folder = resolve_model_folder(o.model);
-    GPT2Config config = read_model_config(folder);
+    std::string folder = resolve_model(o.model);
+    GPT2Config config = read_any_config(folder);
     config.dropout = 0;
     DumpBatch batch = read_dump_batch(o.tokens, config);
     shape.B = batch.B, shape.T = batch.T, shape.training = true;
@@ -923,15 +953,52 @@ inline int dump_command(const DumpOptions& o) {
     return 0;
 }
 
-inline PathDescription describe_any(const std::string& path) {
-    std::error_code ignored;
-    if (!fs::is_regular_file(path, ignored) || !is_shard(path)) return describe_path(path);
-    try {
-        Shard shard(path, INT_MAX);
-        int largest = 0;
-        for (size_t i = 0; i < shard.size(); i++) largest = std::max(largest, shard[i]);
-        return {format("token shard, %zu tokens, largest id %d", shard.size(), largest)};
-    } catch (const Error& error) { return {std::string("damaged: ") + error.what(), false}; }
+// What an imported state cannot say, for people.
+inline void print_state_note(const LlmcState& state) {
+    fprintf(stderr,
+            "note: %s: step %d, its moments are in optimizer.safetensors; the place in the data%s "
+            "and the random numbers of llm.c have no counterpart here, so that `train --model` "
+            "starts from the weights with new moments, and --resume cannot\n",
+            state.path().c_str(), state.step(), state.shuffles() ? ", its shuffled order" : "");
+}
+
+// Writes a model in another form; see export_model.
+inline int export_command(const ExportOptions& o) {
+    require("--model", !o.model.empty());
+    require("--out", !o.out.empty());
+    check_out_is_free(o.out);
+    std::string path = resolve_model(o.model);
+    if (path_exists(join_path(path, "trainer.json"))) verify_checkpoint(path);
+    ExportRequest request;
+    request.model = open_model(path);
+    request.out = o.out;
+    request.format = export_format(o.dtype);
+    request.max_shard_bytes = parse_size(o.max_shard_size);
+    std::optional<Tokenizer> tokenizer;
+    bool to_llmc = o.out.ends_with(".bin");
+    if (!to_llmc) tokenizer = model_tokenizer(o.tokenizer, path, request.model.config);
+    if (tokenizer) request.tokenizer = &*tokenizer;
+    else if (!to_llmc)
+        fprintf(stderr,
+                "note: %s has no tokenizer, and neither has what is written; name one "
+                "with --tokenizer\n",
+                path.c_str());
+    std::optional<LlmcState> state;
+    if (!o.state.empty()) {
+        if (is_folder(path) || to_llmc)
+            fail_input(
+                "--state %s: goes from llm.c to a folder: with --model FILE.bin, and --out "
+                "FOLDER",
+                o.state.c_str());
+        state.emplace(o.state, LlmcModel(path));
+        request.state = &*state;
+    }
+    export_model(request);
+    if (state) print_state_note(*state);
+    size_t parameters = count_parameters(request.model.config);
+    printf("%s: %s parameters in %s\n", o.out.c_str(), with_commas(parameters).c_str(),
+           o.dtype.c_str());
+    return 0;
 }
 
 // Says what each path is; exit code 2 when one is damaged.
@@ -939,7 +1006,7 @@ inline int info_command(const std::vector<std::string>& paths) {
     require("PATH", !paths.empty());
     int code = 0;
     for (const std::string& path : paths) {
-        PathDescription description = describe_any(path);
+        PathDescription description = describe_path(path);
         printf("%s: %s\n", path.c_str(), description.text.c_str());
         if (!description.intact) code = kExitInput;
     }
@@ -993,6 +1060,7 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     if (name == "evaluate") return evaluate_command(o.evaluate);
     if (name == "shard") return shard_command(o.shard);
     if (name == "dump") return dump_command(o.dump);
+    if (name == "export") return export_command(o.exporting);
     if (name == "info") return info_command(o.info_paths);
     std::string action = command->get_subcommands().at(0)->get_name();
     if (action == "train") return tokenizer_train_command(o.tokenizer);

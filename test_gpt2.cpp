@@ -5107,7 +5107,7 @@ TEST(Run, ASpikeIsReportedAndRolledBack) {
     auto prepare = [&](SmallRun& run, const char* on_spike) {
         write_file_atomic(run.folder + "/text.txt", text);
         run.options.tokenizer = "bytes", run.options.on_spike = on_spike;
-        run.options.spike_threshold = 3;
+        run.options.spike_threshold = 2;
         run.options.steps = 220, run.options.save_every = 10, run.options.eval_every = 0;
         run.options.schedule = "constant", run.options.learning_rate = 1e-2;
     };

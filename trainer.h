@@ -21,6 +21,7 @@
 #include <thread>
 
 #include "checkpoint.h"
+#include "convert.h"
 #include "dataloader.h"
 #include "gpt2.h"
 #include "sampler.h"
@@ -292,7 +293,7 @@ inline std::vector<std::string> size_report(const GPT2Config& config, const GPT2
 // A model on disk, or the start of one: the configuration, and the folder that holds its weights.
 struct ModelChoice {
     GPT2Config config;
-    std::string folder;        // "" where weights are drawn anew
+    std::string folder;        // or the file of llm.c's; "" where weights are drawn anew
     bool fixed_vocab = false;  // the configuration came from a file, with its vocabulary
 };
 
@@ -308,9 +309,9 @@ inline void override_size(const char* option, int given, int* size, const std::s
 inline ModelChoice choose_model(const ModelOptions& o) {
     ModelChoice choice{default_config(), "", false};
     std::error_code ignored;
-    if (fs::is_directory(o.model, ignored)) {
-        choice.folder = resolve_model_folder(o.model);
-        choice.config = read_model_config(choice.folder);
+    if (fs::is_directory(o.model, ignored) || o.model.ends_with(".bin")) {
+        choice.folder = resolve_model(o.model);
+        choice.config = read_any_config(choice.folder);
         choice.fixed_vocab = true;
     } else if (o.model.ends_with(".json")) {
         choice.config = read_config(o.model);
@@ -318,7 +319,7 @@ inline ModelChoice choose_model(const ModelOptions& o) {
     } else if (!o.model.empty() && !named_config(o.model, &choice.config)) {
         fail_input(
             "--model %s: no such folder, and none of tiny, small, medium, gpt2, gpt2-medium, "
-            "gpt2-large, gpt2-xl, dN, or a config.json",
+            "gpt2-large, gpt2-xl, dN, a config.json, or a FILE.bin of llm.c",
             o.model.c_str());
     }
     override_size("--layers", o.layers, &choice.config.layers, choice.folder);
@@ -374,15 +375,19 @@ inline int default_vocab_size(size_t bytes) {
     return 8192;
 }
 
-// GPT-2's own vocabulary, which this program does not contain: from the places where it is put.
-inline Tokenizer load_gpt2_tokenizer() {
-    for (const char* folder : {"gpt2", "dev/data/gpt2"}) {
+// GPT-2's own vocabulary, which this program does not contain: where it is put; "" where it is not.
+inline std::string find_gpt2_tokenizer() {
+    for (const char* folder : {"gpt2", "dev/data/gpt2"})
         for (const char* name : {"tokenizer.json", "vocab.bpe", "merges.txt"}) {
-            fs::path path = fs::path(folder) / name;
-            std::error_code ignored;
-            if (fs::exists(path, ignored)) return Tokenizer::load(path.string());
+            std::string path = join_path(folder, name);
+            if (path_exists(path)) return path;
         }
-    }
+    return "";
+}
+
+inline Tokenizer load_gpt2_tokenizer() {
+    std::string path = find_gpt2_tokenizer();
+    if (!path.empty()) return Tokenizer::load(path);
     fail_input(
         "--tokenizer gpt2: put GPT-2's vocab.bpe or tokenizer.json into the folder gpt2/ or "
         "dev/data/gpt2/, or give its path");
@@ -440,6 +445,15 @@ inline bool holds_tokenizer(const std::string& folder) {
     return !folder.empty() && fs::exists(fs::path(folder) / "tokenizer.json", ignored);
 }
 
+// The tokenizer of a model on disk: its folder's own or, where a model of 50257 tokens has none
+// (a file of llm.c's never has), GPT-2's where that is found.
+inline std::optional<Tokenizer> tokenizer_of(const std::string& path, const GPT2Config& config) {
+    if (holds_tokenizer(path)) return Tokenizer::load(path);
+    std::string gpt2 = path.empty() || config.vocab_size != 50257 ? "" : find_gpt2_tokenizer();
+    if (gpt2.empty()) return {};
+    return Tokenizer::load(gpt2);
+}
+
 // The tokens of text [begin, end): from the cache or put there. Says what a character vocabulary
 // dropped.
 inline Shard text_shard(const TextCorpus& corpus, size_t begin, size_t end,
@@ -461,9 +475,11 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
                    size);
     TrainingData data;
     std::string_view text = std::string_view(corpus.text).substr(0, begin);
-    if (o.tokenizer == "auto" && holds_tokenizer(model.folder))
-        data.tokenizer = Tokenizer::load(model.folder);
-    else data.tokenizer = make_tokenizer(o.tokenizer, text, cache_folder);
+    if (o.tokenizer == "auto") data.tokenizer = tokenizer_of(model.folder, model.config);
+    if (!data.tokenizer && o.tokenizer == "auto" && !model.folder.empty())
+        fail_input("%s: has no tokenizer; name the one it was trained with, with --tokenizer",
+                   model.folder.c_str());
+    if (!data.tokenizer) data.tokenizer = make_tokenizer(o.tokenizer, text, cache_folder);
     data.token_bytes = bytes_per_token(*data.tokenizer);
     data.train.push_back(text_shard(corpus, 0, begin, *data.tokenizer, cache_folder));
     data.train_bytes = begin;
@@ -484,7 +500,7 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
                                     const std::vector<std::string>& paths) {
     TrainingData data;
     if (o.tokenizer != "auto") data.tokenizer = load_tokenizer(o.tokenizer);
-    else if (holds_tokenizer(model.folder)) data.tokenizer = Tokenizer::load(model.folder);
+    else data.tokenizer = tokenizer_of(model.folder, model.config);
     if (data.tokenizer) data.token_bytes = bytes_per_token(*data.tokenizer);
     int vocab_size = model.config.vocab_size;
     if (!model.fixed_vocab && data.tokenizer) vocab_size = data.tokenizer->vocab_size();
@@ -1769,12 +1785,12 @@ class Training {
                 add_note(format("the run used --dtype %s so far and goes on with %s",
                                 one_line(state_.dtype).c_str(), dtype));
         } else if (!choice_.folder.empty()) {
-            load_model(model_.get(), choice_.folder);
+            load_any_model(model_.get(), choice_.folder);
         } else {
             gpt2_initialise(model_.get(), o_.seed);
         }
         std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
-        if (!from.empty()) add_note(conversion_note(from));
+        if (!from.empty()) add_note(any_conversion_note(from));
         add_note(file_system_note(folder_.out));
         state_.finished = false;
         state_.dtype = dtype;
