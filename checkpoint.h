@@ -993,10 +993,11 @@ inline FileDigest digest_file(const std::string& path) {
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
     StreamingHash hash;
-    std::vector<char> part(1 << 20);
+    constexpr size_t kPart = 1 << 20;
+    auto part = std::make_unique_for_overwrite<char[]>(kPart);  // small files are many
     ssize_t size = 0;
-    while ((size = read(fd, part.data(), part.size())) > 0 || (size < 0 && errno == EINTR))
-        if (size > 0) hash.add(part.data(), size_t(size));
+    while ((size = read(fd, part.get(), kPart)) > 0 || (size < 0 && errno == EINTR))
+        if (size > 0) hash.add(part.get(), size_t(size));
     int code = errno;
     close(fd);
     errno = code;

@@ -66,6 +66,19 @@ inline LlmcOffsets llmc_offsets(const GPT2Config& config, size_t rows) {
     return offsets;
 }
 
+// The rows that pad the vocabulary, `count` numbers of 2 or 4 bytes, must be zero, of either sign.
+inline void check_zeros(const MappedFile& file, const char* at, size_t count, size_t width) {
+    for (size_t i = 0; i < count; i++, at += width) {
+        bool zero = width == 4 ? load_bytes<uint32_t>(at) << 1 == 0
+                               : uint16_t(load_bytes<uint16_t>(at) << 1) == 0;
+        if (!zero)
+            fail_input(
+                "%s: byte %zu: not zero, in a row that is beyond the vocabulary; is the vocabulary "
+                "of the header too small?",
+                file.path().c_str(), size_t(at - file.data()));
+    }
+}
+
 // ==== llm.c: models, reading =====================================================================
 
 // Whether a file begins like a model of llm.c's.
@@ -102,9 +115,9 @@ class LlmcModel {
     size_t numbers() const { return offsets_.back(); }  // with the padded vocabulary
     const char* dtype() const { return width_ == 4 ? "F32" : "BF16"; }
 
-    // Writes one row of the tensor table, of one layer, as gpt2_copy_out does. Rows beyond the
-    // vocabulary stand for no token and are passed over. Numbers that are not finite throw with
-    // exit code 2.
+    // Writes one row of the tensor table, of one layer, as gpt2_copy_out does. Numbers that are not
+    // finite throw with exit code 2, and so do rows beyond the vocabulary that are not zero: llm.c
+    // needs zeros there, so that anything else shows a wrong size of the vocabulary.
     void read(int index, int layer, real* host) const {
         const ParameterRow row = parameter_table(config_)[size_t(index)];
         size_t count = row.file_size();
@@ -116,6 +129,8 @@ class LlmcModel {
         if (!all_finite(host, count))
             fail_input("%s: %s: holds numbers that are not finite", path().c_str(),
                        hf_name(row, layer).c_str());
+        if (index == k_wte)
+            check_zeros(file_, at + count * width_, offsets_[k_wpe] - count, width_);
     }
 
   private:
@@ -184,8 +199,9 @@ class LlmcState {
         size_t part = group == Group::first_moments ? 0 : group == Group::second_moments ? 1 : 2;
         size_t count = row.file_size();
         size_t offset = part * offsets_.back() + offsets_[size_t(index)] + size_t(layer) * count;
-        convert_numbers<float>(host, file_.data() + kLlmcHeaderBytes + 4 * offset, count,
-                               [](float value) { return value; });
+        const char* at = file_.data() + kLlmcHeaderBytes + 4 * offset;
+        convert_numbers<float>(host, at, count, [](float value) { return value; });
+        if (index == k_wte) check_zeros(file_, at + 4 * count, offsets_[k_wpe] - count, 4);
         bool negative = group == Group::second_moments &&
                         std::any_of(host, host + count, [](real value) { return value < 0; });
         if (negative || !all_finite(host, count))
