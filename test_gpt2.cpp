@@ -5055,11 +5055,26 @@ TEST(Llmc, AStateThatIsDamagedOrOfAnotherModelIsRefused) {
 
 // ---- damage
 
+// A folder in memory where there is one: verifying asks the kernel to drop what it holds of a file,
+// which on a disk writes each of many thousand changes out.
+struct MemoryFolder {
+    std::string path;
+    MemoryFolder() {
+        std::string pattern = "/dev/shm/test_gpt2_XXXXXX";
+        path = mkdtemp(pattern.data()) != nullptr ? pattern : test_folder();
+    }
+    ~MemoryFolder() {
+        std::error_code ignored;
+        fs::remove_all(path, ignored);
+    }
+};
+
 // Every bit of every file of a checkpoint, changed, and every length that it may be cut to: refused
 // or, where it only spells the same trainer.json in another way, harmless.
 TEST(Damage, EveryBitAndEveryTruncationOfACheckpointIsNoticed) {
     GPT2Config config = odd_configs()[3];
-    std::string run = test_folder(), folder = run + "/step_00000007";
+    MemoryFolder memory;
+    std::string run = memory.path, folder = run + "/step_00000007";
     Tokenizer tokenizer = Tokenizer::chars("a");
     config.vocab_size = tokenizer.vocab_size();
     GPT2Ptr model = filled_model(config, 60);
