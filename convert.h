@@ -584,10 +584,12 @@ inline Facts training_facts(const std::string& folder) {
     if (loss) add("validation loss, nats a token", format("%.4f", *loss));
     else add("best validation loss, nats a token", root.value("best_val_loss", json()));
     add("precision of training", root.value("dtype", json()));
-    json run = root.value("run", json());
-    if (!run.is_object()) return facts;
-    for (const auto& [name, value] : run.items())
-        if (name != "started from") add(name == "data" ? "hash of the data" : name, value);
+    for (const char* part : {"run", "settings"}) {
+        json values = root.value(part, json());
+        if (!values.is_object()) continue;
+        for (const auto& [name, value] : values.items())
+            if (name != "started from") add(name == "data" ? "hash of the data" : name, value);
+    }
     return facts;
 }
 
@@ -940,10 +942,10 @@ inline std::string describe_marked_file(const MappedFile& file) {
     return "";
 }
 
-// A log of a run: a JSON object with a step on each line. A last line that is cut short is what a
-// crash leaves, and a run that goes on drops it.
+// A log of a run: a JSON object with a step on each line, of a step or of an event. A last line
+// that is cut short is what a crash leaves, and a run that goes on drops it.
 inline std::string describe_log(const MappedFile& file) {
-    size_t records = 0, line_number = 0;
+    size_t steps = 0, events = 0, line_number = 0;
     uint64_t last = 0;
     std::string_view text = file.view(), tail;
     for (size_t begin = 0; begin < text.size();) {
@@ -960,9 +962,9 @@ inline std::string describe_log(const MappedFile& file) {
         if (!record.is_object() || !record.value("step", json()).is_number_unsigned())
             fail_input("%s: no record of a step", where.c_str());
         last = record["step"].get<uint64_t>();
-        records++;
+        (record.contains("event") ? events : steps)++;
     }
-    return format("log of a run, %zu records, the last of step %llu%s", records,
+    return format("log of a run, %zu steps and %zu events, the last of step %llu%s", steps, events,
                   static_cast<unsigned long long>(last), std::string(tail).c_str());
 }
 

@@ -4385,6 +4385,12 @@ std::string saved(const GPT2* model, const Tokenizer* tokenizer = nullptr) {
     return folder;
 }
 
+void save_step(const std::string& run, uint64_t step, const GPT2* model,
+               const Tokenizer* tokenizer = nullptr, const ordered_json& state = {}) {
+    Checkpoint content = {step, gpt2_config(model), tensors_of(model), tokenizer, state, true};
+    EXPECT_EQ(save_checkpoint(run, content, {}), "");
+}
+
 struct Wish {
     std::string dtype = "fp32";
     size_t limit = 0;
@@ -4733,8 +4739,9 @@ TEST(Export, TheModelCardSaysHowItWasTrainedAndMarksUpNothing) {
     GPT2Ptr model = mild_model(odd_configs()[0], 8);
     ordered_json state = {{"tokens", 12345},
                           {"best_val_loss", 9.5},
+                          {"settings", {{"schedule", "wsd"}, {"steps", 99}}},
                           {"run", {{"seed", 7}, {"data", "ab`|<b>\n# x"}, {"layers", 99}}}};
-    save_checkpoint(run, 40, model.get(), nullptr, state, true, 0);
+    save_step(run, 40, model.get(), nullptr, state);
     put_file(join_path(run, "log.jsonl"),
              "{\"step\":20,\"val_loss\":1}\n{\"step\":40,\"val_loss\":2.5}\n"
              "{\"step\":40}\nno record \"val_loss\"\n" +
@@ -4742,11 +4749,11 @@ TEST(Export, TheModelCardSaysHowItWasTrainedAndMarksUpNothing) {
     std::string out = test_folder() + "/new";
     export_to(out, join_path(run, "last"));
     std::string card = read_file(join_path(out, "README.md"));
-    for (const char* line :
-         {"library_name: transformers\n", "pipeline_tag: text-generation\n", "| steps | 40 |\n",
-          "| tokens seen | 12345 |\n", "| seed | 7 |\n",
-          "| validation loss, nats a token | 2.5000 |\n", "| layers | 2 |\n",
-          "| parameters | 6450 |\n", "| hash of the data | ab\\`\\|\\<b\\>?\\# x |\n"})
+    for (const char* line : {"library_name: transformers\n", "pipeline_tag: text-generation\n",
+                             "| steps | 40 |\n", "| tokens seen | 12345 |\n", "| seed | 7 |\n",
+                             "| validation loss, nats a token | 2.5000 |\n", "| layers | 2 |\n",
+                             "| schedule | wsd |\n", "| parameters | 6450 |\n",
+                             "| hash of the data | ab\\`\\|\\<b\\>?\\# x |\n"})
         EXPECT_NE(card.find(line), std::string::npos) << line << card;
     EXPECT_EQ(card.find("99"), std::string::npos) << card;
     fs::remove(join_path(run, "log.jsonl"));
@@ -4993,7 +5000,7 @@ TEST(Llmc, AStateGivesItsMomentsAndItsWeights) {
         export_with_state(out, path, state);
         EXPECT_EQ(parameter_bits(loaded(out).get()), parameter_bits(model.get()));
         EXPECT_EQ(SafetensorsFile(out + "/optimizer.safetensors").metadata().at("step"), "321");
-        save_checkpoint(folder, 1, model.get(), nullptr, {}, false, 0);
+        save_step(folder, 1, model.get());
         auto expected = read_raw(folder + "/step_00000001/optimizer.safetensors");
         auto written = read_raw(out + "/optimizer.safetensors");
         ASSERT_EQ(written.size(), expected.size());
@@ -5079,7 +5086,7 @@ TEST(Damage, EveryBitAndEveryTruncationOfACheckpointIsNoticed) {
     config.vocab_size = tokenizer.vocab_size();
     GPT2Ptr model = filled_model(config, 60);
     ordered_json state = {{"loader", {{"epoch", 0.1}, {"window", 3}}}, {"finished", false}};
-    save_checkpoint(run, 7, model.get(), &tokenizer, state, true, 0);
+    save_step(run, 7, model.get(), &tokenizer, state);
     json intact = verify_checkpoint(folder);
     size_t refused = 0, harmless = 0;
     for (const std::string& name : names_in(folder)) {
@@ -5230,9 +5237,11 @@ TEST(Info, KnowsFilesOfOtherKinds) {
     files.expect("x.gz", "\x1f\x8b....", "gzip");
     files.expect("merges.txt", "#version: 0.2\na b\n", "merges of a BPE, 258 tokens");
     files.expect("merges.txt", "#version: 0.2\na b\na", "is not two tokens", false);
-    files.expect("log.jsonl", "{\"step\":1}\n{\"step\":2}\n", "2 records, the last of step 2");
+    files.expect("log.jsonl", "{\"step\":1}\n{\"step\":2}\n",
+                 "2 steps and 0 events, the last of step 2");
     files.expect("log.jsonl", "{\"step\":1}\n{\"ste",
-                 "1 records, the last of step 1; the last line");
+                 "1 steps and 0 events, the last of step 1; the last");
+    files.expect("log.jsonl", "{\"event\":\"start\",\"step\":0}\n", "0 steps and 1 events");
     files.expect("log.jsonl", "{\"step\":1}\nx\n", "line 2: byte 1: not valid JSON", false);
     files.expect("log.jsonl", "{\"step\":-1}\n", "line 1: no record of a step", false);
     files.expect("noise", std::string("a\0b", 3), "file of no kind that is known here, 3 bytes");
@@ -5264,7 +5273,7 @@ TEST(Info, PrintsWhatAFolderHolds) {
     std::string run = test_folder(), step = run + "/step_00000003";
     Tokenizer tokenizer = Tokenizer::chars("a b");
     GPT2Ptr model = mild_model(odd_configs()[0], 71);
-    save_checkpoint(run, 3, model.get(), &tokenizer, {}, true, 0);
+    save_step(run, 3, model.get(), &tokenizer);
     put_file(step + "/note\n.txt", "x");
     std::string text = describe_path(step).text;
     for (const char* line :
@@ -5272,7 +5281,7 @@ TEST(Info, PrintsWhatAFolderHolds) {
           "\n  trainer.json: state of a run at step 3", "\n  note?.txt: text, 1 bytes"})
         EXPECT_NE(text.find(line), std::string::npos) << text;
     put_file(run + "/log.jsonl", "{\"step\":1}\n");
-    EXPECT_NE(describe_path(run).text.find("\n  log.jsonl: log of a run, 1 records"),
+    EXPECT_NE(describe_path(run).text.find("\n  log.jsonl: log of a run, 1 steps and 0 events"),
               std::string::npos);
     fs::remove(step + "/trainer.json");
     put_file(step + "/generation_config.json", "{");
