@@ -101,7 +101,7 @@ endif
 
 # ==== programs ===================================================================================
 
-.PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs help own-text train test bench sanitize format clean FORCE
+.PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs faults help own-text train test soak bench sanitize format clean FORCE
 
 PLAIN_MATMUL := oneDNN not found: using the plain OpenMP matmul \
     (scripts/install_deps.sh installs it)
@@ -216,6 +216,25 @@ emu: $(FOLDER)/train_gpt2cu_emu
 emu-programs: $(addprefix $(FOLDER)/,train_gpt2cu_emu test_gpt2cu_emu test_emu) \
     $(addprefix $(FOLDER)/check_,$(CHECKS))
 
+# ==== faults =====================================================================================
+
+# What dev/faults has: a library that stands between a program and the C library, and a harness that
+# starts programs with it. The library is not compiled like the rest: it runs inside the program,
+# beside any sanitizer or OpenMP runtime, and depends on nothing but the C library.
+FAULTS_FLAGS := -std=c++20 -O2 -fPIC -shared -Wall -Wextra -Werror -fno-builtin -fno-exceptions \
+    -fno-rtti -fno-threadsafe-statics -fvisibility=hidden -U_FORTIFY_SOURCE
+$(FOLDER)/dev/faults/run_faults.o: OWN_FLAGS = -O1
+
+$(FOLDER)/faults.so: dev/faults/faults.cpp $(wildcard dev/faults/*.h) $(FOLDER)/flags Makefile
+	$(CXX) $(FAULTS_FLAGS) $(CPPFLAGS) $< -nodefaultlibs -lc -lgcc -o $@
+
+$(FOLDER)/run_faults: $(FOLDER)/dev/faults/run_faults.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
+
+faults: $(addprefix $(FOLDER)/,faults.so run_faults train_gpt2)
+
+-include $(wildcard $(FOLDER)/dev/faults/*.d)
+
 # ==== the CUDA program ===========================================================================
 
 # For the cards of these architectures, or for the one that is here (CUDA_ARCH=native).
@@ -306,6 +325,7 @@ help:
 	@echo "make emu        builds ./train_gpt2cu_emu: that program on a CPU, slowly, to test it"
 	@echo "make train      trains a model and samples from it: [DATA=path] [OUT=folder] [TIME=120]"
 	@echo "make test       runs every test, with every compiler that is here"
+	@echo "make soak       a fault at every call and a thousand kills: hours, what make test does in part"
 	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"
@@ -349,10 +369,14 @@ train: $(if $(DATA),,build/source)
 	@echo "how good it is    ./train_gpt2 evaluate --model $(RUN) --data FILE"
 	@echo "every option      ./train_gpt2 train --help"
 
-# Both go through dev/test.sh, which builds what it runs and adds up what the parts counted.
+# All go through dev/test.sh, which builds what it runs and adds up what the parts counted.
 test:
 	@scripts/install_deps.sh test
 	@MAKE="$(MAKE_COMMAND)" dev/test.sh test
+
+soak:
+	@scripts/install_deps.sh test
+	@MAKE="$(MAKE_COMMAND)" dev/test.sh soak
 
 sanitize:
 	@scripts/install_deps.sh test

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Runs every part of the tests and adds up what they counted, for `make test` and `make sanitize`.
+# Runs every part of the tests and adds up what they counted, for `make test`, `make soak` and
+# `make sanitize`.
 #
 #   dev/test.sh test       the tests in float and double, with $CXX and with the other compiler; the
 #                          comparison with PyTorch and transformers, where a Python ($PYTHON) has
 #                          them; the CUDA program on the emulator, and compiled by nvcc where there
-#                          is one; the build itself
+#                          is one; faults and kills; the build itself
 #   dev/test.sh cuda       of these, what concerns the CUDA program
+#   dev/test.sh soak       a fault at every call and every allocation, and a thousand kills: hours
 #   dev/test.sh sanitize   the tests under the address, undefined-behaviour and thread sanitizers,
 #                          with the kernels on the emulator
 #
@@ -136,6 +138,38 @@ build_tests() {
     fi
 }
 
+# ==== faults =====================================================================================
+
+# build_faults: sets $folder; fails where faults cannot be injected.
+build_faults() {
+    folder=build/$(basename "$CXX")
+    if [ "$(uname)" != Linux ] || ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
+        skip "faults: they are injected between a program and glibc, which is not here"
+        return 1
+    fi
+    $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$CXX" faults && return
+    echo "-- FAILED: $folder/run_faults does not build"
+    failed=$((failed + 1))
+    return 1
+}
+
+# fault_tests [WORD...]: a fault at many calls of a run (--soak: at every one), kills, signals, full
+# disks. SEED chooses which.
+fault_tests() {
+    build_faults || return
+    part "$folder/run_faults" "$folder/run_faults" "$folder/train_gpt2" --seed "${SEED:-1}" "$@"
+}
+
+# emulated_kills N: of the CUDA program, whose saves wait for a stream; in each precision.
+emulated_kills() {
+    build_faults || return
+    for dtype in fp32 bf16; do
+        emulated "$folder/run_faults train_gpt2cu_emu, $dtype" OMP_NUM_THREADS=1 \
+            "$folder/run_faults" "$folder/train_gpt2cu_emu" kills --kills "$1" --dtype $dtype \
+            --seed "${SEED:-1}"
+    done
+}
+
 # ==== the CUDA program ===========================================================================
 
 # emulated NAME [VARIABLE=VALUE...] PROGRAM...: a part, with a folder of its own for the
@@ -186,6 +220,7 @@ emulated_tests() {
                 GPT2_TEST_DTYPE=$dtype EMU_ORDER=$order $tests --gtest_filter='Model.*:Golden.*'
         done
     done
+    emulated_kills 10
     # What a machine with a GPU will be asked; the checks and tests of it have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
         dev/bench/gpu.sh --emulated environment training pytorch layers sanitizer
@@ -320,12 +355,17 @@ test)
     program_tests "$CXX" double
     other_compiler_tests
     live_comparison
+    fault_tests
     cuda_tests
     build_tests
     ;;
 cuda)
     $make programs
     cuda_tests
+    ;;
+soak)
+    fault_tests --soak
+    if build_emulated "$CXX" ""; then emulated_kills 100; fi
     ;;
 sanitize)
     program_tests "$CXX" asan
@@ -334,7 +374,7 @@ sanitize)
     if archer_works; then sanitized_kernels clang++ tsan; fi
     ;;
 *)
-    echo "usage: dev/test.sh test|cuda|sanitize" >&2
+    echo "usage: dev/test.sh test|cuda|soak|sanitize" >&2
     exit 2
     ;;
 esac
