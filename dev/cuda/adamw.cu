@@ -58,7 +58,29 @@ static void check_update(size_t N, double weight_decay, double grad_scale, uint6
     if (has_copy) expect_equal("the copy", narrow.download(), rounded<Float>(master));
 }
 
+// Gradients shrink to the norm that clipping allows and never grow; nothing is applied where the
+// norm or the loss is not a number.
+static void check_gate(double loss, double norm, double grad_clip, bool apply, double scale) {
+    checks.label = format("update_gate loss %g norm %g clip %g", loss, norm, grad_clip);
+    UpdateGate before = {};
+    before.loss = loss, before.norm = norm;
+    Device<UpdateGate> gate(std::vector<UpdateGate>{before});
+    launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream(), static_cast<UpdateGate*>(gate),
+           grad_clip);
+    UpdateGate after = gate.copy_out()[0];
+    expect_equal("whether to apply", {double(after.apply)}, {apply ? 1. : 0.});
+    if (apply) expect_equal("scale", {double(after.grad_scale)}, {double(float(scale))});
+}
+
 static void run_checks() {
+    check_gate(3, 4, 1, true, 1 / (4 + 1e-6));
+    check_gate(3, 0.5, 1, true, 1);
+    check_gate(3, 0, 1, true, 1);
+    check_gate(3, 4, 0, true, 1);
+    for (double bad : {double(NAN), double(INFINITY)}) {
+        check_gate(bad, 4, 1, false, 0);
+        check_gate(3, bad, 1, false, 0);
+    }
     for (size_t rows : {1u, 3u, 16u, 157u}) {
         size_t N = rows * kRowAlignment;
         for (double weight_decay : {0., 0.1}) {

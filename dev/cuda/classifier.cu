@@ -50,7 +50,20 @@ static void check_type() {
                 check_classifier<Float>(V > 1000 ? 17 : 51, V, spread, gradient);
 }
 
+// The losses of a batch's parts add up to its mean: in double, so that the order does not show.
+static void check_sum(int BT) {
+    checks.label = format("add_losses BT=%d", BT);
+    Numbers losses = random_numbers<float>(size_t(BT), 1, 1, 4);
+    Device<double> loss(std::vector<double>{1.5});
+    add_losses(loss, Device<float>(losses), 0.25, BT, stream());
+    double expected = 1.5;
+    for (double value : losses) expected += 0.25 * value;
+    double off = std::fabs(loss.copy_out()[0] - expected), allowed = 1e-14 * expected;
+    checks.count(off <= allowed, format("loss: off by %.3g (allowed %.3g)", off, allowed));
+}
+
 static void run_checks() {
+    for (int BT : {1, 17, 64, 1025, 4096}) check_sum(BT);
     check_type<float>();
     check_type<bf16>();
 }
