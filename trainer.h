@@ -1463,11 +1463,12 @@ class Saver {
             return warn(format("%s was not saved: %s; trying again in %g s (%d of %d)",
                                name.c_str(), reason.c_str(), o_.retry_s, failures_, kTries - 1));
         std::string last = linked_step(o_.out, "last");
-        last = last.empty() ? "there is no checkpoint yet"
-                            : join_path(o_.out, last) + " is the last good state";
-        fail_machine(
-            "%s was not saved, %d times in a row: %s; %s; the same command goes on from it",
-            name.c_str(), kTries, reason.c_str(), last.c_str());
+        std::string left = "there is no checkpoint yet";
+        if (!last.empty())
+            left = join_path(o_.out, last) +
+                   " is the last good state, from which the same command goes on";
+        fail_machine("%s was not saved, %d times in a row: %s; %s", name.c_str(), kTries,
+                     reason.c_str(), left.c_str());
     }
 
     Options o_;
