@@ -987,8 +987,13 @@ inline std::string hash_text(uint64_t hash) {
 // Size and hash of a file as the disk has it: the kernel is first asked to drop its copy. Read in
 // parts, so that verifying a large model takes no memory.
 inline FileDigest digest_file(const std::string& path) {
-    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) fail_errno(path, "open");
+    struct stat info;  // a pipe or a device may have no end
+    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+        close(fd);
+        fail_input("%s: not a regular file", path.c_str());
+    }
 #ifdef POSIX_FADV_DONTNEED
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
@@ -1025,8 +1030,7 @@ inline json verify_checkpoint(const std::string& folder) {
         if (!files.is_object() || !files.contains(name))
             fail_input("%s: files: %s is not listed", path.c_str(), name);
     for (const auto& [name, recorded] : files.items()) {
-        bool plain = !name.empty() && name[0] != '.' && name.find('/') == std::string::npos;
-        if (!plain || !recorded.is_object() || !recorded.contains("bytes") ||
+        if (!is_plain_name(name) || !recorded.is_object() || !recorded.contains("bytes") ||
             !recorded.contains("xxh3"))
             fail_input("%s: files: \"%s\" is no file with bytes and xxh3", path.c_str(),
                        one_line(name).c_str());

@@ -978,11 +978,6 @@ inline int export_command(const ExportOptions& o) {
     bool to_llmc = o.out.ends_with(".bin");
     if (!to_llmc) tokenizer = model_tokenizer(o.tokenizer, path, request.model.config);
     if (tokenizer) request.tokenizer = &*tokenizer;
-    else if (!to_llmc)
-        fprintf(stderr,
-                "note: %s has no tokenizer, and neither has what is written; name one "
-                "with --tokenizer\n",
-                path.c_str());
     std::optional<LlmcState> state;
     if (!o.state.empty()) {
         if (is_folder(path) || to_llmc)
@@ -995,6 +990,11 @@ inline int export_command(const ExportOptions& o) {
     }
     export_model(request);
     if (state) print_state_note(*state);
+    if (!tokenizer && !to_llmc)
+        fprintf(stderr,
+                "note: %s has no tokenizer, and neither has what was written; --tokenizer names "
+                "one\n",
+                path.c_str());
     size_t parameters = count_parameters(request.model.config);
     printf("%s: %s parameters in %s\n", o.out.c_str(), with_commas(parameters).c_str(),
            o.dtype.c_str());

@@ -540,6 +540,9 @@ inline std::string card_cell(const std::string& text) {
     return cell;
 }
 
+// A line of a log that this program wrote is shorter.
+constexpr size_t kLongestLine = 1 << 20;
+
 // The validation loss that a run's log has for a step; none where there is no such line.
 inline std::optional<double> logged_loss(const std::string& path, uint64_t step) {
     std::optional<double> loss;
@@ -550,7 +553,8 @@ inline std::optional<double> logged_loss(const std::string& path, uint64_t step)
         size_t end = std::min(text.find('\n', begin), text.size());
         std::string_view line = text.substr(begin, end - begin);
         begin = end + 1;
-        if (line.find("\"val_loss\"") == std::string_view::npos) continue;
+        if (line.size() > kLongestLine || line.find("\"val_loss\"") == std::string_view::npos)
+            continue;
         try {
             json record = parse_json(line, path);
             if (record.is_object() && record.value("step", json()) == step &&
@@ -958,6 +962,8 @@ inline std::string describe_log(const MappedFile& file) {
             break;
         }
         std::string where = format("%s: line %zu", file.path().c_str(), line_number);
+        if (line.size() > kLongestLine)
+            fail_input("%s: %zu bytes are too many for a record", where.c_str(), line.size());
         json record = parse_json(line, where);
         if (!record.is_object() || !record.value("step", json()).is_number_unsigned())
             fail_input("%s: no record of a step", where.c_str());
@@ -1003,14 +1009,17 @@ inline std::string describe_shard_index(const std::string& path) {
 }
 
 // JSON by the file's name, and by its content where the name says nothing.
-inline std::string describe_json(const std::string& path, const std::string& name) {
+inline std::string describe_json(const MappedFile& file, const std::string& name) {
+    const std::string& path = file.path();
     if (name == "config.json") return "configuration: " + describe_config(read_config(path));
     if (name == "tokenizer.json")
         return format("tokenizer of %d tokens", Tokenizer::load(path).vocab_size());
     if (name == "trainer.json") return describe_trainer_json(path);
     if (name == "vocab.json") return describe_vocabulary(path);
     if (name.ends_with(".safetensors.index.json")) return describe_shard_index(path);
-    json root = parse_unique_json(read_file(path), path);
+    constexpr size_t kLargest = 16 << 20;  // parsed, text takes a multiple of its memory
+    if (file.size() > kLargest) return format("JSON by its name, %zu bytes", file.size());
+    json root = parse_unique_json(file.view(), path);
     constexpr std::pair<std::string_view, const char*> kNames[] = {
         {"tokenizer_config.json", "settings of a tokenizer"},
         {"special_tokens_map.json", "special tokens of a tokenizer"},
@@ -1035,7 +1044,7 @@ inline std::string describe_file(const std::string& path) {
     }
     std::string marked = describe_marked_file(file);
     if (!marked.empty()) return marked;
-    if (name.ends_with(".json")) return describe_json(path, name);
+    if (name.ends_with(".json")) return describe_json(file, name);
     if (name == "log.jsonl") return describe_log(file);
     if (is_shard(path)) return describe_shard(path);  // which says why it is none
     bool text = file.view().substr(0, 1 << 20).find('\0') == std::string_view::npos;

@@ -110,7 +110,8 @@ class MappedFile {
   public:
     MappedFile() = default;
     explicit MappedFile(const std::string& path) : path_(path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        // Not to wait for a writer where a pipe bears the name.
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd < 0) fail_errno(path, "open");
         struct stat info;
         if (fstat(fd, &info) != 0) {

@@ -5269,6 +5269,27 @@ TEST(Info, KnowsJsonByItsName) {
                  "is no safetensors file", false);
 }
 
+// A pipe without a writer, and a device without an end.
+TEST(Info, WaitsForNoPipeAndReadsNoDevice) {
+    std::string run = test_folder(), step = run + "/step_00000001";
+    GPT2Ptr model = mild_model(odd_configs()[3], 72);
+    save_step(run, 1, model.get());
+    for (const char* name : {"model.safetensors", "config.json", "trainer.json"}) {
+        std::string path = join_path(step, name), kept = read_file(path);
+        for (bool pipe : {true, false}) {
+            fs::remove(path);
+            if (!pipe) fs::create_symlink("/dev/zero", path);
+            else if (mkfifo(path.c_str(), 0600) != 0) GTEST_SKIP() << "no pipes here";
+            expect_failure([&] { describe_file(path); }, 2, "not a regular file");
+            expect_failure([&] { verify_checkpoint(step); }, 2, "not a regular file");
+            EXPECT_FALSE(describe_path(run).intact);
+        }
+        fs::remove(path);
+        put_file(path, kept);
+    }
+    EXPECT_TRUE(describe_path(run).intact);
+}
+
 TEST(Info, PrintsWhatAFolderHolds) {
     std::string run = test_folder(), step = run + "/step_00000003";
     Tokenizer tokenizer = Tokenizer::chars("a b");
@@ -6499,6 +6520,7 @@ TEST_F(Cli, EveryCommandHasHelp) {
                                                       {"evaluate"},
                                                       {"shard"},
                                                       {"dump"},
+                                                      {"export"},
                                                       {"plan"},
                                                       {"info"},
                                                       {"tokenizer"},
@@ -6769,6 +6791,91 @@ TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
     EXPECT_EQ(call({"info", "text.txt"}).code, 0);
     expect_error(call({"info", "missing"}), 2, "missing");
     expect_error(call({"info"}), 2, "PATH");
+}
+
+TEST_F(Cli, ModelsGoToOtherProgramsAndComeBack) {
+    make_model();
+    Outcome made = call({"export", "--model", "run", "--out", "hub", "--max-shard-size", "1KB"});
+    EXPECT_EQ(made.code, 0) << made.err;
+    EXPECT_EQ(made.err, "");
+    made = call({"export", "--model", "hub", "--out", "model.bin"});
+    EXPECT_EQ(made.code, 0) << made.err;
+    auto same = [&](std::vector<std::string> words) {
+        words.insert(words.end(),
+                     {"--threads", "1", "--dtype", dtype_name(test_dtype()), "--model"});
+        std::vector<std::string> out;
+        for (const char* model : {"run", "hub", "model.bin"}) {
+            std::vector<std::string> all = words;
+            all.push_back(model);
+            if (std::string(model) == "model.bin" && words[0] != "dump")
+                all.insert(all.end(), {"--tokenizer", "hub"});
+            Outcome outcome = call(all);
+            EXPECT_EQ(outcome.code, 0) << outcome.err;
+            if (words[0] == "evaluate") outcome.out = outcome.out.substr(0, outcome.out.find(','));
+            out.push_back(words[0] == "dump" ? read_file(path("dump.safetensors")) : outcome.out);
+        }
+        EXPECT_EQ(out[0], out[1]);
+        EXPECT_EQ(out[0], out[2]);
+    };
+    write_npy(path("ids.npy"), {1, 2, 3, 4}, {1, 4});
+    same({"sample", "--max-new-tokens", "20", "--temperature", "0"});
+    same({"evaluate", "--data", "text.txt", "--json"});
+    same({"dump", "--tokens", "ids.npy", "--out", "dump.safetensors"});
+    Outcome tuned = call({"train", "--data", "text.txt", "--model", "model.bin", "--tokenizer",
+                          "hub", "--steps", "1", "--batch-size", "2", "--threads", "1", "--dtype",
+                          dtype_name(test_dtype()), "--out", "tuned"});
+    EXPECT_EQ(tuned.code, 0) << tuned.err;
+    Outcome info = call({"info", "hub", "model.bin", "run"});
+    EXPECT_EQ(info.code, 0) << info.out;
+    EXPECT_NE(info.out.find("model.bin: model of llm.c"), std::string::npos) << info.out;
+}
+
+TEST_F(Cli, ExportRefusesWhatItCannotDo) {
+    make_model();
+    expect_error(call({"export", "--out", "x"}), 2, "--model is missing");
+    expect_error(call({"export", "--model", "run"}), 2, "--out is missing");
+    expect_error(call({"export", "--model", "run", "--out", "run"}), 2,
+                 "is there already; give another name, or remove it first");
+    expect_error(call({"export", "--model", "none", "--out", "x"}), 2, "none: no such");
+    expect_error(call({"export", "--model", "text.txt", "--out", "x"}), 2, "no model of llm.c");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--export-dtype", "int8"}), 2,
+                 "must be fp32|bf16|fp16");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--max-shard-size", "5 G"}), 2,
+                 "must be bytes, such as 5GB");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--max-shard", "5GB"}), 2,
+                 "did you mean --max-shard-size?");
+    expect_error(call({"exprot"}), 2, "did you mean export?");
+    expect_error(call({"export", "--model", "run", "--out", "x.bin", "--export-dtype", "fp16"}), 2,
+                 "llm.c has none");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--state", "text.txt"}), 2,
+                 "goes from llm.c to a folder");
+    EXPECT_EQ(call({"export", "--model", "run", "--out", "m.bin"}).code, 0);
+    expect_error(call({"export", "--model", "m.bin", "--out", "x", "--state", "m.bin"}), 2,
+                 "a state of llm.c has 20240527");
+    expect_error(call({"sample", "--model", "m.bin"}), 2, "there is no tokenizer; name one with");
+    expect_error(call({"train", "--data", "text.txt", "--model", "m.bin"}), 2,
+                 "m.bin: has no tokenizer; name the one it was trained with");
+    expect_error(call({"train", "--data", "text.txt", "--model", "gone.bin"}), 2, "gone.bin");
+    Outcome bare = call({"export", "--model", "m.bin", "--out", "bare"});
+    EXPECT_EQ(bare.code, 0);
+    EXPECT_NE(bare.err.find("note: m.bin has no tokenizer"), std::string::npos) << bare.err;
+    fs::resize_file(path("run/last/optimizer.safetensors"), 500);  // its hashes are verified
+    expect_error(call({"export", "--model", "run", "--out", "x"}), 2, "optimizer.safetensors");
+    fs::resize_file(path("m.bin"), 5000);
+    expect_error(call({"export", "--model", "m.bin", "--out", "x"}), 2, "cut?");
+    EXPECT_FALSE(fs::exists(path("x")));
+    EXPECT_FALSE(fs::exists(path("x.bin")));
+}
+
+TEST_F(Cli, AFullDiskLeavesNothingOfAnExport) {
+    make_model();
+    for (const char* out : {"new", "new.bin"}) {
+        std::vector<std::string> words = {"export", "--model", "run", "--out", out};
+        Outcome full = Call{folder_, words, "", 4096, -1}.run();
+        expect_error(full, 1, "File too large");
+        for (const auto& item : fs::directory_iterator(folder_))
+            EXPECT_EQ(item.path().filename().string().find("new"), std::string::npos);
+    }
 }
 
 TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {

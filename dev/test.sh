@@ -230,7 +230,7 @@ emulated_tests() {
 sections() { grep '^// ====' "$1" | tr -d '/= '; }
 same_sections() { [ "$(sections train_gpt2.cpp)" = "$(sections train_gpt2.cu)" ]; }
 same_words() {
-    for command in train sample evaluate tokenizer shard dump plan info; do
+    for command in train sample evaluate tokenizer shard dump export plan info; do
         for program in train_gpt2 train_gpt2cu_emu; do
             "$folder/$program" $command --help | sed 's/train_gpt2cu/train_gpt2/g' >$log.$program
         done

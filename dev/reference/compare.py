@@ -36,7 +36,8 @@ try:
     import numpy
     import safetensors.torch
     import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
     import reference
 except ImportError as missing:
@@ -353,6 +354,105 @@ def their_tokenizer(options, text, work):
     return f"{compare_ids(options, work / 'theirs', text + HARD_TEXT, work)} token ids equal"
 
 
+# ==== exported folders and files of llm.c ========================================================
+
+
+def same_numbers(ours, expected):
+    """Bit for bit, tensor by tensor."""
+    for name in sorted(expected.keys() ^ ours.keys()):
+        raise Failure(f"{name}: only {'PyTorch' if name in expected else 'the export'} has it")
+    for name, value in expected.items():
+        if ours[name].dtype != value.dtype:
+            raise Failure(f"{name}: {ours[name].dtype}, expected {value.dtype}")
+        if not torch.equal(ours[name], value):
+            raise Failure(f"{name}: {int((ours[name] != value).sum())} numbers differ")
+
+
+def exported_folder(options, dtype, shard_size, text, work):
+    """A folder that train_gpt2 exported: transformers finds in it PyTorch's own rounding of the
+    numbers, and the same token ids by tokenizer.json and by vocab.json with merges.txt."""
+    our_folder(options, "bpe:300", text, work)
+    _, state = load(work / "run" / "last")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    words = ["--model", work / "run", "--out", work / "out", "--export-dtype", dtype]
+    run(options, "export", *words, *(["--max-shard-size", shard_size] if shard_size else []))
+    files = list((work / "out").glob("*.safetensors"))
+    if (len(files) > 1) != bool(shard_size):
+        raise Failure(f"{len(files)} safetensors files")
+    model = GPT2LMHeadModel.from_pretrained(work / "out", dtype="auto")
+    same_numbers(model.state_dict(), {name: value.to(kind) for name, value in state.items()})
+    fast = AutoTokenizer.from_pretrained(work / "out")
+    if model.generation_config.eos_token_id != fast.eos_token_id or fast.eos_token_id is None:
+        raise Failure(f"eos_token_id {model.generation_config.eos_token_id}")
+    old = GPT2Tokenizer(str(work / "out" / "vocab.json"), str(work / "out" / "merges.txt"))
+    ids = encode(options, work / "out", text + HARD_TEXT, work)
+    for tokenizer in (fast, old):
+        if tokenizer(text + HARD_TEXT, add_special_tokens=False)["input_ids"] != ids:
+            raise Failure(f"{type(tokenizer).__name__} gives other ids")
+    model.generate(torch.tensor([ids[:5]]), max_new_tokens=3, pad_token_id=fast.eos_token_id)
+    return f"{len(state)} tensors and {len(ids)} token ids equal"
+
+
+def their_shards(options, work):
+    """A folder that transformers wrote in many files."""
+    case, draw = random_case(0, options.seed)
+    write_model(case, draw, work / "one")
+    model = GPT2LMHeadModel.from_pretrained(work / "one")
+    model.save_pretrained(work / "many", max_shard_size="20KB")
+    if not (work / "many" / "model.safetensors.index.json").is_file():
+        raise Failure("transformers wrote one file")
+    return judged(
+        compare(options, work / "many", random_tokens(case, draw), options.recipe, work)
+    )
+
+
+def llmc_file(config, state, dtype):
+    """A model as llm.c keeps it, written from what is known of the format alone: a header of 256
+    int32, then each kind of tensor for all layers; matrices as nn.Linear has them; the vocabulary
+    padded with zeros to a multiple of 128."""
+    rows = -config.vocab_size % 128
+    header = numpy.zeros(256, "int32")
+    header[:8] = [20240326, {"fp32": 3, "bf16": 5}[dtype], config.n_positions, config.vocab_size]\
+        + [config.n_layer, config.n_head, config.n_embd, config.vocab_size + rows]
+    names = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias"]
+    names += ["attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias"]
+    names += ["mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+    wte = state["transformer.wte.weight"]
+    tensors = [torch.cat([wte, torch.zeros(rows, config.n_embd)])]
+    tensors.append(state["transformer.wpe.weight"])
+    for name in names:
+        for layer in range(config.n_layer):
+            value = state[f"transformer.h.{layer}.{name}"]
+            tensors.append(value.t() if value.dim() == 2 else value)
+    tensors += [state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if dtype == "bf16":
+        flat = flat.to(torch.bfloat16).view(torch.int16)
+    return header.tobytes() + flat.numpy().tobytes()
+
+
+def llmc_model(options, dtype, work):
+    """The same file from both sides, and the same results from it as from the folder."""
+    case, draw = random_case(0, options.seed)
+    case.sizes["vocab_size"] = 211
+    write_model(case, draw, work / "model")
+    config, state = load(work / "model")
+    expected = llmc_file(config, state, dtype)
+    words = ["--export-dtype", dtype, "--out"]
+    run(options, "export", "--model", work / "model", *words, work / "ours.bin")
+    if (work / "ours.bin").read_bytes() != expected:
+        raise Failure("the file differs from the format as it is described")
+    (work / "theirs.bin").write_bytes(expected)
+    run(options, "export", "--model", work / "theirs.bin", "--out", work / "back")
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    same_numbers(load(work / "back")[1], {n: v.to(kind).float() for n, v in state.items()})
+    tokens = random_tokens(case, draw)
+    ours = dump(options, work / "theirs.bin", tokens, options.recipe, work)
+    again = dump(options, work / "back", tokens, options.recipe, work)
+    same_numbers(ours, again)
+    return f"{len(expected)} bytes and {len(ours)} results equal"
+
+
 # ==== runs of comparisons ========================================================================
 
 
@@ -454,6 +554,14 @@ def main():
             tally.check(title, lambda work: our_folder(options, tokenizer, text, work))
         title = "tokenizer written by transformers, read here"
         tally.check(title, lambda work: their_tokenizer(options, text, work))
+        for dtype, size in (("fp32", ""), ("bf16", ""), ("fp16", ""), ("bf16", "4KB")):
+            title = f"folder exported here, {dtype}{size and ', in files of '}{size}"
+            tally.check(title, lambda work: exported_folder(options, dtype, size, text, work))
+        title = "folder in many files written by transformers, read here"
+        tally.check(title, lambda work: their_shards(options, work))
+        for dtype in ("fp32", "bf16"):
+            title = f"file of llm.c, {dtype}, both ways"
+            tally.check(title, lambda work: llmc_model(options, dtype, work))
     print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")
     return 1 if tally.failed else 0
 
