@@ -972,9 +972,15 @@ inline std::vector<StepFolder> list_steps(const std::string& out, const std::str
 }
 
 // The name of the step folder that OUT/last or OUT/best points to; "" when it points elsewhere.
-inline std::string linked_step(const std::string& out, const std::string& link) {
+// With `strict`, a link that cannot be read is not taken for one that is not there: exit code 1.
+inline std::string linked_step(const std::string& out, const std::string& link,
+                               bool strict = false) {
     std::error_code error;
     std::string target = fs::read_symlink(join_path(out, link), error).string();
+    bool absent = error == std::errc::no_such_file_or_directory ||
+                  error == std::errc::not_a_directory || error == std::errc::invalid_argument;
+    if (strict && error && !absent)
+        fail_machine("%s: cannot read: %s", join_path(out, link).c_str(), error.message().c_str());
     return !error && step_of(target) ? target : "";
 }
 
@@ -1123,7 +1129,7 @@ struct Retention {
 // Removes what earlier saves left unfinished or replaced, and the checkpoints that need not stay.
 // Each is renamed away first, so that a half-removed folder is never taken for a checkpoint.
 inline void remove_old_checkpoints(const std::string& out, const Retention& retention) {
-    std::string last = linked_step(out, "last"), best = linked_step(out, "best");
+    std::string last = linked_step(out, "last", true), best = linked_step(out, "best", true);
     int newer = 0;
     for (const StepFolder& folder : list_steps(out, "")) {
         bool kept = retention.keep <= 0 || newer++ < retention.keep;

@@ -857,7 +857,7 @@ inline int shard_command(const ShardOptions& o) {
     return 0;
 }
 
-// ==== commands: dump, export, info =======================================================================
+// ==== commands: dump, export, info ===============================================================
 
 // The batch of IDS.npy: inputs and targets (B,T), ids checked against the vocabulary. An id of -1
 // is a target that is ignored; as an input it is read as 0.

@@ -198,10 +198,24 @@ inline void sync_folder(const std::string& folder) {
         fail_errno(folder, "sync");  // EINVAL: it has no such operation
 }
 
+// Makes a folder, and those that it lies in, where they are not there; each is durable then.
 inline void make_folder(const std::string& path) {
+    std::vector<std::string> parents;  // of the new ones
     std::error_code error;
+    for (fs::path at = path; !at.empty() && !fs::exists(at, error); at = at.parent_path())
+        parents.push_back(at.parent_path().string());
     fs::create_directories(path, error);
     if (error) fail_machine("%s: cannot create: %s", path.c_str(), error.message().c_str());
+    for (const std::string& parent : parents) sync_folder(parent);
+}
+
+// Whether the file that is open as `fd` is still the one that `path` names; true where the system
+// cannot say.
+inline bool is_still_there(int fd, const std::string& path) {
+    struct stat held, there;
+    if (fstat(fd, &held) != 0) return true;
+    if (stat(path.c_str(), &there) != 0) return errno != ENOENT && errno != ENOTDIR;
+    return held.st_ino == there.st_ino && held.st_dev == there.st_dev;
 }
 
 // Writes `path` so that it appears whole or not at all: bytes go to `path`.PID.tmp (two programs

@@ -1044,11 +1044,8 @@ class RunLock {
 
     // The folder may have been removed under the run, or moved: locks the one that is there now.
     void renew() {
-        struct stat held, there;
-        bool same = fd_ >= 0 && fstat(fd_, &held) == 0 && stat(path_.c_str(), &there) == 0 &&
-                    held.st_ino == there.st_ino && held.st_dev == there.st_dev;
-        if (same) return;
-        if (fd_ >= 0) close(fd_);
+        if (is_still_there(fd_, path_)) return;
+        close(fd_);
         take();
         if (!taken_) fail_machine("%s: %s trains there now", path_.c_str(), owner_.c_str());
     }
@@ -1298,10 +1295,9 @@ class RunLog {
     // The folder may have been removed under the run: what the old file held, which lives on while
     // it is open, begins the new one.
     void follow_folder() {
-        struct stat held, there;
-        bool same = fstat(fd_, &held) == 0 && stat(path_.c_str(), &there) == 0 &&
-                    held.st_ino == there.st_ino && held.st_dev == there.st_dev;
-        if (same) return;
+        if (is_still_there(fd_, path_)) return;
+        struct stat held = {};
+        fstat(fd_, &held);
         std::string content(size_t(held.st_size), '\0');
         ssize_t size = pread(fd_, content.data(), content.size(), 0);
         make_folder(out_);

@@ -153,8 +153,8 @@ build_faults() {
     return 1
 }
 
-# fault_tests [WORD...]: a fault at many calls of a run (--soak: at every one), kills, signals, full
-# disks. SEED chooses which.
+# fault_tests WORD...: parts of run_faults (none: all of them) or --soak, a fault at every call in
+# place of many. SEED chooses which.
 fault_tests() {
     build_faults || return
     part "$folder/run_faults" "$folder/run_faults" "$folder/train_gpt2" --seed "${SEED:-1}" "$@"
@@ -355,7 +355,7 @@ test)
     program_tests "$CXX" double
     other_compiler_tests
     live_comparison
-    fault_tests
+    fault_tests files kills signals disks
     cuda_tests
     build_tests
     ;;
@@ -364,6 +364,7 @@ cuda)
     cuda_tests
     ;;
 soak)
+    # Allocations are here alone: oneDNN aborts where its own first ones fail.
     fault_tests --soak
     if build_emulated "$CXX" ""; then emulated_kills 100; fi
     ;;
