@@ -325,7 +325,7 @@ help:
 	@echo "make emu        builds ./train_gpt2cu_emu: that program on a CPU, slowly, to test it"
 	@echo "make train      trains a model and samples from it: [DATA=path] [OUT=folder] [TIME=120]"
 	@echo "make test       runs every test, with every compiler that is here"
-	@echo "make soak       a fault at every call and a thousand kills: hours, what make test does in part"
+	@echo "make soak       a fault at every call of a run, and a thousand kills; takes hours"
 	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"

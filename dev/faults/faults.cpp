@@ -514,10 +514,11 @@ static int rename_watched(int from_folder, const char* from, int to_folder, cons
         return REAL(renameat2)(from_folder, from, to_folder, to, flags);
     Call call(FaultKind::rename, name);
     if (call.fails()) return -1;
-    int replaced = cuts_power() ? journal_keep_replaced(full) : -1;
+    bool replaces = cuts_power() && (flags & RENAME_EXCHANGE) == 0;
+    int replaced = replaces ? journal_keep_replaced(full) : -1;
     int status = REAL(renameat2)(from_folder, from, to_folder, to, flags);
     if (status != 0) return status;
-    if (cuts_power()) journal_renamed(from_full, full, replaced);
+    if (cuts_power()) journal_renamed(from_full, full, replaced, flags);
     if (strcmp(last_part(name), "last") == 0) note_last(full);
     return 0;
 }
@@ -620,10 +621,10 @@ HOOK_LOOK(int, stat, -1, path, info)
 HOOK(int, stat64, const char* path, struct stat64* info)
 HOOK_LOOK(int, stat64, -1, path, info)
 HOOK(int, lstat, const char* path, struct stat* info)
-HOOK_LOOK(int, lstat, -1, path, info) HOOK(int, lstat64, const char* path, struct stat64* info)
-    HOOK_LOOK(int, lstat64, -1, path, info) HOOK(int, access, const char* path, int mode)
-        HOOK_LOOK(int, access, -1, path, mode) HOOK(int, statvfs, const char* path,
-                                                    struct statvfs* info)
+HOOK_LOOK(int, lstat, -1, path, info)
+HOOK(int, lstat64, const char* path, struct stat64* info) HOOK_LOOK(int, lstat64, -1, path, info)
+    HOOK(int, access, const char* path, int mode) HOOK_LOOK(int, access, -1, path, mode)
+        HOOK(int, statvfs, const char* path, struct statvfs* info)
             HOOK_LOOK(int, statvfs, -1, path, info) HOOK(int, statvfs64, const char* path,
                                                          struct statvfs64* info)
                 HOOK_LOOK(int, statvfs64, -1, path, info) HOOK(ssize_t, readlink, const char* path,

@@ -28,10 +28,12 @@ struct HeldFolder {
     int fd;
 };
 
-// A name that appeared: made anew, or by a rename, over an old file of that name or not.
+// A name that appeared: made anew, or by a rename, over an old file of that name or not, or changed
+// with another.
 struct NewName {
     bool renamed;
-    int from, to;  // folders
+    unsigned flags;  // RENAME_EXCHANGE
+    int from, to;    // folders
     char from_name[128], to_name[128];
     int replaced;  // the old file is kept aside under this number; -1: there was none
 };
@@ -138,10 +140,12 @@ inline int journal_keep_replaced(const char* to) {
     return journal.aside_names++;
 }
 
-inline void journal_renamed(const char* from, const char* to, int replaced) {
-    if (is_removal(to)) return;
+inline void journal_renamed(const char* from, const char* to, int replaced, unsigned flags) {
+    bool exchanged = (flags & RENAME_EXCHANGE) != 0;
+    if (is_removal(to) && !exchanged) return;
     NewName entry = {};
     entry.renamed = true;
+    entry.flags = flags & RENAME_EXCHANGE;
     entry.replaced = replaced;
     entry.from = hold_folder(from, entry.from_name);
     entry.to = hold_folder(to, entry.to_name);
@@ -176,8 +180,8 @@ inline void undo(const NewName& entry) {
         REAL(renameat)(to, entry.to_name, journal.aside, name);
         return;
     }
-    if (REAL(renameat)(to, entry.to_name, journal.folders[entry.from].fd, entry.from_name) != 0)
-        return;
+    int from = journal.folders[entry.from].fd;
+    if (REAL(renameat2)(to, entry.to_name, from, entry.from_name, entry.flags) != 0) return;
     if (entry.replaced < 0) return;
     snprintf(name, sizeof name, "%d", entry.replaced);
     REAL(renameat)(journal.aside, name, to, entry.to_name);
