@@ -45,6 +45,7 @@ struct Settings {
     Mode mode;
     int error;         // of fail and fail_from
     unsigned us;       // of delay
+    uint64_t seed;     // of power-some
     uint64_t at;       // the call that it happens at, from 1; 0: none, or for delay every sync
     bool allocations;  // these are counted, and not files
     char root[kPathSize], working_folder[kPathSize];
@@ -96,6 +97,7 @@ static void read_mode(const char* text) {
         known = true;
     }
     if (!known) refuse("FAULTS_MODE");
+    if (settings.mode == Mode::power_some) settings.seed = strtoull(value, nullptr, 10);
     if (settings.mode == Mode::delay) settings.us = unsigned(atoi(value));
     if (settings.mode != Mode::fail && settings.mode != Mode::fail_from) return;
     for (const auto& row : kErrors)
@@ -112,7 +114,7 @@ static bool cuts_power() {
     Cut cut = Cut::all;
     if (settings.mode == Mode::power_zeros) cut = Cut::zeros;
     if (settings.mode == Mode::power_some) cut = Cut::some;
-    cut_power(cut, settings.at);
+    cut_power(cut, settings.at + (settings.seed << 32));
 }
 
 static void read_settings() {
@@ -623,13 +625,13 @@ HOOK_LOOK(int, stat64, -1, path, info)
 HOOK(int, lstat, const char* path, struct stat* info)
 HOOK_LOOK(int, lstat, -1, path, info)
 HOOK(int, lstat64, const char* path, struct stat64* info)
-HOOK_LOOK(int, lstat64, -1, path, info) HOOK(int, access, const char* path, int mode)
-    HOOK_LOOK(int, access, -1, path, mode)
-        HOOK(int, statvfs, const char* path, struct statvfs* info)
-            HOOK_LOOK(int, statvfs, -1, path, info) HOOK(int, statvfs64, const char* path,
-                                                         struct statvfs64* info)
-                HOOK_LOOK(int, statvfs64, -1, path, info) HOOK(ssize_t, readlink, const char* path,
-                                                               char* target, size_t size)
+HOOK_LOOK(int, lstat64, -1, path, info)
+HOOK(int, access, const char* path, int mode)
+HOOK_LOOK(int, access, -1, path, mode) HOOK(int, statvfs, const char* path, struct statvfs* info)
+    HOOK_LOOK(int, statvfs, -1, path, info)
+        HOOK(int, statvfs64, const char* path, struct statvfs64* info)
+            HOOK_LOOK(int, statvfs64, -1, path, info)
+                HOOK(ssize_t, readlink, const char* path, char* target, size_t size)
                     HOOK_LOOK(ssize_t, readlink, -1, path, target, size)
 #define HOOK_LOOK_FD(function, ...)                              \
     {                                                            \

@@ -195,23 +195,23 @@ enum class Cut {
     some,   // some are there and some are not, in no order
 };
 
-// A coin for the i-th change that falls the same way in every run.
-inline bool is_spared(uint64_t call, int i) {
-    uint64_t bits = (call * 1000 + uint64_t(i) + 1) * 0x9E3779B97F4A7C15;
+// A coin for the i-th change that falls the same way in every run with the same seed.
+inline bool is_spared(uint64_t seed, int i) {
+    uint64_t bits = (seed * 1000 + uint64_t(i) + 1) * 0x9E3779B97F4A7C15;
     return (bits ^ bits >> 29) >> 32 & 1;
 }
 
-// Leaves the folder as the disk would hold it, and ends the process at the given call.
-[[noreturn]] inline void cut_power(Cut cut, uint64_t call) {
+// Leaves the folder as the disk would hold it, and ends the process.
+[[noreturn]] inline void cut_power(Cut cut, uint64_t seed) {
     for (int i = 0; i < journal.file_count; i++) {
         const DirtyFile& file = journal.files[i];
         struct stat info;
         if (REAL(fstat)(file.fd, &info) != 0 || info.st_size <= file.synced) continue;
-        bool zeros = cut == Cut::zeros || (cut == Cut::some && is_spared(call, -i - 2));
+        bool zeros = cut == Cut::zeros || (cut == Cut::some && is_spared(seed, -i - 2));
         if (REAL(ftruncate)(file.fd, file.synced) != 0) continue;
         if (zeros && REAL(ftruncate)(file.fd, info.st_size) != 0) continue;
     }
     for (int i = journal.name_count; i-- > 0;)
-        if (cut != Cut::some || !is_spared(call, i)) undo(journal.names[i]);
+        if (cut != Cut::some || !is_spared(seed, i)) undo(journal.names[i]);
     die();
 }
