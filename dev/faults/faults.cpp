@@ -33,6 +33,7 @@ enum class Mode {
     fail,
     fail_from,
     shorten,
+    short_fail,
     die,
     die_half,
     power,
@@ -80,6 +81,7 @@ static void read_mode(const char* text) {
                  {"fail", Mode::fail},
                  {"fail-from", Mode::fail_from},
                  {"short", Mode::shorten},
+                 {"short-fail", Mode::short_fail},
                  {"die", Mode::die},
                  {"die-half", Mode::die_half},
                  {"power", Mode::power},
@@ -99,7 +101,9 @@ static void read_mode(const char* text) {
     if (!known) refuse("FAULTS_MODE");
     if (settings.mode == Mode::power_some) settings.seed = strtoull(value, nullptr, 10);
     if (settings.mode == Mode::delay) settings.us = unsigned(atoi(value));
-    if (settings.mode != Mode::fail && settings.mode != Mode::fail_from) return;
+    if (settings.mode != Mode::fail && settings.mode != Mode::fail_from &&
+        settings.mode != Mode::short_fail)
+        return;
     for (const auto& row : kErrors)
         if (strcmp(row.name, value) == 0) settings.error = row.value;
     if (settings.error == 0) refuse("the error of FAULTS_MODE");
@@ -237,13 +241,19 @@ static Fate count(FaultKind kind, const char* name) {
             inject(kind, name);
             return Fate::fail;
         }
+        case Mode::short_fail: {
+            static std::atomic<bool> next_fails;
+            if (now) next_fails = true;
+            else if (kind == FaultKind::write && next_fails.exchange(false)) return Fate::fail;
+            break;
+        }
         default:
             break;
     }
     if (!now) return Fate::pass;
     inject(kind, name);
     if (settings.mode == Mode::fail) return Fate::fail;
-    if (settings.mode == Mode::shorten) return Fate::half;
+    if (settings.mode == Mode::shorten || settings.mode == Mode::short_fail) return Fate::half;
     if (settings.mode == Mode::die_half) return Fate::half_and_die;
     if (cuts_power()) cut_power_now();
     die();
@@ -627,12 +637,13 @@ HOOK_LOOK(int, lstat, -1, path, info)
 HOOK(int, lstat64, const char* path, struct stat64* info)
 HOOK_LOOK(int, lstat64, -1, path, info)
 HOOK(int, access, const char* path, int mode)
-HOOK_LOOK(int, access, -1, path, mode) HOOK(int, statvfs, const char* path, struct statvfs* info)
-    HOOK_LOOK(int, statvfs, -1, path, info)
-        HOOK(int, statvfs64, const char* path, struct statvfs64* info)
-            HOOK_LOOK(int, statvfs64, -1, path, info)
-                HOOK(ssize_t, readlink, const char* path, char* target, size_t size)
-                    HOOK_LOOK(ssize_t, readlink, -1, path, target, size)
+HOOK_LOOK(int, access, -1, path, mode)
+HOOK(int, statvfs, const char* path, struct statvfs* info)
+HOOK_LOOK(int, statvfs, -1, path, info)
+HOOK(int, statvfs64, const char* path, struct statvfs64* info)
+HOOK_LOOK(int, statvfs64, -1, path, info)
+HOOK(ssize_t, readlink, const char* path, char* target, size_t size)
+HOOK_LOOK(ssize_t, readlink, -1, path, target, size)
 #define HOOK_LOOK_FD(function, ...)                              \
     {                                                            \
         const char* name = watched_fd(fd);                       \
@@ -641,16 +652,13 @@ HOOK_LOOK(int, access, -1, path, mode) HOOK(int, statvfs, const char* path, stru
         return call.fails() ? -1 : REAL(function)(__VA_ARGS__);  \
     }
 
-                        HOOK(int, fstat, int fd, struct stat* info) HOOK_LOOK_FD(fstat, fd, info)
-                            HOOK(int, fstat64, int fd, struct stat64* info)
-                                HOOK_LOOK_FD(fstat64, fd, info)
-                                    HOOK(int, fstatvfs, int fd, struct statvfs* info)
-                                        HOOK_LOOK_FD(fstatvfs, fd, info)
-                                            HOOK(int, fstatvfs64, int fd, struct statvfs64* info)
-                                                HOOK_LOOK_FD(fstatvfs64, fd, info)
+HOOK(int, fstat, int fd, struct stat* info)
+HOOK_LOOK_FD(fstat, fd, info) HOOK(int, fstat64, int fd, struct stat64* info)
+    HOOK_LOOK_FD(fstat64, fd, info) HOOK(int, fstatvfs, int fd, struct statvfs* info)
+        HOOK_LOOK_FD(fstatvfs, fd, info) HOOK(int, fstatvfs64, int fd, struct statvfs64* info)
+            HOOK_LOOK_FD(fstatvfs64, fd, info)
 
-                                                    HOOK(int, fstatat, int folder, const char* path,
-                                                         struct stat* info, int flags) {
+                HOOK(int, fstatat, int folder, const char* path, struct stat* info, int flags) {
     WATCHED(folder, path);
     if (name == nullptr) return REAL(fstatat)(folder, path, info, flags);
     Call call(FaultKind::stat, name);

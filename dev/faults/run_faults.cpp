@@ -179,6 +179,7 @@ static std::vector<ModePlan> mode_plans() {
         {"fail-from:EROFS", changes, 8},
         {"fail-from:EIO", {"open", "create", "read", "write", "sync", "stat", "list"}, 16},
         {"short", {"read", "write"}, 4},
+        {"short-fail:ENOSPC", {"write"}, 2},
     };
 }
 
@@ -215,7 +216,8 @@ static bool must_succeed(const Settings& settings, const Fault& fault, const Fau
     std::string kind = kFaultKindNames[status.kind], path = status.path;
     bool of_save = path.starts_with("run/step_") || path.starts_with("run/last") ||
                    path.starts_with("run/best");
-    return settings.newer && fault.mode.starts_with("fail:") && of_save &&
+    bool once = fault.mode.starts_with("fail:") || fault.mode.starts_with("short-fail:");
+    return settings.newer && once && of_save &&
            is_among(kind, {"create", "write", "sync", "rename", "mkdir", "link", "unlink"});
 }
 
