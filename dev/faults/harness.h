@@ -313,7 +313,10 @@ inline std::string judge_folder(const std::string& out, int64_t completed_step) 
     for (const char* link : {"last", "best"}) {
         std::string path = join_path(out, link);
         std::error_code ignored;
-        if (!fs::exists(fs::symlink_status(path, ignored))) continue;
+        if (!fs::exists(fs::symlink_status(path, ignored))) {
+            if (completed_step >= 0 && link == std::string("last")) return "last is gone";
+            continue;
+        }
         std::string target = linked_step(out, link);
         if (target.empty()) return std::string(link) + " is no link to a checkpoint";
         try {
