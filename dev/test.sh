@@ -221,9 +221,9 @@ emulated_tests() {
         done
     done
     emulated_kills 10
-    # What a machine with a GPU will be asked; the checks and tests of it have just been run.
+    # What a machine with a GPU will be asked; its checks have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
-        dev/bench/gpu.sh --emulated environment training pytorch layers sanitizer
+        dev/bench/gpu.sh --emulated environment training pytorch layers tests sanitizer
 }
 
 # The same commands in both programs, and the same sections in both sources.

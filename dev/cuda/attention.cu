@@ -364,7 +364,7 @@ static Peer time_cudnn(const AttentionTensors<bf16>& t) {
 #else
 
 static Peer time_cudnn(const AttentionTensors<bf16>&) {
-    printf("attention by cuDNN: skipped: this was built where cudnn.h is not\n");
+    printf("attention by cuDNN: skipped: this program was built without it\n");
     return {};
 }
 
