@@ -4,8 +4,8 @@
 # build/clang++-double, ...), so that switching between them mixes nothing. ./train_gpt2 is a link
 # to the program that was built last, and so are ./train_gpt2cu (for a GPU) and ./train_gpt2cu_emu
 # (the same on the emulator). Variables that a user may set: CXX, CXXFLAGS, CPPFLAGS, LDFLAGS, OPT,
-# ARCH, ONEDNN=no; CUDA_HOME, CUDA_ARCH for `make cuda`; DATA, OUT, TIME, PROMPT for `make train`;
-# BENCH for `make bench`.
+# ARCH, ONEDNN=no; CUDA_HOME, CUDA_ARCH for `make cuda`, CUDNN=no for its benchmarks; DATA, OUT,
+# TIME, PROMPT for `make train`; BENCH for `make bench`.
 
 VARIANT ?=
 ARCH ?= -march=native

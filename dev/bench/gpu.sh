@@ -228,8 +228,11 @@ layer_benchmarks() {
     for layer in $(layers); do
         # shellcheck disable=SC2086  # none or one word
         limited 60 "$logs/layers.log" "$prefix$layer" bench $words
-        count "$layer bench" $?
+        status=$?
+        count "$layer bench" $status
+        if [ $status -ne 0 ]; then tail -n 1 "$logs/layers.log"; fi
     done
+    grep '^attention.*cuDNN' "$logs/layers.log" # what went wrong there, if anything did
 }
 
 # What test_gpt2 tests of either twin, in both types. (Its tests of the command line start hundreds
