@@ -101,7 +101,7 @@ endif
 
 # ==== programs ===================================================================================
 
-.PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs faults help own-text train test soak bench sanitize format clean FORCE
+.PHONY: emu emu-programs cuda gpu-portable portable-programs cuda-headers nvcc programs faults fuzz-programs help own-text train test soak bench fuzz sanitize format clean FORCE
 
 PLAIN_MATMUL := oneDNN not found: using the plain OpenMP matmul \
     (scripts/install_deps.sh installs it)
@@ -235,6 +235,27 @@ faults: $(addprefix $(FOLDER)/,faults.so run_faults train_gpt2)
 
 -include $(wildcard $(FOLDER)/dev/faults/*.d)
 
+# ==== fuzzing ====================================================================================
+
+# Each dev/fuzz/fuzz_TARGET.cpp is a program of libFuzzer's, which comes with clang++; none needs a
+# twin. A new target is a new file, and seeds for it in make_seeds.cpp.
+FUZZ := build/fuzz
+FUZZ_FLAGS = -std=c++20 -O1 -g -fno-omit-frame-pointer -fopenmp -Wall -Wextra -Werror \
+    -Wno-pass-failed -Wno-unused-function $(CPPFLAGS)
+FUZZ_SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_PROGRAMS := $(patsubst dev/fuzz/%.cpp,$(FUZZ)/%,$(wildcard dev/fuzz/fuzz_*.cpp))
+
+$(FUZZ)/fuzz_%: dev/fuzz/fuzz_%.cpp Makefile
+	@mkdir -p $(@D)
+	clang++ $(FUZZ_FLAGS) $(FUZZ_SANITIZERS) -fsanitize=fuzzer -MMD -MP $< -o $@ $(LDFLAGS) -lutf8proc -lxxhash
+$(FUZZ)/make_seeds: dev/fuzz/make_seeds.cpp Makefile
+	@mkdir -p $(@D)
+	clang++ $(FUZZ_FLAGS) -MMD -MP $< -o $@ $(LDFLAGS) -lutf8proc -lxxhash
+
+fuzz-programs: $(FUZZ_PROGRAMS) $(FUZZ)/make_seeds
+
+-include $(wildcard $(FUZZ)/*.d)
+
 # ==== the CUDA program ===========================================================================
 
 # For the cards of these architectures, or for the one that is here (CUDA_ARCH=native).
@@ -326,6 +347,7 @@ help:
 	@echo "make train      trains a model and samples from it: [DATA=path] [OUT=folder] [TIME=120]"
 	@echo "make test       runs every test, with every compiler that is here"
 	@echo "make soak       a fault at every call of a run, and a thousand kills; takes hours"
+	@echo "make fuzz       random damage to what is read from strangers, 20 s a kind: [FUZZ_TIME=300]"
 	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"
@@ -381,6 +403,12 @@ soak:
 sanitize:
 	@scripts/install_deps.sh test
 	@MAKE="$(MAKE_COMMAND)" dev/test.sh sanitize
+
+# Seconds for each target.
+FUZZ_TIME ?= 20
+fuzz:
+	@scripts/install_deps.sh clang
+	@MAKE="$(MAKE_COMMAND)" FUZZ_TIME=$(FUZZ_TIME) dev/fuzz/run.sh
 
 BENCH ?= --benchmark_min_time=0.2
 bench:

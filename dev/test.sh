@@ -9,7 +9,7 @@
 #   dev/test.sh cuda       of these, what concerns the CUDA program
 #   dev/test.sh soak       a fault at every call and every allocation, and a thousand kills: hours
 #   dev/test.sh sanitize   the tests under the address, undefined-behaviour and thread sanitizers,
-#                          with the kernels on the emulator
+#                          with the kernels on the emulator; some thousand fuzzed files
 #
 # A part is a program whose last line is `N passed, N failed, N skipped`. One that ends without it,
 # or in an error with no failure counted, counts as one failure. A part that cannot be run here says
@@ -373,6 +373,7 @@ sanitize)
     thread_sanitizer_tests
     sanitized_kernels "$CXX" asan
     if archer_works; then sanitized_kernels clang++ tsan; fi
+    part "dev/fuzz/run.sh, a few inputs each" env FUZZ_RUNS=20000 dev/fuzz/run.sh
     ;;
 *)
     echo "usage: dev/test.sh test|cuda|soak|sanitize" >&2

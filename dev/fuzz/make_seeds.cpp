@@ -1,0 +1,122 @@
+// Writes the inputs that fuzzing starts from, small ones of each kind, as SEEDS/TARGET/N:
+//   make_seeds SEEDS
+#include "../../trainer.h"
+
+namespace {
+
+GPT2Config small_config() {
+    GPT2Config config;
+    config.vocab_size = 3, config.context = 2, config.layers = 1;
+    config.heads = 2, config.channels = 2;
+    return config;
+}
+
+// Numbers that are all different.
+void count_up(Group, int index, int layer, real* host) {
+    size_t count = parameter_table(small_config())[size_t(index)].file_size();
+    for (size_t i = 0; i < count; i++) host[i] = real(index + layer) / 8 + real(i) / 64;
+}
+
+void put(const std::string& folder, const std::string& target, std::string_view content) {
+    std::string home = join_path(folder, target);
+    make_folder(home);
+    std::error_code ignored;
+    auto there = std::distance(fs::directory_iterator(home, ignored), fs::directory_iterator());
+    write_file_atomic(join_path(home, std::to_string(there)), content);
+}
+
+void config_seeds(const std::string& out, const std::string& work) {
+    GPT2Config config = small_config();
+    for (int kind = 0; kind < 3; kind++) {
+        config.tied = kind != 1, config.bias = kind != 2;
+        if (kind == 1) config.hidden = 5, config.dropout = 0.1;
+        write_config(config, kind - 1, work);
+        put(out, "config", read_file(join_path(work, "config.json")));
+    }
+    put(out, "config", R"({"model_type":"gpt2"})");
+    put(out, "config",
+        R"({"model_type":"gpt2","max_position_embeddings":8,"num_hidden_layers":1,)"
+        R"("num_attention_heads":1,"hidden_size":4,"activation_function":"gelu_new"})");
+}
+
+void safetensors_seeds(const std::string& out, const std::string& work) {
+    write_model_file(small_config(), count_up, work);
+    put(out, "safetensors", read_file(join_path(work, "model.safetensors")));
+    const char bytes[64] = {};
+    std::string path = join_path(work, "kinds.safetensors");
+    SafetensorsWriter writer(path, {{"format", "pt"}, {"note", "\"quoted\""}});
+    for (const char* dtype : {"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})
+        writer.add(dtype, dtype, {2, 1}, bytes);
+    writer.add("scalar", "F32", {}, bytes);
+    writer.add("empty", "I32", {2, 0}, bytes);
+    writer.commit();
+    put(out, "safetensors", read_file(path));
+    put(out, "safetensors", std::string("\2\0\0\0\0\0\0\0{}", 10));
+}
+
+void index_seeds(const std::string& out) {
+    put(out, "index",
+        R"({"metadata":{"total_size":24},"weight_map":{"one":"a.safetensors",)"
+        R"("two":"a.safetensors","three":"b.safetensors"}})");
+    put(out, "index", R"({"weight_map":{"one":"c.safetensors","four":"c.safetensors"}})");
+    put(out, "index", R"({"metadata":{},"weight_map":{"three":"b.safetensors"}})");
+}
+
+void llmc_seeds(const std::string& out, const std::string& work) {
+    std::string path = join_path(work, "model.bin");
+    for (int kind = 0; kind < 4; kind++) {
+        const ExportFormat& format = kExportFormats[kind % 2];
+        write_llmc_model(path, small_config(), count_up, format);
+        std::string model = read_file(path), state(kLlmcHeaderBytes, '\0');
+        if (kind >= 2) {  // a vocabulary without padding
+            int32_t rows = 4;
+            memcpy(&model[28], &rows, 4);
+            model.erase(kLlmcHeaderBytes + 4 * 2 * format.width, (128 - 4) * 2 * format.width);
+        }
+        int32_t words[] = {kLlmcState, 1, 1, 0, kind % 2, kind / 2};
+        memcpy(state.data(), words, sizeof words);
+        path = join_path(work, "model.bin");
+        size_t numbers = (model.size() - kLlmcHeaderBytes) / format.width;
+        state.append(numbers * 4 * size_t(2 + kind % 2), '\0');
+        if (kind >= 2)
+            state.append(std::string("\1\0\0\0\0\0\0\0abcd\0\0\0\0\0\0\0\0", 20)).append(2520, 'r');
+        uint64_t length = model.size();
+        put(out, "llmc", std::string(reinterpret_cast<char*>(&length), 8) + model + state);
+    }
+}
+
+void checkpoint_seeds(const std::string& out, const std::string& work) {
+    for (const char* name : {"config.json", "model.safetensors", "optimizer.safetensors"})
+        write_file_atomic(join_path(work, name), name);  // as the target has them
+    RunState state;
+    state.step = 7, state.tokens = 1000, state.best_loss = 2.5, state.skipped = {{0, 3}};
+    ordered_json identity = {{"layers", 2}, {"data", "0123456789abcdef"}, {"tied", true}};
+    ordered_json settings = {{"learning rate", 1e-3}, {"schedule", "cosine"}};
+    write_trainer_json(work, 7, to_json(state, identity, settings, 42), {});
+    put(out, "checkpoint", read_file(join_path(work, "trainer.json")));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: make_seeds FOLDER\n");
+        return kExitInput;
+    }
+    try {
+        std::string out = argv[1];
+        auto with_folder = [&](auto make) {
+            TemporaryFolder work(join_path(out, "work"));
+            make(out, work.path());
+        };
+        with_folder(config_seeds);
+        with_folder(safetensors_seeds);
+        with_folder(llmc_seeds);
+        with_folder(checkpoint_seeds);
+        index_seeds(out);
+    } catch (const Error& error) {
+        fprintf(stderr, "make_seeds: error: %s\n", error.what());
+        return error.exit_code;
+    }
+    return 0;
+}
