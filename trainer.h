@@ -879,8 +879,14 @@ inline ordered_json to_json(const DataLoader::Position& position) {
     return {{"epoch", position.epoch}, {"window", position.window}};
 }
 
+// A whole number of at least 0; of any other kind of value, a json::type_error. (get<size_t>()
+// converts: of 1e308, to whatever the processor makes of it.)
+inline uint64_t count_of(const json& value) {
+    return value.get_ref<const json::number_unsigned_t&>();
+}
+
 inline DataLoader::Position read_position(const json& value) {
-    return {value.at("epoch").get<uint64_t>(), value.at("window").get<uint64_t>()};
+    return {count_of(value.at("epoch")), count_of(value.at("window"))};
 }
 
 // The content of trainer.json; save_checkpoint adds step, files and checksum. `identity` must be
@@ -915,11 +921,12 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
 // The parts of trainer.json that came later than its format: a file without them is an older one.
 inline void read_later_state(const json& root, RunState* state) {
     state->dtype = root.value("dtype", state->dtype);
-    state->bad_steps = root.value("bad_steps_in_a_row", state->bad_steps);
+    if (root.contains("bad_steps_in_a_row"))
+        state->bad_steps = count_of(root["bad_steps_in_a_row"]);
     if (root.contains("loss_trend")) {
         const json& trend = root["loss_trend"];
         state->trend = {trend.at("mean").get<double>(), trend.at("variance").get<double>(),
-                        trend.at("steps").get<size_t>()};
+                        count_of(trend.at("steps"))};
     }
     for (const json& position : root.value("skipped_data", json::array()))
         state->skipped.push_back(read_position(position));
@@ -935,16 +942,16 @@ inline RunState read_state(const std::string& folder, json* identity, json* sett
         if (root.at("format") != 1)
             fail_input("%s: format %s; this program reads 1", path.c_str(),
                        one_line(root.at("format").dump()).c_str());
-        state.step = root.at("step").get<size_t>();
-        state.tokens = root.at("tokens").get<size_t>();
+        state.step = count_of(root.at("step"));
+        state.tokens = count_of(root.at("tokens"));
         state.position = read_position(root.at("loader"));
         state.elapsed_s = root.at("elapsed_s").get<double>();
         if (!root.at("best_val_loss").is_null())
             state.best_loss = root.at("best_val_loss").get<double>();
-        state.best_step = root.at("best_step").get<size_t>();
-        state.stale = root.at("evaluations_without_gain").get<size_t>();
+        state.best_step = count_of(root.at("best_step"));
+        state.stale = count_of(root.at("evaluations_without_gain"));
         state.finished = root.at("finished").get<bool>();
-        state.goal.steps = root.at("goal").at("steps").get<size_t>();
+        state.goal.steps = count_of(root.at("goal").at("steps"));
         state.goal.time_limit_s = root.at("goal").at("time_limit_s").get<double>();
         read_later_state(root, &state);
         if (identity != nullptr) *identity = root.at("run");

@@ -26,7 +26,7 @@ void change(std::string& file, size_t words, fuzz::Random& random) {
     size_t choice = fuzz::below(random, 8), at = 4 * fuzz::below(random, words);
     if (choice < 5 && file.size() >= kLlmcHeaderBytes) {
         int32_t value = kStrange[fuzz::below(random, std::size(kStrange))];
-        if (choice < 2) value = load_bytes<int32_t>(&file[at]) + int32_t(random() % 5) - 2;
+        if (choice < 2) value = int32_t(load_bytes<uint32_t>(&file[at]) + random() % 5 - 2);
         memcpy(&file[at], &value, 4);
     } else if (choice == 5) {
         file.resize(file.size() + fuzz::below(random, 9) * 4, '\0');

@@ -30,7 +30,7 @@ fuzz() {
     FUZZ_FOLDER=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)") || return 1
     export FUZZ_FOLDER
     OMP_NUM_THREADS=1 "$out/fuzz_$1" "$limit" -rss_limit_mb=2048 -malloc_limit_mb=512 \
-        -timeout=20 -max_len=16384 -print_final_stats=1 -artifact_prefix="$out/failures/$1-" \
+        -timeout=20 -max_len=16384 -print_funcs=0 -print_final_stats=1 -artifact_prefix="$out/failures/$1-" \
         "$out/corpus/$1" "$out/seeds/$1" >"$out/$1.log" 2>&1
     status=$?
     rm -rf "$FUZZ_FOLDER"
