@@ -285,7 +285,8 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     CLI::App* train = app->add_subcommand("train", "trains a byte-level BPE");
     add_paths(train, "--data", o.data, "text to train on");
     add_number(train, "--vocab-size", o.vocab_size, 257, 65536, "N", "tokens of the vocabulary");
-    add_choice(train, "--pattern", o.pattern, {"gpt2"}, "how text is split before it is merged");
+    add_choice(train, "--pattern", o.pattern, {"gpt2", "cl100k", "o200k"},
+               "how text is split before it is merged: as by GPT-2, GPT-4 or GPT-4o");
     add_text(train, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
     const char* names = "gpt2, bytes, tokenizer.json, a folder that holds one, or GPT-2 merges";
     CLI::App* encode = app->add_subcommand("encode", "text to token ids");
@@ -768,7 +769,9 @@ inline int tokenizer_train_command(const TokenizerOptions& o) {
     require("--out", !o.out.empty());
     TextCorpus corpus = read_text(o.data);
     double start_s = now_s();
-    Tokenizer tokenizer = Tokenizer::train_bpe(corpus.text, o.vocab_size);
+    BpeTraining training;
+    training.pattern = pattern_of(o.pattern);
+    Tokenizer tokenizer = Tokenizer::train_bpe(corpus.text, o.vocab_size, training);
     make_folder(o.out);
     tokenizer.save(o.out);
     printf("%s: %d tokens from %s bytes in %.1f s\n", o.out.c_str(), tokenizer.vocab_size(),

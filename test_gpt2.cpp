@@ -1475,16 +1475,185 @@ std::string random_text(std::mt19937& random, size_t strings) {
     return text;
 }
 
-std::vector<std::string> pieces_of(std::string_view text) {
+constexpr Pattern kAllPatterns[] = {Pattern::gpt2, Pattern::cl100k, Pattern::o200k,
+                                    Pattern::cl100k_json};
+
+std::vector<std::string> pieces_of(std::string_view text, Pattern pattern = Pattern::gpt2) {
     std::vector<std::string> pieces;
     for (size_t begin = 0; begin < text.size();) {
-        size_t end = gpt2_piece_end(text, begin);
+        size_t end =
+            with_pattern(pattern, [&](auto known) { return piece_end<known()>(text, begin); });
         EXPECT_GT(end, begin);
         EXPECT_LE(end, text.size());
         pieces.emplace_back(text.substr(begin, end - begin));
         begin = end;
     }
     return pieces;
+}
+
+// A regular expression over classes of characters, matched as it is defined: alternatives in their
+// order, repetitions greedy, giving back one by one. What the hand-written patterns must equal.
+struct PlainAtom {
+    enum class Test { classes, characters, no_non_space, end } test;
+    unsigned classes;               // of CharacterClass
+    std::string_view with = "";     // also (characters: only) these ASCII characters
+    std::string_view without = "";  // but not these
+    size_t least = 1, most = 1;
+    bool any_case = false;
+};
+using PlainAlternative = std::vector<PlainAtom>;
+
+bool plain_fits(const PlainAtom& atom, std::string_view text, size_t at, size_t* length) {
+    if (at >= text.size()) return false;
+    ClassifiedCharacter c = classify_at(text, at);
+    *length = c.length;
+    char byte = text[at];
+    bool is_in = c.length == 1 && uint8_t(byte) < 0x80 && atom.with.find(byte) != atom.with.npos;
+    bool is_out = c.length == 1 && atom.without.find(byte) != atom.without.npos;
+    if (atom.test == PlainAtom::Test::classes) return (c.kind & atom.classes || is_in) && !is_out;
+    if (!atom.any_case) return is_in;
+    std::string_view character = text.substr(at, c.length);
+    bool folded = c.length == 1 && uint8_t(byte) < 0x80 &&
+                  atom.with.find(char(byte | 0x20)) != atom.with.npos;
+    return folded || (character == "\305\277" && atom.with.find('s') != atom.with.npos);
+}
+
+// Where a match of atoms[k...] from `at` ends; npos where there is none.
+size_t plain_match(const PlainAlternative& atoms, size_t k, std::string_view text, size_t at) {
+    constexpr size_t kNo = std::string_view::npos;
+    if (k == atoms.size()) return at;
+    const PlainAtom& atom = atoms[k];
+    size_t length = 0;
+    if (atom.test == PlainAtom::Test::end)
+        return at == text.size() ? plain_match(atoms, k + 1, text, at) : kNo;
+    if (atom.test == PlainAtom::Test::no_non_space) {
+        bool space = at == text.size() || classify_at(text, at).kind == kSpace;
+        return space ? plain_match(atoms, k + 1, text, at) : kNo;
+    }
+    std::vector<size_t> ends = {at};
+    while (ends.size() <= atom.most && plain_fits(atom, text, ends.back(), &length))
+        ends.push_back(ends.back() + length);
+    for (; ends.size() > atom.least; ends.pop_back())
+        if (size_t end = plain_match(atoms, k + 1, text, ends.back()); end != kNo) return end;
+    return kNo;
+}
+
+std::vector<PlainAlternative> plain_pattern(Pattern pattern) {
+    using Test = PlainAtom::Test;
+    constexpr size_t kMany = ~size_t(0) - 1;
+    constexpr unsigned kOther = kMark | kRest, kWord = kUpper | kLower | kOtherLetter;
+    bool gpt2 = pattern == Pattern::gpt2, o200k = pattern == Pattern::o200k;
+    auto spelt = [&](std::string_view letters) {
+        PlainAlternative atoms = {{Test::characters, 0, "'"}};
+        for (size_t i = 0; i < letters.size(); i++)
+            atoms.push_back({Test::characters, 0, letters.substr(i, 1), "", 1, 1, !gpt2});
+        return atoms;
+    };
+    std::vector<PlainAlternative> contractions, all;
+    for (const char* letters : {"s", "t", "re", "ve", "m", "ll", "d"})
+        contractions.push_back(spelt(letters));
+    PlainAtom space = {Test::characters, 0, " ", "", 0, 1};
+    PlainAtom before = {Test::classes, kOther | kSpace, "", "\r\n", 0, 1};
+    if (!o200k) all = contractions;
+    if (gpt2) {
+        for (unsigned classes : {kWord, unsigned(kNumber), kOther})
+            all.push_back({space, {Test::classes, classes, "", "", 1, kMany}});
+    } else if (o200k) {
+        constexpr unsigned kFirst = kUpper | kOtherLetter | kMark;
+        constexpr unsigned kSecond = kLower | kOtherLetter | kMark;
+        for (size_t least : {0, 1}) {
+            PlainAlternative word = {before,
+                                     {Test::classes, kFirst, "", "", least, kMany},
+                                     {Test::classes, kSecond, "", "", 1 - least, kMany}};
+            // (...)? around the contractions: each of them behind the word, then none.
+            for (const PlainAlternative& end : contractions) {
+                all.push_back(word);
+                all.back().insert(all.back().end(), end.begin(), end.end());
+            }
+            all.push_back(word);
+        }
+    } else {
+        all.push_back({before, {Test::classes, kWord, "", "", 1, kMany}});
+    }
+    if (!gpt2) {
+        all.push_back({{Test::classes, kNumber, "", "", 1, 3}});
+        all.push_back({space,
+                       {Test::classes, kOther, "", "", 1, kMany},
+                       {Test::characters, 0, o200k ? "\r\n/" : "\r\n", "", 0, kMany}});
+    }
+    PlainAtom spaces = {Test::classes, kSpace, "", "", 1, kMany};
+    if (pattern == Pattern::cl100k) all.push_back({spaces, {Test::end, 0}});
+    if (!gpt2)
+        all.push_back({{Test::classes, kSpace, "", "", 0, kMany},
+                       {Test::characters, 0, "\r\n", "", 1, kMany}});
+    all.push_back({spaces, {Test::no_non_space, 0}});
+    all.push_back({spaces});
+    return all;
+}
+
+std::vector<std::string> plain_pieces(std::string_view text, Pattern pattern) {
+    std::vector<PlainAlternative> alternatives = plain_pattern(pattern);
+    std::vector<std::string> pieces;
+    for (size_t begin = 0; begin < text.size();) {
+        size_t end = std::string_view::npos;
+        for (const PlainAlternative& atoms : alternatives) {
+            end = plain_match(atoms, 0, text, begin);
+            if (end != std::string_view::npos) break;
+        }
+        if (end == std::string_view::npos) return {};  // the patterns match every character
+        pieces.emplace_back(text.substr(begin, end - begin));
+        begin = end;
+    }
+    return pieces;
+}
+
+// Text from strings that meet the cases of all patterns, invalid UTF-8 and capitals among them.
+std::string pattern_text(std::mt19937& random, size_t strings) {
+    static const std::vector<std::string_view> kStrings = {"a"sv,
+                                                           "B"sv,
+                                                           "xY"sv,
+                                                           "\303\251"sv,
+                                                           "\303\211"sv,
+                                                           "\307\205"sv,
+                                                           "\346\227\245"sv,
+                                                           "\312\260"sv,
+                                                           "\314\201"sv,
+                                                           "\340\244\203"sv,
+                                                           "1"sv,
+                                                           "23"sv,
+                                                           "4567"sv,
+                                                           "\331\243"sv,
+                                                           "\302\262"sv,
+                                                           " "sv,
+                                                           " "sv,
+                                                           "  "sv,
+                                                           "\n"sv,
+                                                           "\r\n"sv,
+                                                           "\t"sv,
+                                                           "\302\205"sv,
+                                                           "\302\240"sv,
+                                                           "\343\200\200"sv,
+                                                           "'s"sv,
+                                                           "'S"sv,
+                                                           "'re"sv,
+                                                           "'lL"sv,
+                                                           "'\305\277"sv,
+                                                           "'"sv,
+                                                           "'v"sv,
+                                                           "ll"sv,
+                                                           "."sv,
+                                                           "!/"sv,
+                                                           "/"sv,
+                                                           "\360\237\230\200"sv,
+                                                           "\200"sv,
+                                                           "\303"sv,
+                                                           "\342\202"sv,
+                                                           "\355\240\200"sv,
+                                                           "\377"sv,
+                                                           "\000"sv};
+    std::string text;
+    for (size_t i = 0; i < strings; i++) text += kStrings[random() % kStrings.size()];
+    return text;
 }
 
 // Byte-pair encoding as it is defined, on strings, without an index: what the fast ways must equal.
@@ -1727,21 +1896,184 @@ TEST(Tokenizer, WhiteSpaceIsTheUnicodeProperty) {
                               0x2000, 0x2001, 0x2002, 0x2003, 0x2004, 0x2005, 0x2006,
                               0x2007, 0x2008, 0x2009, 0x200a};
     std::set<int> found;
-    size_t letters = 0, numbers = 0;
+    size_t letters = 0, numbers = 0, marks = 0, capitals = 0, small_letters = 0;
     for (int code_point = 0; code_point < 0x110000; code_point++) {
         if (code_point >= 0xd800 && code_point < 0xe000) continue;
         utf8proc_uint8_t utf8[4];
         auto length = utf8proc_encode_char(code_point, utf8);
         auto [kind, size] = classify_at({reinterpret_cast<char*>(utf8), size_t(length)}, 0);
         ASSERT_EQ(size, size_t(length));
-        if (kind == CharacterClass::space) found.insert(code_point);
-        letters += kind == CharacterClass::letter;
-        numbers += kind == CharacterClass::number;
+        if (kind == kSpace) found.insert(code_point);
+        letters += (kind & kLetter) != 0;
+        numbers += kind == kNumber;
+        marks += kind == kMark;
+        capitals += kind == kUpper;
+        small_letters += kind == kLower;
     }
     EXPECT_EQ(found, expected);
     // Unicode 16.0, counted through tiktoken; a library that knows a later Unicode finds more.
     EXPECT_GE(letters, 141028u);
     EXPECT_GE(numbers, 1911u);
+    EXPECT_GE(marks, 2501u);
+    EXPECT_GE(capitals, 1889u);
+    EXPECT_GE(small_letters, 2257u);
+}
+
+TEST(Tokenizer, CharactersAreThoseThatTheLibraryReads) {
+    using namespace tokenizer_test;
+    auto compare = [](std::string_view text) {
+        auto bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+        utf8proc_int32_t code_point = -1;
+        auto length = utf8proc_iterate(bytes, utf8proc_ssize_t(text.size()), &code_point);
+        Character character = character_at(text, 0);
+        if (length <= 0) {
+            EXPECT_EQ(character.symbol, kInvalidByte + uint8_t(text[0]));
+            EXPECT_EQ(character.length, 1u);
+        } else {
+            EXPECT_EQ(character.symbol, code_point);
+            EXPECT_EQ(character.length, size_t(length));
+        }
+    };
+    std::string text(4, ' ');
+    const unsigned seconds[] = {0x00, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xff};
+    for (unsigned first = 0; first < 256; first++)
+        for (unsigned second : seconds)
+            for (unsigned third : seconds)
+                for (unsigned fourth : seconds) {
+                    text = {char(first), char(second), char(third), char(fourth)};
+                    for (size_t size = 1; size <= 4; size++)
+                        compare(std::string_view(text).substr(0, size));
+                }
+}
+
+TEST(Tokenizer, PiecesAreThoseOfTheRegularExpressions) {
+    using namespace tokenizer_test;
+    std::mt19937 random(21);
+    for (Pattern pattern : kAllPatterns) {
+        for (int round = 0; round < 4000; round++) {
+            std::string text = pattern_text(random, 1 + size_t(round) % 14);
+            ASSERT_EQ(pieces_of(text, pattern), plain_pieces(text, pattern))
+                << name_of(pattern).name << " in "
+                << json(text).dump(-1, ' ', true, json::error_handler_t::replace);
+        }
+        for (int round = 0; round < 300; round++) {
+            std::string text = random_bytes(random, 40);
+            ASSERT_EQ(pieces_of(text, pattern), plain_pieces(text, pattern));
+        }
+    }
+}
+
+TEST(Tokenizer, TextMayBeCutWhereSafeCutSays) {
+    using namespace tokenizer_test;
+    std::mt19937 random(22);
+    for (Pattern pattern : kAllPatterns) {
+        size_t cuts = 0;
+        for (int round = 0; round < 1500; round++) {
+            std::string text = pattern_text(random, 30);
+            std::vector<std::string> whole = pieces_of(text, pattern);
+            for (size_t from = 0; from <= text.size(); from++) {
+                size_t cut = safe_cut(text, from);
+                ASSERT_TRUE(cut >= from && cut <= text.size() && (cut > 0 || text.empty()));
+                if (cut == text.size()) break;
+                cuts++;
+                std::string_view view = text;
+                std::vector<std::string> parts = pieces_of(view.substr(0, cut), pattern);
+                for (std::string& piece : pieces_of(view.substr(cut), pattern))
+                    parts.push_back(std::move(piece));
+                ASSERT_EQ(parts, whole) << name_of(pattern).name << " at " << cut;
+                from = cut;
+            }
+        }
+        EXPECT_GT(cuts, 4000u);
+    }
+    EXPECT_EQ(safe_cut("", 0), 0u);
+    EXPECT_EQ(safe_cut("aaaa", 1), 4u);
+    EXPECT_EQ(safe_cut("aa bb", 1), 2u);
+    EXPECT_EQ(safe_cut("aa's", 1), 4u);
+}
+
+TEST(Tokenizer, SplitsAsThePeersDo) {
+    using namespace tokenizer_test;
+    const char* path = "dev/reference/fixtures/tokenizer_splits.json";
+    json fixture = parse_json(read_file(path), path);
+    ASSERT_GT(fixture["texts"].size(), 300u);
+    for (Pattern pattern : kAllPatterns) {
+        const json& expected = fixture["lengths"][name_of(pattern).name];
+        ASSERT_EQ(expected.size(), fixture["texts"].size());
+        for (size_t i = 0; i < expected.size(); i++) {
+            std::vector<size_t> lengths;
+            std::string text = fixture["texts"][i];
+            for (const std::string& piece : pieces_of(text, pattern))
+                lengths.push_back(piece.size());
+            EXPECT_EQ(json(lengths), expected[i]) << name_of(pattern).name << ": " << text;
+        }
+    }
+}
+
+TEST(Tokenizer, ThreadsChangeNoId) {
+    using namespace tokenizer_test;
+    std::mt19937 random(23);
+    for (Pattern pattern : kAllPatterns) {
+        std::string text = pattern_text(random, 1000000);
+        BpeTraining training;
+        training.pattern = pattern;
+        Tokenizer tokenizer = Tokenizer::train_bpe(text.substr(0, 50000), 400, training);
+        std::vector<int> alone, together = {5};
+        tokenizer.encode(text, alone, 1);
+        tokenizer.encode(text, together, 3);
+        ASSERT_EQ(together.size(), alone.size() + 1);
+        EXPECT_TRUE(std::equal(alone.begin(), alone.end(), together.begin() + 1));
+        EXPECT_EQ(together[0], 5);
+        EXPECT_EQ(tokenizer.decode(alone), text);
+        // And both are what the pieces give one by one.
+        std::vector<int> singly;
+        for (const std::string& piece : pieces_of(text.substr(0, 60000), pattern))
+            tokenizer.encode(piece, singly);
+        singly.resize(singly.size() - 4);  // the last piece may be cut
+        EXPECT_TRUE(std::equal(singly.begin(), singly.end(), alone.begin()));
+    }
+    std::string run(1 << 21, 'x');  // nowhere to cut
+    Tokenizer tokenizer = Tokenizer::train_bpe("xx xxx xxxx", 300);
+    EXPECT_EQ(tokenizer.decode(tokenizer.encode(run)), run);
+}
+
+TEST(Tokenizer, MergesInAnyOrderGoByRankThenPlace) {
+    using namespace tokenizer_test;
+    std::mt19937 random(24);
+    std::string learned, letters = "aaabbc";
+    for (int i = 0; i < 2000; i++) learned += i % 9 == 0 ? ' ' : letters[random() % letters.size()];
+    std::vector<PlainMerge> merges = plain_train(learned, 60).merges;
+    std::string folder = test_folder();
+    Tokenizer::train_bpe(learned, 257 + 60).save(folder);
+    json file = parse_json(read_file(folder + "/tokenizer.json"), "file");
+    std::shuffle(merges.begin(), merges.end(), random);
+    ByteAlphabet alphabet;
+    file["model"]["merges"] = json::array();
+    for (const PlainMerge& merge : merges)
+        file["model"]["merges"].push_back(
+            {alphabet.spell(merge.first), alphabet.spell(merge.second)});
+    write_plainly(folder + "/tokenizer.json", file.dump());
+    Tokenizer tokenizer = Tokenizer::load(folder);
+    std::map<PlainMerge, size_t> rank_of;
+    for (size_t i = 0; i < merges.size(); i++) rank_of[merges[i]] = i;
+    for (size_t size = 1; size < 700; size += 1 + size / 12) {
+        std::string text;
+        for (size_t i = 0; i < size; i++) text += letters[random() % letters.size()];
+        if (size % 5 == 0) text.assign(size, 'a');
+        PlainPiece plain = plain_bytes(text);
+        for (;;) {
+            size_t best = plain.size(), best_rank = merges.size();
+            for (size_t i = 0; i + 1 < plain.size(); i++) {
+                auto found = rank_of.find({plain[i], plain[i + 1]});
+                if (found != rank_of.end() && found->second < best_rank)
+                    best = i, best_rank = found->second;
+            }
+            if (best == plain.size()) break;
+            plain[best] += plain[best + 1];
+            plain.erase(plain.begin() + ptrdiff_t(best) + 1);
+        }
+        EXPECT_EQ(bytes_of(tokenizer, tokenizer.encode(text)), plain) << text;
+    }
 }
 
 TEST(Tokenizer, AnyBytesComeBack) {
@@ -2020,7 +2352,7 @@ TEST(Tokenizer, ReadsHuggingFaceFiles) {
                               {"single", {{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}}};
     expect_same(load(), plain);
     json split = {{"type", "Split"},
-                  {"pattern", {{"Regex", kGpt2Pattern}}},
+                  {"pattern", {{"Regex", name_of(Pattern::gpt2).regex}}},
                   {"behavior", "Isolated"},
                   {"invert", false}};
     json bytes = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
@@ -2106,8 +2438,8 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
         {"/model/vocab", json::array(), "2 model.vocab: is missing or not an object"},
         {"/model/vocab", json::object(), "2 model.vocab: id 258 in a vocabulary of 1 tokens"},
         {"/model/vocab/he", 255, "2 model.vocab: two tokens have the id 255"},
-        {"/model/vocab/he", -1, "2 model.vocab: token \"he\": id -1 is not within 0 to 65535"},
-        {"/model/vocab/he", 65536, "2 model.vocab: token \"he\": id 65536 is not within"},
+        {"/model/vocab/he", -1, "2 model.vocab: token \"he\": id -1 is not within 0 to 1048574"},
+        {"/model/vocab/he", 1048575, "2 model.vocab: token \"he\": id 1048575 is not within"},
         {"/model/vocab/he", 18446744073709551615u,
          "2 model.vocab: token \"he\": id 18446744073709551615"},
         {"/model/vocab/he", 1.5, "2 model.vocab: token \"he\": the id is not an integer"},
@@ -2143,11 +2475,12 @@ TEST(Tokenizer, RefusesVocabulariesThatAreNotWhole) {
     file["model"]["vocab"]["AA"] = 32;
     expect_start(load_error(file.dump()), "2 model.vocab: no token for the byte 0x41; a");
     file = small_json();
-    for (int id = 259; id <= 65536; id++) file["model"]["vocab"][format("a%d", id)] = id;
-    expect_start(load_error(file.dump()), "2 model.vocab: token \"a65536\": id 655");
-    file["model"]["vocab"]["b"] = file["model"]["vocab"]["c"] = 1;
-    file["model"]["vocab"]["bb"] = file["model"]["vocab"]["cc"] = 1;
-    EXPECT_EQ(load_error(file.dump()), "2 model.vocab: 65538 tokens; at most 65536 are supported");
+    file["model"]["vocab"]["a"] = 1048575;
+    expect_start(load_error(file.dump()), "2 model.vocab: token \"a\": id 1048575 is not");
+    std::string many = small_json().dump(), tokens;
+    for (int id = 0; id <= 1048575; id++) tokens += format("\"=%d\":1,", id);
+    many.insert(many.find("\"he\":"), tokens);
+    EXPECT_EQ(load_error(many), "2 model.vocab: 1048834 tokens; at most 1048575 are supported");
     file = small_json();  // a merge that would turn plain text into a special token
     file["added_tokens"].push_back({{"id", 257}, {"content", "hey"}, {"special", true}});
     expect_start(load_error(file.dump()), "2 model.merges[1]: token \"hey\" is special");
@@ -2230,13 +2563,13 @@ TEST(Tokenizer, ReadsAndRefusesMergesFiles) {
     EXPECT_EQ(error("h\t e\n"), "2 line 2: is not spelt in byte-level characters");
     EXPECT_EQ(error("h \200\n"), "2 line 2: is not spelt in byte-level characters");
     std::string many;
-    for (int i = 0; i < 65536; i++) {
-        std::string digits = format("%05d", i);
-        for (size_t n = 1; n < 5; n++)
-            if (i % int(pow(10, double(5 - n - 1))) == 0)
+    for (int i = 0; i < 1000000; i++) {
+        std::string digits = format("%06d", i);
+        for (size_t n = 1; n < 6; n++)
+            if (i % int(pow(10, double(6 - n - 1))) == 0)
                 many += digits.substr(0, n) + " " + digits.substr(n, 1) + "\n";
     }
-    expect_start(error(many), "2 line 65281: makes more than 65536 t");
+    expect_start(error(many), "2 line 1048320: makes more than 1048575 t");
 }
 
 TEST(Tokenizer, GivesGpt2Ids) {

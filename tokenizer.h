@@ -1,10 +1,10 @@
 // Text <-> tokens: byte-level BPE (trained here, or GPT-2's own), byte and character vocabularies.
 //
 // Byte-level BPE [Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019] cuts text into
-// pieces with the GPT-2 split pattern, writes each piece as bytes, and joins adjacent tokens by a
-// ranked list of merges. A byte vocabulary has one token a byte, a character vocabulary one a
-// Unicode character. All three are kept as Hugging Face tokenizer.json, which the `tokenizers`
-// library reads and agrees with on any valid UTF-8.
+// pieces with the split pattern of GPT-2, GPT-4 or GPT-4o, writes each piece as bytes, and joins
+// adjacent tokens by a ranked list of merges. A byte vocabulary has one token a byte, a character
+// vocabulary one a Unicode character. All three are kept as Hugging Face tokenizer.json, which the
+// `tokenizers` library reads and agrees with on any valid UTF-8.
 //
 // Text is bytes. Those that are not UTF-8 are kept: each is a character of its own, neither letter,
 // number nor space. decode(encode(text)) == text for every text, where a character vocabulary lacks
@@ -15,13 +15,17 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <queue>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -29,10 +33,9 @@
 
 #include "files.h"
 
-constexpr int kMaxVocabulary = 65536;  // shards hold ids as uint16
+constexpr int kMaxVocabulary = 65536;      // of what is made here: shards hold ids as uint16
+constexpr int kMaxTokens = (1 << 20) - 1;  // of what files bring along
 constexpr std::string_view kEndOfText = "<|endoftext|>";
-constexpr std::string_view kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
 // ==== characters =================================================================================
 
@@ -45,136 +48,369 @@ struct Character {
     size_t length;  // in bytes
 };
 
-// The character at byte i < text.size(). Overlong forms and surrogates are not UTF-8.
+// The character at byte i < text.size(). Overlong forms, surrogates and numbers past U+10FFFF are
+// not UTF-8: where no character starts, one byte is a symbol of its own, and the next is looked at.
 inline Character character_at(std::string_view text, size_t i) {
-    uint8_t first = uint8_t(text[i]);
-    if (first < 0x80) return {first, 1};
-    utf8proc_int32_t code_point = -1;
-    auto bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + i;
-    auto limit = utf8proc_ssize_t(std::min<size_t>(text.size() - i, 4));
-    auto length = utf8proc_iterate(bytes, limit, &code_point);
-    if (length <= 0) return {kInvalidByte + first, 1};
-    return {code_point, size_t(length)};
+    auto byte = [&](size_t k) { return unsigned(uint8_t(text[i + k])); };
+    auto continues = [&](size_t k) { return (byte(k) & 0xc0) == 0x80; };
+    unsigned first = byte(0);
+    size_t left = text.size() - i;
+    if (first < 0x80) return {int(first), 1};
+    if (first >= 0xc2 && first <= 0xdf && left > 1 && continues(1))
+        return {int((first & 0x1f) << 6 | (byte(1) & 0x3f)), 2};
+    if ((first & 0xf0) == 0xe0 && left > 2 && continues(1) && continues(2)) {
+        unsigned symbol = (first & 0xf) << 12 | (byte(1) & 0x3f) << 6 | (byte(2) & 0x3f);
+        if (symbol >= 0x800 && (symbol < 0xd800 || symbol > 0xdfff)) return {int(symbol), 3};
+    }
+    if ((first & 0xf8) == 0xf0 && left > 3 && continues(1) && continues(2) && continues(3)) {
+        unsigned symbol = (first & 0x7) << 18 | (byte(1) & 0x3f) << 12;
+        symbol |= (byte(2) & 0x3f) << 6 | (byte(3) & 0x3f);
+        if (symbol >= 0x10000 && symbol <= 0x10ffff) return {int(symbol), 4};
+    }
+    return {kInvalidByte + int(first), 1};
 }
 
-// The classes that the split pattern tells apart: \p{L}, \p{N}, \s (Unicode White_Space), and the
-// rest.
-enum class CharacterClass : uint8_t { other, letter, number, space };
+// ==== categories =================================================================================
 
-// Letters and numbers that Unicode 15.1 and 16 added. utf8proc 2.8 (Debian 12) stops at
-// Unicode 15.0, tiktoken and tokenizers know these; asked only where utf8proc says `unassigned`, so
-// a newer one is not contradicted.
-inline CharacterClass class_of_recent(int code_point) {
+// What the split patterns tell apart, one bit each, so that a set of them is a mask. \p{L} is
+// kLetter, \s is kSpace (Unicode White_Space).
+enum CharacterClass : uint8_t {
+    kUpper = 1,        // Lu, Lt
+    kLower = 2,        // Ll
+    kOtherLetter = 4,  // Lm, Lo
+    kMark = 8,         // Mn, Mc, Me
+    kNumber = 16,      // Nd, Nl, No
+    kSpace = 32,
+    kRest = 64,       // what is left, bytes that are not UTF-8 among it
+    kNotAscii = 128,  // of a byte: ask for the whole character
+};
+constexpr unsigned kLetter = kUpper | kLower | kOtherLetter;
+
+// The class of a byte that is a character; kNotAscii for all others.
+inline constexpr auto kClassOfByte = [] {
+    std::array<uint8_t, 256> table{};
+    for (unsigned c = 0; c < 256; c++) {
+        bool space = c == ' ' || (c >= '\t' && c <= '\r');
+        table[c] = c >= 0x80 ? kNotAscii : space ? kSpace : kRest;
+        if (c >= 'A' && c <= 'Z') table[c] = kUpper;
+        if (c >= 'a' && c <= 'z') table[c] = kLower;
+        if (c >= '0' && c <= '9') table[c] = kNumber;
+    }
+    return table;
+}();
+
+// What Unicode 15.1 and 16 added. utf8proc 2.8 (Debian 12) stops at Unicode 15.0, tiktoken and
+// tokenizers know these; asked only where utf8proc says `unassigned`, so a newer one is not
+// contradicted.
+inline uint8_t class_of_recent(int code_point) {
     struct Range {
         int first, last;
-        CharacterClass kind;
+        uint8_t kind;
     };
-    constexpr auto L = CharacterClass::letter, N = CharacterClass::number;
+    constexpr uint8_t U = kUpper, W = kLower, O = kOtherLetter, M = kMark, N = kNumber;
     static constexpr Range kRecent[] = {
-        {0x1c89, 0x1c8a, L},   {0xa7cb, 0xa7cd, L},   {0xa7da, 0xa7dc, L},   {0x105c0, 0x105f3, L},
-        {0x10d40, 0x10d49, N}, {0x10d4a, 0x10d65, L}, {0x10d6f, 0x10d85, L}, {0x10ec2, 0x10ec4, L},
-        {0x11380, 0x11389, L}, {0x1138b, 0x1138b, L}, {0x1138e, 0x1138e, L}, {0x11390, 0x113b5, L},
-        {0x113b7, 0x113b7, L}, {0x113d1, 0x113d1, L}, {0x113d3, 0x113d3, L}, {0x116d0, 0x116e3, N},
-        {0x11bc0, 0x11be0, L}, {0x11bf0, 0x11bf9, N}, {0x13460, 0x143fa, L}, {0x16100, 0x1611d, L},
-        {0x16130, 0x16139, N}, {0x16d40, 0x16d6c, L}, {0x16d70, 0x16d79, N}, {0x18cff, 0x18cff, L},
-        {0x1ccf0, 0x1ccf9, N}, {0x1e5d0, 0x1e5ed, L}, {0x1e5f0, 0x1e5f0, L}, {0x1e5f1, 0x1e5fa, N},
-        {0x2ebf0, 0x2ee5d, L}};
+        {0x897, 0x897, M},     {0x1c89, 0x1c89, U},   {0x1c8a, 0x1c8a, W},   {0xa7cb, 0xa7cc, U},
+        {0xa7cd, 0xa7cd, W},   {0xa7da, 0xa7da, U},   {0xa7db, 0xa7db, W},   {0xa7dc, 0xa7dc, U},
+        {0x105c0, 0x105f3, O}, {0x10d40, 0x10d49, N}, {0x10d4a, 0x10d4f, O}, {0x10d50, 0x10d65, U},
+        {0x10d69, 0x10d6d, M}, {0x10d6f, 0x10d6f, O}, {0x10d70, 0x10d85, W}, {0x10ec2, 0x10ec4, O},
+        {0x10efc, 0x10efc, M}, {0x11380, 0x11389, O}, {0x1138b, 0x1138b, O}, {0x1138e, 0x1138e, O},
+        {0x11390, 0x113b5, O}, {0x113b7, 0x113b7, O}, {0x113b8, 0x113c0, M}, {0x113c2, 0x113c2, M},
+        {0x113c5, 0x113c5, M}, {0x113c7, 0x113ca, M}, {0x113cc, 0x113d0, M}, {0x113d1, 0x113d1, O},
+        {0x113d2, 0x113d2, M}, {0x113d3, 0x113d3, O}, {0x113e1, 0x113e2, M}, {0x116d0, 0x116e3, N},
+        {0x11bc0, 0x11be0, O}, {0x11bf0, 0x11bf9, N}, {0x11f5a, 0x11f5a, M}, {0x13460, 0x143fa, O},
+        {0x16100, 0x1611d, O}, {0x1611e, 0x1612f, M}, {0x16130, 0x16139, N}, {0x16d40, 0x16d6c, O},
+        {0x16d70, 0x16d79, N}, {0x18cff, 0x18cff, O}, {0x1ccf0, 0x1ccf9, N}, {0x1e5d0, 0x1e5ed, O},
+        {0x1e5ee, 0x1e5ef, M}, {0x1e5f0, 0x1e5f0, O}, {0x1e5f1, 0x1e5fa, N}, {0x2ebf0, 0x2ee5d, O}};
     for (const Range& range : kRecent)
         if (code_point >= range.first && code_point <= range.last) return range.kind;
-    return CharacterClass::other;
+    return kRest;
 }
 
-// The class of a code point beyond ASCII.
-inline CharacterClass class_of_code_point(int code_point) {
+// The class of a code point, as utf8proc knows it.
+inline uint8_t class_of_code_point(int code_point) {
     switch (utf8proc_category(code_point)) {
         case UTF8PROC_CATEGORY_LU:
-        case UTF8PROC_CATEGORY_LL:
         case UTF8PROC_CATEGORY_LT:
+            return kUpper;
+        case UTF8PROC_CATEGORY_LL:
+            return kLower;
         case UTF8PROC_CATEGORY_LM:
         case UTF8PROC_CATEGORY_LO:
-            return CharacterClass::letter;
+            return kOtherLetter;
+        case UTF8PROC_CATEGORY_MN:
+        case UTF8PROC_CATEGORY_MC:
+        case UTF8PROC_CATEGORY_ME:
+            return kMark;
         case UTF8PROC_CATEGORY_ND:
         case UTF8PROC_CATEGORY_NL:
         case UTF8PROC_CATEGORY_NO:
-            return CharacterClass::number;
+            return kNumber;
         case UTF8PROC_CATEGORY_ZS:
         case UTF8PROC_CATEGORY_ZL:
         case UTF8PROC_CATEGORY_ZP:
-            return CharacterClass::space;
+            return kSpace;
         case UTF8PROC_CATEGORY_CN:
             return class_of_recent(code_point);
         // White_Space is the Z categories and the controls U+0009 to U+000D and U+0085.
         default:
-            return code_point == 0x85 ? CharacterClass::space : CharacterClass::other;
+            return code_point == 0x85 || (code_point >= 9 && code_point <= 13) ? kSpace : kRest;
     }
 }
 
+// The classes of all symbols, bytes that are not UTF-8 among them: a byte each, asked of utf8proc
+// once. Text touches only the few pages that hold its scripts.
+inline const uint8_t* class_table() {
+    static const std::vector<uint8_t> table = [] {
+        std::vector<uint8_t> classes(kInvalidByte + 256, kRest);
+        for (int c = 0; c < kInvalidByte; c++) classes[size_t(c)] = class_of_code_point(c);
+        return classes;
+    }();
+    return table.data();
+}
+
 struct ClassifiedCharacter {
-    CharacterClass kind;
+    uint8_t kind;   // one CharacterClass
     size_t length;  // in bytes
 };
 
 // The class and length of the character at byte i < text.size().
 inline ClassifiedCharacter classify_at(std::string_view text, size_t i) {
-    static constexpr auto kAscii = [] {
-        std::array<CharacterClass, 128> table{};
-        for (int c = 0; c < 128; c++) {
-            bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-            bool space = c == ' ' || (c >= '\t' && c <= '\r');
-            if (letter) table[size_t(c)] = CharacterClass::letter;
-            if (space) table[size_t(c)] = CharacterClass::space;
-            if (c >= '0' && c <= '9') table[size_t(c)] = CharacterClass::number;
-        }
-        return table;
-    }();
-    uint8_t first = uint8_t(text[i]);
-    if (first < 0x80) return {kAscii[first], 1};
+    uint8_t kind = kClassOfByte[uint8_t(text[i])];
+    if (kind != kNotAscii) return {kind, 1};
     Character character = character_at(text, i);
-    if (character.symbol >= kInvalidByte) return {CharacterClass::other, 1};
-    return {class_of_code_point(character.symbol), character.length};
+    return {class_table()[character.symbol], character.length};
 }
 
-// ==== the split pattern ==========================================================================
+// ==== the split patterns =========================================================================
 
-// The length of the contraction 's 't 're 've 'm 'll 'd that starts at byte i, where text[i] is the
-// apostrophe; 0 if there is none.
-inline size_t contraction_length(std::string_view text, size_t i) {
-    if (i + 1 >= text.size()) return 0;
-    char first = text[i + 1];
+// Regular expressions cut text into the pieces inside which tokens are merged. Each is written out
+// by hand as what it does at one place: which alternative matches there first, and how far.
+// cl100k (GPT-4) and o200k (GPT-4o) are those of the tiktoken library. cl100k_json is the older
+// spelling of cl100k that tokenizer.json files hold; the two differ only in white space that ends
+// the text and has a line break in it.
+enum class Pattern { gpt2, cl100k, o200k, cl100k_json };
+
+struct PatternName {
+    Pattern pattern;
+    const char* name;
+    // For Oniguruma, which the tokenizers library matches with; as published where that will do.
+    std::string_view regex;
+};
+
+inline constexpr PatternName kPatterns[] = {
+    {Pattern::gpt2, "gpt2",
+     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"},
+    {Pattern::cl100k, "cl100k",
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
+     R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+)"},
+    {Pattern::o200k, "o200k",
+     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
+     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
+     R"(\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"},
+    {Pattern::cl100k_json, "cl100k-json",
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
+     R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}};
+
+// Where the run of characters of these classes (a mask) that starts at byte i ends; i if there is
+// none.
+inline size_t run_end(std::string_view text, size_t i, unsigned classes) {
+    while (i < text.size()) {
+        uint8_t kind = kClassOfByte[uint8_t(text[i])];
+        if (kind & classes) {
+            i++;
+            continue;
+        }
+        if (kind != kNotAscii) return i;
+        ClassifiedCharacter next = classify_at(text, i);
+        if (!(next.kind & classes)) return i;
+        i += next.length;
+    }
+    return i;
+}
+
+// The length of the contraction 's 't 're 've 'm 'll 'd that starts at byte i; 0 if there is none.
+// In any case, the long s (U+017F) is an s too: it is so to a regular expression.
+inline size_t contraction_length(std::string_view text, size_t i, bool any_case) {
+    if (i + 1 >= text.size() || text[i] != '\'') return 0;
+    auto letter = [&](size_t k) { return any_case ? char(text[k] | 0x20) : text[k]; };
+    char first = letter(i + 1);
     if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
     if (i + 2 >= text.size()) return 0;
-    char second = text[i + 2];
+    if (any_case && text[i + 1] == '\xc5' && text[i + 2] == '\xbf') return 3;
+    char second = letter(i + 2);
     bool two = (first == 'r' && second == 'e') || (first == 'v' && second == 'e') ||
                (first == 'l' && second == 'l');
     return two ? 3 : 0;
 }
 
-// Where the first piece of text[begin, ...) ends by the GPT-2 split pattern (kGpt2Pattern); begin
-// must be below text.size(). The alternatives of the pattern, tried in order: a contraction;
-// letters, numbers, or others, each with at most one U+0020 before; white space up to the end of
-// the text, or up to but without its last character, which goes with the word that follows; one
-// white-space character.
-inline size_t gpt2_piece_end(std::string_view text, size_t begin) {
-    if (text[begin] == '\'')
-        if (size_t length = contraction_length(text, begin)) return begin + length;
-    ClassifiedCharacter first = classify_at(text, begin);
-    size_t end = begin + first.length;
-    CharacterClass kind = first.kind;
-    if (text[begin] == ' ' && end < text.size()) {
-        ClassifiedCharacter second = classify_at(text, end);
-        if (second.kind != CharacterClass::space) {
-            kind = second.kind;
-            end += second.length;
-        }
+// How white space that starts at `begin` and meets no other alternative is cut: `\s+(?!\S)|\s+`,
+// all of it at the end of the text, else all but its last character, which goes with the word that
+// follows. `end` is where the run of white space ends.
+inline size_t space_end(std::string_view text, size_t begin, size_t end) {
+    if (end == text.size()) return end;
+    size_t last = end - 1;
+    while ((text[last] & 0xc0) == 0x80) last--;
+    return last > begin ? last : end;
+}
+
+// `\s*[\r\n]+|\s+(?!\S)|\s+`: white space up to the last line break in it, if there is one.
+inline size_t line_end(std::string_view text, size_t begin, size_t end) {
+    for (size_t i = end; i > begin; i--)
+        if (text[i - 1] == '\n' || text[i - 1] == '\r') return i;
+    return space_end(text, begin, end);
+}
+
+// The end of at most three numbers, the first of which is before byte i.
+inline size_t digits_end(std::string_view text, size_t i) {
+    for (int count = 1; count < 3 && i < text.size(); count++) {
+        ClassifiedCharacter next = classify_at(text, i);
+        if (next.kind != kNumber) break;
+        i += next.length;
     }
-    size_t last = begin;  // where the last character of the run starts
-    while (end < text.size()) {
-        ClassifiedCharacter next = classify_at(text, end);
-        if (next.kind != kind) return kind == CharacterClass::space && last > begin ? last : end;
-        last = end;
-        end += next.length;
-    }
+    return i;
+}
+
+// ` ?[^\s\p{L}\p{N}]+[...]*` at `begin`, where `ends` are the characters of the last bracket; 0 if
+// it does not match.
+inline size_t symbols_end(std::string_view text, size_t begin, std::string_view ends) {
+    size_t start = begin + (text[begin] == ' ');
+    size_t end = run_end(text, start, kMark | kRest);
+    if (end == start) return 0;
+    while (end < text.size() && ends.find(text[end]) != ends.npos) end++;
     return end;
+}
+
+// Where the first piece of text[begin, ...) ends by the GPT-2 pattern; begin must be below
+// text.size(). Letters, numbers, or the rest, each with at most one U+0020 before.
+inline size_t gpt2_piece_end(std::string_view text, size_t begin) {
+    if (size_t length = contraction_length(text, begin, false)) return begin + length;
+    size_t start = begin + (text[begin] == ' ');
+    if (start < text.size()) {
+        ClassifiedCharacter first = classify_at(text, start);
+        unsigned run = first.kind & kLetter ? kLetter : unsigned(first.kind);
+        if (run & (kMark | kRest)) run = kMark | kRest;
+        if (run != kSpace) return run_end(text, start + first.length, run);
+    }
+    return space_end(text, begin, run_end(text, begin, kSpace));
+}
+
+// The same by cl100k. Letters may have one character before them that is neither a line break nor
+// a number; numbers come three at a time; line breaks go with the symbols before them.
+// whole_at_end: `\s+\z` stands before `\s*[\r\n]+`.
+inline size_t cl100k_piece_end(std::string_view text, size_t begin, bool whole_at_end) {
+    if (size_t length = contraction_length(text, begin, true)) return begin + length;
+    ClassifiedCharacter first = classify_at(text, begin);
+    size_t second = begin + first.length;
+    if (first.kind & kLetter) return run_end(text, second, kLetter);
+    if (first.kind == kNumber) return digits_end(text, second);
+    if (text[begin] != '\r' && text[begin] != '\n')
+        if (size_t end = run_end(text, second, kLetter); end > second) return end;
+    if (size_t end = symbols_end(text, begin, "\r\n")) return end;
+    size_t end = run_end(text, second, kSpace);
+    if (whole_at_end && end == text.size()) return end;
+    return line_end(text, begin, end);
+}
+
+// The longest `[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+` at byte i as a
+// regular expression finds it: the first bracket takes all it can and gives back, from its end, up
+// to a character that is in the second one too. 0 if there is none.
+inline size_t cased_word_end(std::string_view text, size_t i) {
+    constexpr unsigned kFirst = kUpper | kOtherLetter | kMark;
+    constexpr unsigned kSecond = kLower | kOtherLetter | kMark;
+    size_t given_back = 0;
+    while (i < text.size()) {
+        ClassifiedCharacter next = classify_at(text, i);
+        if (!(next.kind & kFirst)) break;
+        i += next.length;
+        if (next.kind & kSecond) given_back = i;
+    }
+    size_t end = run_end(text, i, kSecond);
+    return end > i ? end : given_back;
+}
+
+// The same by o200k. A word is capitals, then small letters; letters without case and marks are
+// both. It may have one character before it that is neither a line break nor a letter nor a number
+// (a mark is such a character too), and takes a contraction along. Its alternatives in their order:
+// with small letters, the character before it taken or, if that fails, not; capitals alone.
+inline size_t o200k_piece_end(std::string_view text, size_t begin) {
+    ClassifiedCharacter first = classify_at(text, begin);
+    size_t second = begin + first.length;
+    bool before =
+        first.kind & (kMark | kRest | kSpace) && text[begin] != '\r' && text[begin] != '\n';
+    size_t word = 0;
+    if (before) word = cased_word_end(text, second);
+    if (word == 0 && first.kind & (kLetter | kMark)) word = cased_word_end(text, begin);
+    if (word == 0 && (before || first.kind == kUpper)) {
+        size_t start = before ? second : begin, capitals = run_end(text, start, kUpper);
+        if (capitals > start) word = capitals;
+    }
+    if (word > 0) return word + contraction_length(text, word, true);
+    if (first.kind == kNumber) return digits_end(text, second);
+    if (size_t end = symbols_end(text, begin, "\r\n/")) return end;
+    return line_end(text, begin, run_end(text, second, kSpace));
+}
+
+// Where the first piece of text[begin, ...) ends; begin must be below text.size().
+template <Pattern pattern>
+inline size_t piece_end(std::string_view text, size_t begin) {
+    if constexpr (pattern == Pattern::gpt2) return gpt2_piece_end(text, begin);
+    if constexpr (pattern == Pattern::cl100k) return cl100k_piece_end(text, begin, true);
+    if constexpr (pattern == Pattern::cl100k_json) return cl100k_piece_end(text, begin, false);
+    if constexpr (pattern == Pattern::o200k) return o200k_piece_end(text, begin);
+}
+
+inline const PatternName& name_of(Pattern pattern) {
+    for (const PatternName& name : kPatterns)
+        if (name.pattern == pattern) return name;
+    return kPatterns[0];
+}
+
+// The pattern of a name of kPatterns; fails on any other.
+inline Pattern pattern_of(const std::string& name) {
+    for (const PatternName& known : kPatterns)
+        if (name == known.name) return known.pattern;
+    fail_input("pattern %s: there are gpt2, cl100k, o200k and cl100k-json", name.c_str());
+}
+
+// Calls f(std::integral_constant<Pattern, p>()) for a pattern known only now, so that what f does
+// with it is compiled for each.
+template <typename F>
+auto with_pattern(Pattern pattern, F f) {
+    switch (pattern) {
+        case Pattern::gpt2:
+            return f(std::integral_constant<Pattern, Pattern::gpt2>());
+        case Pattern::cl100k:
+            return f(std::integral_constant<Pattern, Pattern::cl100k>());
+        case Pattern::o200k:
+            return f(std::integral_constant<Pattern, Pattern::o200k>());
+        default:
+            return f(std::integral_constant<Pattern, Pattern::cl100k_json>());
+    }
+}
+
+// Where a long text may be cut so that its parts, split one by one, give the pieces of the whole:
+// the first such place at byte `from` or behind it, text.size() if there is none. It is before a
+// character that is white space or of the rest, but no apostrophe, and behind a letter.
+//
+// Why that is right, for each pattern. No alternative has such a character behind a letter: letters
+// are followed by letters, marks or a contraction, and all else that may stand in a piece of theirs
+// (a space, one character) stands before them. So a piece ends there. The pieces before it
+// come out the same when the text ends there: what they look at beyond their end is whether the
+// next character is a letter, a mark, or the apostrophe of a contraction, which neither the
+// character nor the end is, or whether a run of white space ends the text, and none ends behind a
+// letter. The pieces behind it are found from there on, and never look back.
+inline size_t safe_cut(std::string_view text, size_t from) {
+    for (size_t i = std::max<size_t>(from, 1); i < text.size(); i++) {
+        if ((text[i] & 0xc0) == 0x80 || text[i] == '\'') continue;
+        if (!(classify_at(text, i).kind & (kSpace | kRest))) continue;
+        size_t before = i - 1;
+        while (before > 0 && i - before < 4 && (text[before] & 0xc0) == 0x80) before--;
+        ClassifiedCharacter letter = classify_at(text, before);
+        if (letter.kind & kLetter && before + letter.length == i) return i;
+    }
+    return text.size();
 }
 
 // ==== bytes as printable characters ==============================================================
@@ -227,62 +463,118 @@ struct ByteAlphabet {
     }
 };
 
+// ==== threads ====================================================================================
+
+// Calls work(0) to work(count - 1), each on a thread of its own, the first on this one, and waits
+// for all. What one of them throws is thrown here.
+template <typename F>
+void run_threads(size_t count, F work) {
+    std::vector<std::exception_ptr> failures(count);
+    auto guarded = [&](size_t i) {
+        try {
+            work(i);
+        } catch (...) { failures[i] = std::current_exception(); }
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < count; i++) threads.emplace_back(guarded, i);
+    guarded(0);
+    for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& failure : failures)
+        if (failure) std::rethrow_exception(failure);
+}
+
 // ==== pairs of tokens ============================================================================
 
-// A map from pairs of token ids (each below kMaxVocabulary) to a number: open addressing with
-// linear probing, at most half full, 8 bytes a slot, because encoding asks it once or more for
-// every byte.
+// A map from pairs of token ids of kIdBits bits to a number of the 64 - 2 * kIdBits bits that are
+// left. Buckets of four slots of 8 bytes; a pair stands in the bucket that it hashes to or, if that
+// was full, in the next. Encoding asks for two pairs a merge, most of which are not there: a
+// filter, with a bit for every pair, is small enough to stay near and knows nine in ten of them;
+// behind it all four slots are compared at once, without a branch that would be guessed wrong.
+template <int kIdBits>
 class PairTable {
   public:
-    static constexpr uint32_t kNone = 0xffffffff;
+    static constexpr int kValueBits = 64 - 2 * kIdBits;
+    static constexpr uint32_t kNone = uint32_t((uint64_t(1) << kValueBits) - 1);
 
-    uint32_t find(int left, int right) const {
-        uint32_t key = key_of(left, right);
-        for (size_t i = slot_of(key);; i = (i + 1) & (slots_.size() - 1)) {
-            if (slots_[i].value == kNone || slots_[i].key == key) return slots_[i].value;
+    uint32_t find(uint32_t left, uint32_t right) const {
+        uint64_t key = key_of(left, right);
+        size_t bit = bit_of(key);
+        if (!(filter_[bit / 64] >> bit % 64 & 1)) return kNone;
+        for (size_t i = bucket_of(key);; i = (i + 1) & (buckets_.size() - 1)) {
+            const Bucket& bucket = buckets_[i];
+            uint32_t value = kNone;
+            for (uint64_t slot : bucket.slots)
+                if (slot >> kValueBits == key) value = uint32_t(slot) & kNone;
+            if (value != kNone || bucket.slots[kSlots - 1] == kFree) [[likely]]
+                return value;
         }
     }
 
-    // The pair's number; a pair that has none is given `value` (not kNone) first.
-    uint32_t find_or_insert(int left, int right, uint32_t value) {
-        if (2 * (used_ + 1) > slots_.size()) grow();
+    // The pair's number; a pair that has none is given `value` (below kNone) first.
+    uint32_t find_or_insert(uint32_t left, uint32_t right, uint32_t value) {
+        if (2 * (used_ + 1) > buckets_.size() * kSlots) grow();
         return place(key_of(left, right), value);
     }
 
   private:
-    struct Slot {
-        uint32_t key = 0, value = kNone;
+    static constexpr uint64_t kFree = ~uint64_t(0);  // its number is kNone
+    static constexpr size_t kSlots = 4;
+
+    struct alignas(kSlots * sizeof(uint64_t)) Bucket {
+        uint64_t slots[kSlots] = {kFree, kFree, kFree, kFree};  // the used ones first
     };
 
-    static uint32_t key_of(int left, int right) { return uint32_t(left) << 16 | uint32_t(right); }
+    static uint64_t key_of(uint32_t left, uint32_t right) {
+        return uint64_t(left) << kIdBits | right;
+    }
     // Fibonacci hashing: the high bits of a product with 2^64 / golden ratio.
-    size_t slot_of(uint32_t key) const { return size_t(key * 0x9e3779b97f4a7c15u >> shift_); }
+    static uint64_t hash(uint64_t key) { return key * 0x9e3779b97f4a7c15u; }
+    size_t bucket_of(uint64_t key) const { return size_t(hash(key) >> shift_); }
+    size_t bit_of(uint64_t key) const { return size_t(hash(key) >> (shift_ - 5)); }
 
-    uint32_t place(uint32_t key, uint32_t value) {
-        size_t i = slot_of(key);
-        while (slots_[i].value != kNone && slots_[i].key != key) i = (i + 1) & (slots_.size() - 1);
-        if (slots_[i].value == kNone) {
-            slots_[i] = {key, value};
-            used_++;
+    uint32_t place(uint64_t key, uint32_t value) {
+        for (size_t i = bucket_of(key);; i = (i + 1) & (buckets_.size() - 1)) {
+            for (uint64_t& slot : buckets_[i].slots) {
+                if (slot == kFree) {
+                    slot = key << kValueBits | value;
+                    used_++;
+                    filter_[bit_of(key) / 64] |= uint64_t(1) << bit_of(key) % 64;
+                }
+                if (slot >> kValueBits == key) return uint32_t(slot) & kNone;
+            }
         }
-        return slots_[i].value;
     }
 
     void grow() {
-        std::vector<Slot> old(2 * slots_.size());
-        old.swap(slots_);
+        std::vector<Bucket> old(2 * buckets_.size());
+        old.swap(buckets_);
         shift_--;
         used_ = 0;
-        for (const Slot& slot : old)
-            if (slot.value != kNone) place(slot.key, slot.value);
+        filter_.assign(buckets_.size() / 2, 0);
+        for (const Bucket& bucket : old)
+            for (uint64_t slot : bucket.slots)
+                if (slot != kFree) place(slot >> kValueBits, uint32_t(slot) & kNone);
     }
 
-    std::vector<Slot> slots_ = std::vector<Slot>(256);
-    int shift_ = 64 - 8;  // slots_.size() == 1 << (64 - shift_)
+    std::vector<Bucket> buckets_ = std::vector<Bucket>(64);
+    std::vector<uint64_t> filter_ = std::vector<uint64_t>(32);  // 32 bits a bucket
+    int shift_ = 64 - 6;  // buckets_.size() == 1 << (64 - shift_)
     size_t used_ = 0;
 };
 
+using MergeTable = PairTable<20>;  // of kMaxTokens
+static_assert(kMaxTokens == (1 << 20) - 1 && kMaxVocabulary == 1 << 16);
+
 // ==== the tokenizer ==============================================================================
+
+// How a BPE is trained.
+struct BpeTraining {
+    Pattern pattern = Pattern::gpt2;
+    uint64_t min_frequency = 1;  // pairs that are rarer in the text are not joined
+    int threads = 0;             // that count words; 0: as many as there are cores
+    // Told now and then how many merges have been learned, of how many at most.
+    std::function<void(int done, int most)> progress;
+};
 
 // A vocabulary and what turns text into its ids. A value: copies are independent. Its const
 // functions share nothing that they change, so several threads may use one Tokenizer at once.
@@ -299,10 +591,12 @@ struct Tokenizer {
     // Byte-level BPE learned from `text`: the 256 bytes in GPT-2's order, merges in the order they
     // were learned, <|endoftext|> last. Each merge takes the most frequent pair of adjacent tokens,
     // counted over the pieces of the text; of equally frequent pairs, that whose first occurrence
-    // in the text, as it is cut at that step, comes first. Where no pair is left the vocabulary
-    // stays smaller than asked: see vocab_size(). Fails on an empty text and on a vocab_size
-    // outside 257 to kMaxVocabulary.
-    static Tokenizer train_bpe(std::string_view text, int vocab_size);
+    // in the text, as it is cut at that step, comes first. Where no pair is left that is frequent
+    // enough the vocabulary stays smaller than asked: see vocab_size(). Memory grows with the bytes
+    // of distinct pieces. Fails on an empty text and on a vocab_size outside 257 to
+    // kMaxVocabulary.
+    static Tokenizer train_bpe(std::string_view text, int vocab_size,
+                               const BpeTraining& training = {});
 
     // From a tokenizer.json, a folder that holds one, or GPT-2's merges (vocab.bpe, merges.txt: the
     // first line starts with `#version`; ids follow from the order of the lines). Fails, naming the
@@ -315,13 +609,18 @@ struct Tokenizer {
     void save(const std::string& folder, int context = 0) const;
 
     Kind kind() const { return kind_; }
-    int vocab_size() const { return int(token_ends_.size()); }  // special tokens included
-    int end_of_text() const { return end_of_text_; }            // the id of <|endoftext|>, or -1
+    Pattern pattern() const { return pattern_; }                      // bpe
+    int vocab_size() const { return int(token_begins_.size()) - 1; }  // special tokens included
+    int end_of_text() const { return end_of_text_; }  // the id of <|endoftext|>, or -1
 
     // Appends the ids of `text`. Special tokens spelt out in the text are plain text. Characters
     // that a character vocabulary lacks are dropped, unless it holds their bytes as invalid bytes;
     // then it is those.
-    void encode(std::string_view text, std::vector<int>& ids) const { encode(text, ids, nullptr); }
+    // Large texts are encoded on `threads` threads (0: as many as there are cores), with the same
+    // ids for any number.
+    void encode(std::string_view text, std::vector<int>& ids, int threads = 0) const {
+        encode(text, ids, nullptr, threads);
+    }
     std::vector<int> encode(std::string_view text) const { return encode(text, nullptr); }
 
     // The same; the distinct characters that were dropped are appended to *missing in the order
@@ -331,7 +630,8 @@ struct Tokenizer {
         encode(text, ids, missing);
         return ids;
     }
-    void encode(std::string_view text, std::vector<int>& ids, std::string* missing) const;
+    void encode(std::string_view text, std::vector<int>& ids, std::string* missing,
+                int threads = 0) const;
 
     // The bytes that a token stands for; a special token gives its text. Fails on an id outside the
     // vocabulary. The view is valid while the Tokenizer is neither changed nor destroyed.
@@ -349,38 +649,43 @@ struct Tokenizer {
         int left, right, result;
     };
     struct PieceMerger;
+    class Encoder;
     friend struct TokenizerReader;
 
     int add_token(std::string_view bytes);
     void add_merge(int left, int right, int result);
     void add_end_of_text();
-    void index_bytes();
+    void index_tokens();
     void index_character(int symbol, int id);
     int id_of_character(int symbol) const;
     void encode_chars(std::string_view text, std::vector<int>& ids, std::string* missing) const;
-    void encode_bpe(std::string_view text, std::vector<int>& ids) const;
+    void encode_bpe(std::string_view text, std::vector<int>& ids, int threads) const;
     std::string spell(int id, const ByteAlphabet& alphabet) const;
     bool is_special(int id) const;
 
     Kind kind_ = Kind::bytes;
+    Pattern pattern_ = Pattern::gpt2;
     std::string token_bytes_;  // the tokens' bytes, one after the other in the order of their ids
-    std::vector<size_t> token_ends_;  // where each ends in it
-    std::vector<int> specials_;       // ids, ascending
+    std::vector<size_t> token_begins_ = {0};  // where each begins in it, and where the last ends
+    std::vector<int> specials_;               // ids, ascending
     int end_of_text_ = -1;
-    std::array<int, 256> id_of_byte_{};  // bpe and bytes
-    std::vector<Merge> merges_;          // bpe: in the order of their rank
-    PairTable merge_ranks_;              // bpe: (left, right) -> index into merges_
-    std::vector<int> id_of_character_;   // chars: by Character::symbol, -1 where there is none
+    std::array<int, 256> id_of_byte_{};      // bpe and bytes
+    std::vector<Merge> merges_;              // bpe: in the order of their rank
+    MergeTable merge_ranks_;                 // bpe: (left, right) -> index into merges_
+    std::vector<uint32_t> merge_results_;    // bpe: of merges_
+    int first_result_ = -1;                  // bpe: that of merge r is this + r; -1: not for all r
+    std::vector<uint32_t> byte_pair_ranks_;  // bpe: of the tokens of bytes 256 * left + right
+    std::vector<int> id_of_character_;       // chars: by Character::symbol, -1: there is none
 };
 
 inline int Tokenizer::add_token(std::string_view bytes) {
     token_bytes_ += bytes;
-    token_ends_.push_back(token_bytes_.size());
+    token_begins_.push_back(token_bytes_.size());
     return vocab_size() - 1;
 }
 
 inline void Tokenizer::add_merge(int left, int right, int result) {
-    merge_ranks_.find_or_insert(left, right, uint32_t(merges_.size()));
+    merge_ranks_.find_or_insert(uint32_t(left), uint32_t(right), uint32_t(merges_.size()));
     merges_.push_back({left, right, result});
 }
 
@@ -389,12 +694,27 @@ inline void Tokenizer::add_end_of_text() {
     specials_.push_back(end_of_text_);
 }
 
-// Fills id_of_byte_ from the tokens of one byte; a byte without a token gets -1.
-inline void Tokenizer::index_bytes() {
+// Fills id_of_byte_ from the tokens of one byte (-1: there is none), and what else encode looks up.
+inline void Tokenizer::index_tokens() {
     id_of_byte_.fill(-1);
     for (int id = 0; id < vocab_size(); id++) {
         std::string_view bytes = token_bytes(id);
         if (bytes.size() == 1 && !is_special(id)) id_of_byte_[uint8_t(bytes[0])] = id;
+    }
+    if (kind_ != Kind::bpe) return;
+    merge_results_.clear();
+    for (const Merge& merge : merges_) merge_results_.push_back(uint32_t(merge.result));
+    first_result_ = merges_.empty() ? -1 : merges_[0].result;
+    for (size_t rank = 0; rank < merges_.size(); rank++)
+        if (merges_[rank].result != first_result_ + int(rank)) {
+            first_result_ = -1;
+            break;
+        }
+    byte_pair_ranks_.assign(1 << 16, MergeTable::kNone);
+    for (unsigned pair = 0; pair < 1 << 16; pair++) {
+        int left = id_of_byte_[pair >> 8], right = id_of_byte_[pair & 0xff];
+        if (left >= 0 && right >= 0)
+            byte_pair_ranks_[pair] = merge_ranks_.find(uint32_t(left), uint32_t(right));
     }
 }
 
@@ -414,13 +734,34 @@ inline bool Tokenizer::is_special(int id) const {
 inline std::string_view Tokenizer::token_bytes(int id) const {
     if (id < 0 || id >= vocab_size())
         fail_input("token id %d: the vocabulary has ids 0 to %d", id, vocab_size() - 1);
-    size_t begin = id == 0 ? 0 : token_ends_[size_t(id) - 1];
-    return std::string_view(token_bytes_).substr(begin, token_ends_[size_t(id)] - begin);
+    size_t begin = token_begins_[size_t(id)], end = token_begins_[size_t(id) + 1];
+    return {token_bytes_.data() + begin, end - begin};
 }
 
+// Most tokens are shorter than kStep: that many bytes are moved whatever the length, and what was
+// too much is written over by the next. Ids are taken some thousands at a time, so that they are
+// still near when their tokens are copied.
 inline std::string Tokenizer::decode(const std::vector<int>& ids) const {
+    constexpr size_t kStep = 16, kBlock = 4096;
     std::string text;
-    for (int id : ids) text += token_bytes(id);
+    const char *source = token_bytes_.data(), *source_end = source + token_bytes_.size();
+    for (size_t first = 0; first < ids.size(); first += kBlock) {
+        size_t last = std::min(ids.size(), first + kBlock), size = 0, old_size = text.size();
+        for (size_t i = first; i < last; i++) size += token_bytes(ids[i]).size();
+        if (text.capacity() < old_size + size)
+            text.reserve(std::max(2 * text.capacity(), (old_size + size) / last * ids.size()));
+        text.resize(old_size + size);
+        char *to = text.data() + old_size, *end = to + size;
+        for (size_t i = first; i < last; i++) {
+            size_t begin = token_begins_[size_t(ids[i])];
+            size_t length = token_begins_[size_t(ids[i]) + 1] - begin;
+            const char* from = source + begin;
+            bool room = size_t(end - to) >= kStep && size_t(source_end - from) >= kStep;
+            if (length <= kStep && room) memcpy(to, from, kStep);
+            else memcpy(to, from, length);
+            to += length;
+        }
+    }
     return text;
 }
 
@@ -430,9 +771,11 @@ inline uint64_t Tokenizer::fingerprint() const {
     int header[] = {kVersion, int(kind_), end_of_text_};
     uint64_t hash = hash_bytes(header, sizeof header);
     hash = hash_bytes(token_bytes_.data(), token_bytes_.size(), hash);
-    hash = hash_bytes(token_ends_.data(), token_ends_.size() * sizeof(size_t), hash);
+    hash = hash_bytes(token_begins_.data() + 1, size_t(vocab_size()) * sizeof(size_t), hash);
     hash = hash_bytes(specials_.data(), specials_.size() * sizeof(int), hash);
     hash = hash_bytes(merges_.data(), merges_.size() * sizeof(Merge), hash);
+    if (kind_ == Kind::bpe && pattern_ != Pattern::gpt2)
+        hash = hash_bytes(&pattern_, sizeof pattern_, hash);
     if (kind_ == Kind::bpe) {  // where the text is cut depends on what the library knows of Unicode
         const char* unicode = utf8proc_unicode_version();
         hash = hash_bytes(unicode, strlen(unicode), hash);
@@ -448,7 +791,7 @@ inline Tokenizer Tokenizer::bytes() {
         tokenizer.add_token({&c, 1});
     }
     tokenizer.add_end_of_text();
-    tokenizer.index_bytes();
+    tokenizer.index_tokens();
     return tokenizer;
 }
 
@@ -477,8 +820,8 @@ inline Tokenizer Tokenizer::chars(std::string_view text) {
 
 // ==== encoding ===================================================================================
 
-inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids,
-                              std::string* missing) const {
+inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids, std::string* missing,
+                              int threads) const {
     switch (kind_) {
         case Kind::bytes: {
             size_t begin = ids.size();
@@ -490,7 +833,7 @@ inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids,
             encode_chars(text, ids, missing);
             break;
         case Kind::bpe:
-            encode_bpe(text, ids);
+            encode_bpe(text, ids, threads);
             break;
     }
 }
@@ -520,131 +863,391 @@ inline void Tokenizer::encode_chars(std::string_view text, std::vector<int>& ids
     }
 }
 
+// Ids at the end of a vector, written without asking for room one by one.
+class IdWriter {
+  public:
+    explicit IdWriter(std::vector<int>& ids) : ids_(ids), used_(ids.size()) {}
+    ~IdWriter() { ids_.resize(used_); }
+
+    // Where `count` more ids may be written; add() says how many were.
+    int* room(size_t count) {
+        if (ids_.size() - used_ < count) {
+            ids_.resize(used_ + count + step_);
+            step_ = std::min<size_t>(2 * step_, 1 << 16);
+        }
+        return ids_.data() + used_;
+    }
+    void add(size_t count) { used_ += count; }
+    size_t used() const { return used_; }
+    const int* at(size_t index) const { return ids_.data() + index; }
+
+  private:
+    std::vector<int>& ids_;
+    size_t used_, step_ = 16;  // how much more than is asked for, so that a short text pays little
+};
+
 // Merges the bytes of one piece: as long as adjacent tokens form a pair of the list, that of the
 // lowest rank is joined, the leftmost of several. Owns the scratch memory, so that a text allocates
 // it once.
 struct Tokenizer::PieceMerger {
-    // Up to this many bytes the quadratic way is the faster one: it looks at few cache lines.
-    static constexpr size_t kShort = 64;
-    static constexpr size_t kEnd = ~size_t(0);
-
-    struct Candidate {
-        uint32_t rank;
-        size_t position;
-        // The heap brings up its greatest, which is to be the lowest rank, then the leftmost.
-        bool operator<(const Candidate& other) const {
-            return rank != other.rank ? rank > other.rank : position > other.position;
-        }
-    };
+    static constexpr uint32_t kNone = MergeTable::kNone;
+    static constexpr size_t kLane = 16, kMostLanes = 15, kShort = kMostLanes * kLane - 2;
+    static constexpr uint32_t kEnd = ~uint32_t(0);
 
     const Tokenizer& tokenizer;
-    std::vector<int> symbols;            // the long way: the token that starts at a byte, or -1
-    std::vector<size_t> next, previous;  // the tokens before and after it
-    std::vector<Candidate> heap;
+    // The long way: the token that starts at a byte (kEnd where none does), and the places of the
+    // tokens before and after it.
+    std::vector<uint32_t> token, next, previous;
+    std::vector<std::vector<uint32_t>> places;  // by rank: where its pair was seen
+    std::priority_queue<uint32_t, std::vector<uint32_t>, std::greater<>> ranks;  // that have places
 
-    // Appends the ids of `piece`.
-    void merge(std::string_view piece, std::vector<int>& ids) {
-        if (piece.size() <= kShort) merge_short(piece, ids);
-        else merge_long(piece, ids);
+    // Writes the ids of a piece of at least one byte to `out`, which has room for one a byte;
+    // returns how many there are.
+    size_t merge(std::string_view piece, int* out) {
+        if (piece.size() <= kShort) return merge_short<kMostLanes>(piece.data(), piece.size(), out);
+        if (piece.size() >= kEnd)
+            fail_input("%zu bytes of text without a break; at most 4 GiB are merged at a time",
+                       piece.size());
+        return merge_long(piece, out);
     }
 
-    // O(n^2) for n bytes: finds the lowest rank by looking at all, and moves the rest up.
-    void merge_short(std::string_view piece, std::vector<int>& ids) const {
-        const PairTable& ranks_of = tokenizer.merge_ranks_;
-        int token[kShort];
-        uint32_t rank[kShort];  // rank[i] of the pair (token[i], token[i + 1]); the last is kNone
-        size_t n = piece.size();
-        for (size_t i = 0; i < n; i++) token[i] = tokenizer.id_of_byte_[uint8_t(piece[i])];
-        for (size_t i = 0; i + 1 < n; i++) rank[i] = ranks_of.find(token[i], token[i + 1]);
-        rank[n - 1] = PairTable::kNone;
-        for (;;) {
-            size_t best = size_t(std::min_element(rank, rank + n) - rank);
-            if (rank[best] == PairTable::kNone) break;
-            token[best] = tokenizer.merges_[rank[best]].result;
-            n--;
-            std::copy(token + best + 2, token + n + 1, token + best + 1);
-            std::copy(rank + best + 1, rank + n + 1, rank + best);
-            if (best + 1 < n) rank[best] = ranks_of.find(token[best], token[best + 1]);
-            if (best > 0) rank[best - 1] = ranks_of.find(token[best - 1], token[best]);
-        }
-        ids.insert(ids.end(), token, token + n);
+    uint32_t byte_pair_rank(char left, char right) const {
+        return tokenizer.byte_pair_ranks_[size_t(uint8_t(left)) << 8 | uint8_t(right)];
     }
 
-    // O(n log n): a linked list of tokens and a heap of candidates, where those that an earlier
-    // merge made void are recognised when they come up.
-    void merge_long(std::string_view piece, std::vector<int>& ids) {
-        size_t n = piece.size();
-        symbols.resize(n);
-        next.resize(n);
-        previous.resize(n);
-        for (size_t i = 0; i < n; i++) {
-            symbols[i] = tokenizer.id_of_byte_[uint8_t(piece[i])];
-            next[i] = i + 1 < n ? i + 1 : kEnd;
-            previous[i] = i > 0 ? i - 1 : kEnd;
-        }
-        heap.clear();
-        for (size_t i = 0; i + 1 < n; i++)
-            if (uint32_t rank = rank_at(i); rank != PairTable::kNone) heap.push_back({rank, i});
-        std::make_heap(heap.begin(), heap.end());
-        while (!heap.empty()) {
-            std::pop_heap(heap.begin(), heap.end());
-            auto [rank, i] = heap.back();
-            heap.pop_back();
-            if (symbols[i] < 0 || rank_at(i) != rank) continue;
-            size_t gone = next[i];
-            symbols[i] = tokenizer.merges_[rank].result;
-            symbols[gone] = -1;
-            next[i] = next[gone];
-            if (next[i] != kEnd) previous[next[i]] = i;
-            add_candidate(i);
-            if (previous[i] != kEnd) add_candidate(previous[i]);
-        }
-        for (size_t i = 0; i != kEnd; i = next[i]) ids.push_back(symbols[i]);
+    // The keys are read one by one: a vector of them would have to wait until the last ones written
+    // have left for the cache.
+    static uint32_t least(const volatile uint32_t* keys) {
+        uint32_t least[4] = {keys[0], keys[1], keys[2], keys[3]};
+        for (size_t i = 4; i < kLane; i += 4)
+            for (size_t j = 0; j < 4; j++) least[j] = std::min(least[j], uint32_t(keys[i + j]));
+        return std::min(std::min(least[0], least[1]), std::min(least[2], least[3]));
     }
 
-    void add_candidate(size_t i) {
-        uint32_t rank = rank_at(i);
-        if (rank == PairTable::kNone) return;
-        heap.push_back({rank, i});
-        std::push_heap(heap.begin(), heap.end());
+    uint32_t result_of(uint32_t rank) const {
+        if (tokenizer.first_result_ >= 0) return uint32_t(tokenizer.first_result_) + rank;
+        return tokenizer.merge_results_[rank];
+    }
+
+    // Finds the lowest rank by looking at all, in lanes: a key is the rank of the pair that starts
+    // at a place, and the place, so that the least key is the leftmost of the lowest rank. Places
+    // are counted from 1; at 0 and behind the last stands kOutside, which is in no pair. For one
+    // lane all loops have a fixed length, since their ends would be guessed wrong, and `bytes` may
+    // be read up to kLane - 1.
+    template <size_t kLanes>
+    size_t merge_short(const char* bytes, size_t n, int* out) const {
+        constexpr size_t kPlaces = kLanes * kLane;
+        constexpr uint32_t kOutside = kMaxTokens;
+        uint32_t key[kPlaces], lane_least[kLanes], symbol[kPlaces + 1];
+        uint8_t after[kPlaces + 1], before[kPlaces + 1];
+        const MergeTable& ranks_of = tokenizer.merge_ranks_;
+        const size_t lanes = kLanes == 1 ? 1 : n / kLane + 1;
+        const size_t places = kLanes == 1 ? kLane : n + 1;
+        for (size_t i = 1; i < places; i++) {
+            symbol[i] = uint32_t(tokenizer.id_of_byte_[uint8_t(bytes[i - 1])]);
+            after[i] = uint8_t(i + 1), before[i] = uint8_t(i - 1);
+        }
+        symbol[0] = symbol[n + 1] = kOutside;
+        key[0] = kNone << 8;
+        for (size_t i = 1; i + 1 < places; i++) {
+            uint32_t rank = byte_pair_rank(bytes[i - 1], bytes[i]);
+            key[i] = (i < n ? rank : kNone) << 8 | uint32_t(i);
+        }
+        for (size_t i = places - 1; i < lanes * kLane; i++) key[i] = kNone << 8;
+        for (size_t lane = 0; lane < lanes; lane++) lane_least[lane] = least(key + lane * kLane);
+        uint32_t best = *std::min_element(lane_least, lane_least + lanes);
+        while (best < kNone << 8) {
+            size_t i = best & 0xff, gone = after[i], right = after[gone], left = before[i];
+            uint32_t joined = result_of(best >> 8);
+            symbol[i] = joined;
+            after[i] = uint8_t(right);
+            before[right] = uint8_t(i);
+            uint32_t with_right = ranks_of.find(joined, symbol[right]) << 8 | uint32_t(i);
+            uint32_t with_left = ranks_of.find(symbol[left], joined) << 8 | uint32_t(left);
+            // While the two are looked up, the least of all others.
+            key[left] = key[i] = key[gone] = kNone << 8;
+            uint32_t others = least(key);
+            if constexpr (kLanes > 1) {
+                lane_least[0] = others;
+                for (size_t place : {left, i, gone})
+                    lane_least[place / kLane] = least(key + place / kLane * kLane);
+                others = *std::min_element(lane_least, lane_least + lanes);
+                lane_least[left / kLane] = std::min(lane_least[left / kLane], with_left);
+                lane_least[i / kLane] = std::min(lane_least[i / kLane], with_right);
+            }
+            key[i] = with_right;
+            key[left] = with_left;
+            best = std::min(others, std::min(with_left, with_right));
+        }
+        size_t count = 0;
+        for (size_t i = 1; i <= n; i = after[i]) out[count++] = int(symbol[i]);
+        return count;
+    }
+
+    // For n bytes, n places to look at and two more a merge: the places of a rank are taken
+    // together, from left to right. As a rule a merge brings up pairs of higher ranks only, since
+    // a pair is learned later than its parts; where it does not, the lower rank goes first.
+    size_t merge_long(std::string_view piece, int* out) {
+        const uint32_t n = uint32_t(piece.size());
+        places.resize(tokenizer.merges_.size());
+        token.resize(n), next.resize(n), previous.resize(n);
+        for (uint32_t i = 0; i < n; i++) {
+            token[i] = uint32_t(tokenizer.id_of_byte_[uint8_t(piece[i])]);
+            next[i] = i + 1, previous[i] = i - 1;
+            if (i + 1 < n) add_place(byte_pair_rank(piece[i], piece[i + 1]), i);
+        }
+        std::vector<uint32_t> taken;
+        while (!ranks.empty()) {
+            uint32_t rank = ranks.top();
+            ranks.pop();
+            taken.clear();
+            taken.swap(places[rank]);
+            if (!std::is_sorted(taken.begin(), taken.end())) std::sort(taken.begin(), taken.end());
+            for (size_t k = 0; k < taken.size(); k++) {
+                uint32_t i = taken[k];
+                if (rank_at(i) != rank) continue;  // a merge before this one took a part of it
+                join(i, rank);
+                if (ranks.empty() || ranks.top() > rank || k + 1 == taken.size()) continue;
+                for (k++; k < taken.size(); k++) add_place(rank, taken[k]);
+            }
+        }
+        size_t count = 0;
+        for (uint32_t i = 0; i < n; i = next[i]) out[count++] = int(token[i]);
+        return count;
     }
 
     // The rank of the token at i with the one after it.
-    uint32_t rank_at(size_t i) const {
-        if (next[i] == kEnd) return PairTable::kNone;
-        return tokenizer.merge_ranks_.find(symbols[i], symbols[next[i]]);
+    uint32_t rank_at(uint32_t i) const {
+        if (token[i] == kEnd || next[i] == token.size()) return kNone;
+        return tokenizer.merge_ranks_.find(token[i], token[next[i]]);
+    }
+
+    void add_place(uint32_t rank, uint32_t i) {
+        if (rank == kNone) return;
+        if (places[rank].empty()) ranks.push(rank);
+        places[rank].push_back(i);
+    }
+
+    void join(uint32_t i, uint32_t rank) {
+        uint32_t gone = next[i];
+        token[i] = result_of(rank);
+        token[gone] = kEnd;
+        next[i] = next[gone];
+        if (next[i] < token.size()) previous[next[i]] = i;
+        add_place(rank_at(i), i);
+        if (i > 0) add_place(rank_at(previous[i]), previous[i]);
     }
 };
 
-// Most pieces of a text were met before: a direct-mapped cache remembers where in the text a piece
-// stood and where its ids stand in the output. It lives for one call, and a piece that hashes to a
-// taken slot takes it over.
-inline void Tokenizer::encode_bpe(std::string_view text, std::vector<int>& ids) const {
-    struct Slot {
-        size_t begin = 0, length = 0;  // of the piece in the text; length 0: empty
+// Cuts text into pieces and merges them, remembering the words that it met in two direct-mapped
+// caches of a fixed size: of short words the bytes and the ids themselves, of longer ones where
+// they stood in the text and their ids in the output. A word that falls on a taken slot takes it
+// over. One Encoder works for one thread, on one text, into one vector.
+class Tokenizer::Encoder {
+  public:
+    Encoder(const Tokenizer& tokenizer, std::string_view text, size_t share)
+        : text_(text), merger_{tokenizer, {}, {}, {}, {}, {}} {
+        size_t words = std::bit_ceil(std::clamp<size_t>(share / 8, 64, 1 << 15));
+        words_.resize(words);
+        long_words_.resize(words / 8);
+        word_shift_ = 64 - std::bit_width(words - 1);
+    }
+
+    // Appends the ids of bytes [begin, end) of the text, where each is a safe_cut or an end of it.
+    template <Pattern pattern>
+    void encode(size_t begin, size_t end, std::vector<int>& ids) {
+        IdWriter out(ids);
+        std::string_view text = text_.substr(0, end);
+        while (begin < end) {
+            size_t after = piece_end<pattern>(text, begin);
+            if (after - begin <= kLongestWord) encode_word(begin, after - begin, out);
+            else encode_long_word(begin, after - begin, out);
+            begin = after;
+        }
+    }
+
+  private:
+    static constexpr size_t kLongestWord = 14, kMostIds = 4;
+
+    struct Word {
+        uint64_t low = 0, high = 0;   // its bytes, zeros behind them, and its length in the last
+        uint32_t ids[kMostIds] = {};  // the first has their number in its four highest bits
+    };
+    struct LongWord {
+        size_t begin = 0, length = 0;  // in the text; length 0: none
         size_t first_id = 0, id_count = 0;
     };
-    constexpr size_t kMostSlots = 1 << 16;  // 2 MiB
-    std::vector<Slot> cache(std::bit_ceil(std::min(text.size() / 4 + 1, kMostSlots)));
-    PieceMerger merger{*this, {}, {}, {}, {}};
-    for (size_t begin = 0; begin < text.size();) {
-        size_t end = gpt2_piece_end(text, begin);
-        std::string_view piece = text.substr(begin, end - begin);
-        size_t first_id = ids.size();
-        Slot& slot = cache[hash_bytes(piece.data(), piece.size()) & (cache.size() - 1)];
-        if (text.substr(slot.begin, slot.length) == piece) {
-            ids.resize(first_id + slot.id_count);
-            std::copy_n(ids.begin() + ptrdiff_t(slot.first_id), slot.id_count,
-                        ids.begin() + ptrdiff_t(first_id));
-        } else {
-            merger.merge(piece, ids);
-            slot = {begin, piece.size(), first_id, ids.size() - first_id};
+
+    void encode_word(size_t begin, size_t length, IdWriter& out) {
+        static_assert(std::endian::native == std::endian::little);
+        char bytes[16] = {};
+        if (begin + 16 <= text_.size()) memcpy(bytes, text_.data() + begin, 16);
+        else memcpy(bytes, text_.data() + begin, length);
+        uint64_t low, high;
+        memcpy(&low, bytes, 8);
+        memcpy(&high, bytes + 8, 8);
+        if (length < 8) low &= (uint64_t(1) << 8 * length) - 1, high = 0;
+        else high &= (uint64_t(1) << 8 * (length - 8)) - 1;
+        high |= uint64_t(length) << 56;
+        uint64_t mixed = (low ^ high * 0x9fb21c651e98df25u) * 0x9e3779b97f4a7c15u;
+        Word& word = words_[(mixed ^ mixed >> 32) * 0x9e3779b97f4a7c15u >> word_shift_];
+        int* to = out.room(kLongestWord + 1);
+        if (word.low == low && word.high == high) {
+            memcpy(to, word.ids, sizeof word.ids);
+            to[0] &= kMaxTokens;
+            out.add(word.ids[0] >> 28);
+            return;
         }
-        begin = end;
+        size_t count = merger_.merge_short<1>(bytes, length, to);
+        out.add(count);
+        if (count > kMostIds) return;
+        word.low = low, word.high = high;
+        memcpy(word.ids, to, sizeof word.ids);
+        word.ids[0] |= uint32_t(count) << 28;
     }
+
+    void encode_long_word(size_t begin, size_t length, IdWriter& out) {
+        std::string_view piece = text_.substr(begin, length);
+        LongWord& word = long_words_[hash_bytes(piece.data(), length) & (long_words_.size() - 1)];
+        int* to = out.room(length);
+        if (text_.substr(word.begin, word.length) == piece) {
+            memcpy(to, out.at(word.first_id), word.id_count * sizeof(int));
+            out.add(word.id_count);
+            return;
+        }
+        word = {begin, length, out.used(), merger_.merge(piece, to)};
+        out.add(word.id_count);
+    }
+
+    std::string_view text_;
+    PieceMerger merger_;
+    std::vector<Word> words_;
+    std::vector<LongWord> long_words_;
+    int word_shift_;  // words_.size() == 1 << (64 - word_shift_)
+};
+
+// How many threads so much text is worth. (To ask for the number of cores takes longer than to
+// encode a line.)
+inline size_t encoding_threads(size_t bytes, int threads) {
+    constexpr size_t kLeast = 1 << 19;  // a thread starts in less than its caches take to fill
+    if (bytes < 2 * kLeast || threads == 1) return 1;
+    size_t most = threads > 0 ? size_t(threads) : std::max(1u, std::thread::hardware_concurrency());
+    return std::min(bytes / kLeast, most);
+}
+
+// The bounds of parts for so many threads, several for each, so that all end at about the same
+// time.
+inline std::vector<size_t> safe_cuts(std::string_view text, size_t workers) {
+    std::vector<size_t> cuts = {0};
+    size_t size = workers == 1 ? text.size() : std::min<size_t>(text.size() / workers / 4, 1 << 22);
+    while (cuts.back() < text.size()) cuts.push_back(safe_cut(text, cuts.back() + size));
+    return cuts;
+}
+
+// Large texts are cut at safe places into more parts than threads, which take the next one as they
+// get free; the ids are put together in the order of the parts.
+inline void Tokenizer::encode_bpe(std::string_view text, std::vector<int>& ids, int threads) const {
+    size_t workers = encoding_threads(text.size(), threads);
+    with_pattern(pattern_, [&](auto pattern) {
+        if (workers == 1) {
+            Encoder(*this, text, text.size()).encode<pattern()>(0, text.size(), ids);
+            return;
+        }
+        std::vector<size_t> cuts = safe_cuts(text, workers);
+        struct Part {
+            size_t worker, begin, end;  // where its ids are
+        };
+        std::vector<Part> parts(cuts.size() - 1);
+        std::vector<std::vector<int>> outputs(workers);
+        std::atomic<size_t> free_part = 0;
+        auto work = [&](size_t worker) {
+            Encoder encoder(*this, text, text.size() / workers);
+            std::vector<int>& out = outputs[worker];
+            for (size_t i; (i = free_part++) < parts.size();) {
+                size_t begin = out.size();
+                encoder.encode<pattern()>(cuts[i], cuts[i + 1], out);
+                parts[i] = {worker, begin, out.size()};
+            }
+        };
+        run_threads(workers, work);
+        size_t total = ids.size();
+        for (const auto& output : outputs) total += output.size();
+        ids.reserve(total);
+        for (auto [worker, begin, end] : parts)
+            ids.insert(ids.end(), outputs[worker].begin() + ptrdiff_t(begin),
+                       outputs[worker].begin() + ptrdiff_t(end));
+    });
 }
 
 // ==== training ===================================================================================
+
+struct CountedWord {
+    std::string_view bytes;  // where the word stands first in the text
+    uint64_t count = 0;
+};
+
+// How often each word was met: open addressing, at most half full.
+class WordCounts {
+  public:
+    void add(std::string_view word, uint64_t count = 1) {
+        if (2 * (used_ + 1) > slots_.size()) grow();
+        size_t mask = slots_.size() - 1;
+        size_t i = hash_bytes(word.data(), word.size()) & mask;
+        while (slots_[i].count > 0 && slots_[i].bytes != word) i = (i + 1) & mask;
+        used_ += slots_[i].count == 0;
+        if (slots_[i].count == 0 || word.data() < slots_[i].bytes.data()) slots_[i].bytes = word;
+        slots_[i].count += count;
+    }
+
+    // The words in the order in which they stand first in the text.
+    std::vector<CountedWord> in_order() const {
+        std::vector<CountedWord> words;
+        for (const CountedWord& word : slots_)
+            if (word.count > 0) words.push_back(word);
+        std::sort(words.begin(), words.end(), [](const CountedWord& a, const CountedWord& b) {
+            return a.bytes.data() < b.bytes.data();
+        });
+        return words;
+    }
+
+  private:
+    void grow() {
+        std::vector<CountedWord> old(2 * slots_.size());
+        old.swap(slots_);
+        used_ = 0;
+        for (const CountedWord& word : old)
+            if (word.count > 0) add(word.bytes, word.count);
+    }
+
+    std::vector<CountedWord> slots_ = std::vector<CountedWord>(1024);
+    size_t used_ = 0;
+};
+
+// The distinct pieces of the text in the order of their first appearance. Each thread counts parts
+// of the text, cut where that changes no piece, and the counts are added up.
+template <Pattern pattern>
+std::vector<CountedWord> count_words(std::string_view text, int threads) {
+    size_t workers = encoding_threads(text.size(), threads);
+    std::vector<size_t> cuts = safe_cuts(text, workers);
+    std::vector<WordCounts> counts(workers);
+    std::atomic<size_t> free_part = 0;
+    run_threads(workers, [&](size_t worker) {
+        for (size_t i; (i = free_part++) + 1 < cuts.size();) {
+            std::string_view part = text.substr(0, cuts[i + 1]);
+            for (size_t begin = cuts[i]; begin < part.size();) {
+                size_t end = piece_end<pattern>(part, begin);
+                counts[worker].add(part.substr(begin, end - begin));
+                begin = end;
+            }
+        }
+    });
+    for (size_t worker = 1; worker < workers; worker++) {
+        for (const CountedWord& word : counts[worker].in_order())
+            counts[0].add(word.bytes, word.count);
+        counts[worker] = WordCounts();
+    }
+    return counts[0].in_order();
+}
 
 // Learns merges. The distinct pieces of the text are laid out one after the other in the order of
 // their first appearance, one symbol a byte, so that `first in the text` is `lowest position`. A
@@ -655,19 +1258,24 @@ inline void Tokenizer::encode_bpe(std::string_view text, std::vector<int>& ids) 
 // distinct pieces.
 class BpeTrainer {
   public:
-    explicit BpeTrainer(std::string_view text, const std::array<int, 256>& id_of_byte) {
-        std::vector<std::string_view> words = count_words(text);
-        lay_out(words, id_of_byte);
+    BpeTrainer(std::string_view text, const std::array<int, 256>& id_of_byte,
+               const BpeTraining& training)
+        : min_frequency_(std::max<uint64_t>(training.min_frequency, 1)) {
+        lay_out(with_pattern(
+                    training.pattern,
+                    [&](auto pattern) { return count_words<pattern()>(text, training.threads); }),
+                id_of_byte);
         for (uint32_t position = 0; position < symbols_.size(); position++)
             if (uint32_t next = symbols_[position].next; next != kEnd)
                 add(symbols_[position].id, symbols_[next].id, position, weight_of(position));
         push_fresh();
     }
 
-    // Joins the best pair everywhere as `new_id`; returns its two ids, {-1, -1} if none is left.
+    // Joins the best pair everywhere as `new_id`; returns its two ids, {-1, -1} if none is left
+    // that is frequent enough.
     std::pair<int, int> merge_best(int new_id) {
         uint32_t best = pop_best();
-        if (best == kEnd) return {-1, -1};
+        if (best == kEnd || pairs_[best].count < min_frequency_) return {-1, -1};
         int left = pairs_[best].left, right = pairs_[best].right;
         std::vector<uint32_t> positions = std::move(pairs_[best].positions);
         for (uint32_t position : positions)  // ascending: of `aaa` the first two are joined
@@ -698,44 +1306,22 @@ class BpeTrainer {
         }
     };
 
-    // The distinct pieces of the text in the order of their first appearance; fills weights_.
-    std::vector<std::string_view> count_words(std::string_view text) {
-        struct Hash {
-            size_t operator()(std::string_view word) const {
-                return hash_bytes(word.data(), word.size());
-            }
-        };
-        std::vector<std::string_view> words;
-        std::unordered_map<std::string_view, uint32_t, Hash> index;
-        for (size_t begin = 0; begin < text.size();) {
-            size_t end = gpt2_piece_end(text, begin);
-            std::string_view word = text.substr(begin, end - begin);
-            auto [found, fresh] = index.try_emplace(word, uint32_t(words.size()));
-            if (fresh) {
-                words.push_back(word);
-                weights_.push_back(0);
-            }
-            weights_[found->second]++;
-            begin = end;
-        }
-        return words;
-    }
-
-    void lay_out(const std::vector<std::string_view>& words,
-                 const std::array<int, 256>& id_of_byte) {
+    void lay_out(const std::vector<CountedWord>& words, const std::array<int, 256>& id_of_byte) {
         size_t total = 0;
-        for (std::string_view word : words) total += word.size();
+        for (const CountedWord& word : words) total += word.bytes.size();
         if (total >= kEnd)
             fail_input(
                 "the text has %zu bytes of distinct words: BPE training takes less than 4 GiB",
                 total);
         symbols_.reserve(total);
         for (uint32_t w = 0; w < words.size(); w++) {
-            for (size_t i = 0; i < words[w].size(); i++) {
+            std::string_view word = words[w].bytes;
+            weights_.push_back(words[w].count);
+            for (size_t i = 0; i < word.size(); i++) {
                 uint32_t position = uint32_t(symbols_.size());
                 uint32_t previous = i > 0 ? position - 1 : kEnd;
-                uint32_t next = i + 1 < words[w].size() ? position + 1 : kEnd;
-                symbols_.push_back({id_of_byte[uint8_t(words[w][i])], previous, next, w});
+                uint32_t next = i + 1 < word.size() ? position + 1 : kEnd;
+                symbols_.push_back({id_of_byte[uint8_t(word[i])], previous, next, w});
             }
         }
     }
@@ -748,7 +1334,8 @@ class BpeTrainer {
     }
 
     void add(int left, int right, uint32_t position, uint64_t weight) {
-        uint32_t index = index_.find_or_insert(left, right, uint32_t(pairs_.size()));
+        uint32_t index =
+            index_.find_or_insert(uint32_t(left), uint32_t(right), uint32_t(pairs_.size()));
         if (index == pairs_.size()) {
             pairs_.push_back({left, right, 0, 0, {}});
             fresh_.push_back(index);
@@ -758,7 +1345,7 @@ class BpeTrainer {
     }
 
     void subtract(int left, int right, uint64_t weight) {
-        pairs_[index_.find(left, right)].count -= weight;
+        pairs_[index_.find(uint32_t(left), uint32_t(right))].count -= weight;
     }
 
     // Joins the symbol at `position` with the next, and moves the counts of the pairs around them.
@@ -808,28 +1395,34 @@ class BpeTrainer {
         return kEnd;
     }
 
+    uint64_t min_frequency_;
     std::vector<uint64_t> weights_;  // word -> how often it is in the text
     std::vector<Symbol> symbols_;
     std::vector<Pair> pairs_;
-    PairTable index_;  // (left, right) -> index into pairs_
+    PairTable<16> index_;  // (left, right) -> index into pairs_
     std::vector<uint32_t> fresh_;
     std::priority_queue<Candidate> heap_;
 };
 
-inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size) {
+inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size,
+                                      const BpeTraining& training) {
     if (vocab_size < 257 || vocab_size > kMaxVocabulary)
         fail_input("a BPE vocabulary of %d tokens: it takes 257 (256 bytes and %s) to %d",
                    vocab_size, kEndOfText.data(), kMaxVocabulary);
     if (text.empty()) fail_input("the text is empty: a BPE vocabulary needs text to learn from");
     Tokenizer tokenizer;
     tokenizer.kind_ = Kind::bpe;
+    tokenizer.pattern_ = training.pattern;
     for (uint8_t byte : ByteAlphabet().byte_of_rank) {
         char c = char(byte);
         tokenizer.add_token({&c, 1});
     }
-    tokenizer.index_bytes();
-    BpeTrainer trainer(text, tokenizer.id_of_byte_);
+    tokenizer.index_tokens();
+    BpeTrainer trainer(text, tokenizer.id_of_byte_, training);
+    const int most = vocab_size - 257;
     while (tokenizer.vocab_size() + 1 < vocab_size) {
+        if (int done = tokenizer.vocab_size() - 256; training.progress && done % 256 == 0)
+            training.progress(done, most);
         // No two merges spell the same token: where its two ends are borders of tokens now they
         // always were, so equal bytes between them have been cut in the same way at every step.
         auto [left, right] = trainer.merge_best(tokenizer.vocab_size());
@@ -839,6 +1432,7 @@ inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size) {
         tokenizer.add_merge(left, right, tokenizer.add_token(joined));
     }
     tokenizer.add_end_of_text();
+    tokenizer.index_tokens();
     return tokenizer;
 }
 
@@ -887,6 +1481,14 @@ inline void Tokenizer::save(const std::string& folder, int context) const {
                     {"trim_offsets", false},
                     {"use_regex", kind_ == Kind::bpe}};
         decoder = splitter;
+        if (kind_ == Kind::bpe && pattern_ != Pattern::gpt2) {
+            splitter["use_regex"] = false;
+            ordered_json split = {{"type", "Split"},
+                                  {"pattern", {{"Regex", name_of(pattern_).regex}}},
+                                  {"behavior", "Isolated"},
+                                  {"invert", false}};
+            splitter = {{"type", "Sequence"}, {"pretokenizers", {split, splitter}}};
+        }
     }
     ordered_json model = {{"type", "BPE"},
                           {"dropout", nullptr},
@@ -961,7 +1563,8 @@ struct TokenizerReader {
                           " is not supported; this program reads byte-level BPE in GPT-2's form");
     }
 
-    Tokenizer::Kind read_pre_tokenizer(const json& root) const;
+    bool read_split(const json& split, Pattern* pattern) const;
+    Tokenizer::Kind read_pre_tokenizer(const json& root, Pattern* pattern) const;
     void read_decoder(const json& root, Tokenizer::Kind kind) const;
     void check_post_processor(const json& root) const;
     void check_model(const json& model, Tokenizer::Kind kind) const;
@@ -975,9 +1578,27 @@ struct TokenizerReader {
     void read_merges_file(std::string_view text);
 };
 
-// How the file cuts text decides the kind: GPT-2's pattern (bpe), not at all but into bytes
-// (bytes), not at all (chars).
-inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root) const {
+// Whether a Split cuts by one of kPatterns, which then is *pattern. The patterns match every
+// character, so that to keep what is matched is to keep all.
+inline bool TokenizerReader::read_split(const json& split, Pattern* pattern) const {
+    const json* object = field(split, "pattern");
+    const json* regex = object != nullptr ? field(*object, "Regex") : nullptr;
+    const json* behavior = field(split, "behavior");
+    if (type_of(split) != "Split" || regex == nullptr || behavior == nullptr) return false;
+    bool invert = flag(split, "pre_tokenizer.pretokenizers[0]", "invert", false);
+    if (*behavior != (invert ? "Removed" : "Isolated")) return false;
+    for (const PatternName& known : kPatterns) {
+        if (*regex != known.regex) continue;
+        *pattern = known.pattern;
+        return true;
+    }
+    return false;
+}
+
+// How the file cuts text decides the kind: by a pattern (bpe), not at all but into bytes (bytes),
+// not at all (chars).
+inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root,
+                                                           Pattern* pattern) const {
     const std::string place = "pre_tokenizer";
     const json* whole = field(root, "pre_tokenizer");
     if (whole == nullptr) return Tokenizer::Kind::chars;
@@ -990,16 +1611,9 @@ inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root) con
         byte_level = &list->back();
         split = list->size() == 2;
     }
-    if (split) {
-        const json& first = whole->at("pretokenizers").front();
-        const json* pattern = field(first, "pattern");
-        const json* regex = pattern != nullptr ? field(*pattern, "Regex") : nullptr;
-        const json* behavior = field(first, "behavior");
-        bool known = type_of(first) == "Split" && regex != nullptr && *regex == kGpt2Pattern &&
-                     behavior != nullptr && *behavior == "Isolated" &&
-                     !flag(first, place + ".pretokenizers[0]", "invert", false);
-        if (!known) refuse(place + ".pretokenizers[0]", "is not a Split by GPT-2's pattern");
-    }
+    if (split && !read_split(whole->at("pretokenizers").front(), pattern))
+        refuse(place + ".pretokenizers[0]",
+               "is not a Split by the pattern of GPT-2, cl100k or o200k");
     if (type_of(*byte_level) != "ByteLevel") refuse_type(place, *byte_level);
     if (flag(*byte_level, place, "add_prefix_space", true))
         refuse(place + ".add_prefix_space", "true is not supported; false is");
@@ -1052,10 +1666,10 @@ inline void TokenizerReader::check_model(const json& model, Tokenizer::Kind kind
 
 inline int TokenizerReader::read_id(const json& value, const std::string& place) const {
     if (!value.is_number_integer()) refuse(place, "the id is not an integer");
-    bool fits = value.is_number_unsigned() && value.get<uint64_t>() < uint64_t(kMaxVocabulary);
+    bool fits = value.is_number_unsigned() && value.get<uint64_t>() < uint64_t(kMaxTokens);
     if (!fits)
         refuse(place,
-               "id " + value.dump() + " is not within 0 to " + std::to_string(kMaxVocabulary - 1));
+               "id " + value.dump() + " is not within 0 to " + std::to_string(kMaxTokens - 1));
     return value.get<int>();
 }
 
@@ -1077,9 +1691,9 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
     const json* vocabulary = field(model, "vocab");
     if (vocabulary == nullptr || !vocabulary->is_object())
         refuse("model.vocab", "is missing or not an object");
-    if (vocabulary->size() > size_t(kMaxVocabulary))
+    if (vocabulary->size() > size_t(kMaxTokens))
         refuse("model.vocab",
-               format("%zu tokens; at most %d are supported", vocabulary->size(), kMaxVocabulary));
+               format("%zu tokens; at most %d are supported", vocabulary->size(), kMaxTokens));
     for (const auto& [spelling, id] : vocabulary->items())
         id_of[spelling] = read_id(id, "model.vocab: token " + quoted(spelling));
 
@@ -1150,7 +1764,7 @@ inline void TokenizerReader::read_merge(const std::string& left, const std::stri
         return found->second;
     };
     int left_id = find(left), right_id = find(right), result = find(left + right);
-    if (tokenizer.merge_ranks_.find(left_id, right_id) != PairTable::kNone)
+    if (tokenizer.merge_ranks_.find(uint32_t(left_id), uint32_t(right_id)) != MergeTable::kNone)
         refuse(place, "the pair " + quoted(left + " " + right) + " stands there twice");
     tokenizer.add_merge(left_id, right_id, result);
 }
@@ -1160,8 +1774,11 @@ inline void TokenizerReader::read_merges(const json& model) {
     const json* merges = field(model, "merges");
     if (merges == nullptr || !merges->is_array())
         refuse("model.merges", "is missing or not a list");
+    if (merges->size() >= MergeTable::kNone)
+        refuse("model.merges", format("%zu merges; fewer than %u are supported", merges->size(),
+                                      MergeTable::kNone));
     if (!merges->empty() && tokenizer.kind_ != Tokenizer::Kind::bpe)
-        refuse("model.merges", "is not empty, but the pre_tokenizer is not GPT-2's");
+        refuse("model.merges", "is not empty, but the pre_tokenizer splits by no pattern");
     for (size_t i = 0; i < merges->size(); i++) {
         const json& merge = (*merges)[i];
         std::string place = format("model.merges[%zu]", i);
@@ -1184,16 +1801,17 @@ inline void TokenizerReader::read_json(std::string_view text) {
     const json* model = field(root, "model");
     if (model == nullptr || !model->is_object()) refuse("model", "is missing or not an object");
     if (field(*model, "type") != nullptr && type_of(*model) != "BPE") refuse_type("model", *model);
-    tokenizer.kind_ = read_pre_tokenizer(root);
+    tokenizer.kind_ = read_pre_tokenizer(root, &tokenizer.pattern_);
     read_decoder(root, tokenizer.kind_);
     check_post_processor(root);
     check_model(*model, tokenizer.kind_);
     read_vocabulary(root, *model);
     if (tokenizer.kind_ != Tokenizer::Kind::chars) {
-        tokenizer.index_bytes();
+        tokenizer.index_tokens();
         check_bytes();
     }
     read_merges(*model);
+    tokenizer.index_tokens();
 }
 
 // GPT-2's merges: a line "#version: ...", then a line "left right" a merge, in the order of their
@@ -1204,7 +1822,6 @@ inline void TokenizerReader::read_merges_file(std::string_view text) {
         std::string bytes(1, char(byte));
         id_of[alphabet.spell(bytes)] = tokenizer.add_token(bytes);
     }
-    tokenizer.index_bytes();
     size_t line_number = 1;
     for (size_t begin = text.find('\n'); begin < text.size() - 1;) {
         size_t end = std::min(text.find('\n', begin + 1), text.size());
@@ -1216,8 +1833,8 @@ inline void TokenizerReader::read_merges_file(std::string_view text) {
         std::string left = line.substr(0, space), right = line.substr(space + 1), bytes;
         if (!alphabet.read(left + right, bytes))
             refuse(place, "is not spelt in byte-level characters");
-        if (tokenizer.vocab_size() + 2 > kMaxVocabulary)
-            refuse(place, format("makes more than %d tokens", kMaxVocabulary));
+        if (tokenizer.vocab_size() + 2 > kMaxTokens)
+            refuse(place, format("makes more than %d tokens", kMaxTokens));
         if (!id_of.try_emplace(left + right, tokenizer.vocab_size()).second)
             refuse(place, "makes the token " + quoted(left + right) + " a second time");
         tokenizer.add_token(bytes);
@@ -1225,6 +1842,7 @@ inline void TokenizerReader::read_merges_file(std::string_view text) {
         begin = end;
     }
     tokenizer.add_end_of_text();
+    tokenizer.index_tokens();
 }
 
 inline Tokenizer Tokenizer::load(const std::string& path) {
