@@ -35,7 +35,8 @@ struct EvaluateOptions {
 struct TokenizerOptions {
     std::string tokenizer, in, out, pattern = "gpt2";
     std::vector<std::string> data;
-    int vocab_size = 1024;
+    int vocab_size = 1024, threads = 0;
+    uint64_t min_frequency = 1;
 };
 
 struct ShardOptions {
@@ -287,6 +288,10 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_number(train, "--vocab-size", o.vocab_size, 257, 65536, "N", "tokens of the vocabulary");
     add_choice(train, "--pattern", o.pattern, {"gpt2", "cl100k", "o200k"},
                "how text is split before it is merged: as by GPT-2, GPT-4 or GPT-4o");
+    add_number(train, "--min-frequency", o.min_frequency, 1, 1e15, "N",
+               "pairs that are rarer in the text are not joined");
+    add_number(train, "--threads", o.threads, 1, 4096, "N", "that count words")
+        ->default_str("all cores");
     add_text(train, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
     const char* names = "gpt2, bytes, tokenizer.json, a folder that holds one, or GPT-2 merges";
     CLI::App* encode = app->add_subcommand("encode", "text to token ids");
@@ -764,6 +769,20 @@ inline std::string read_input(const std::string& path) {
     return text;
 }
 
+// A line that is drawn over and over where `file` is a terminal; nothing elsewhere.
+inline std::function<void(int, int)> training_bar(FILE* file) {
+    if (!isatty(fileno(file))) return nullptr;
+    return [file](int done, int most) {
+        constexpr int kWidth = 30;
+        int full = most > 0 ? int(int64_t(kWidth) * done / most) : kWidth;
+        std::string bar = std::string(size_t(full), '#') + std::string(size_t(kWidth - full), '.');
+        fprintf(file, "\r%s %s of %s merges", bar.c_str(), with_commas(size_t(done)).c_str(),
+                with_commas(size_t(most)).c_str());
+        if (done == most) fprintf(file, "\r\033[K");
+        fflush(file);
+    };
+}
+
 inline int tokenizer_train_command(const TokenizerOptions& o) {
     require("--data", !o.data.empty());
     require("--out", !o.out.empty());
@@ -771,6 +790,9 @@ inline int tokenizer_train_command(const TokenizerOptions& o) {
     double start_s = now_s();
     BpeTraining training;
     training.pattern = pattern_of(o.pattern);
+    training.min_frequency = o.min_frequency;
+    training.threads = o.threads;
+    training.progress = training_bar(stderr);
     Tokenizer tokenizer = Tokenizer::train_bpe(corpus.text, o.vocab_size, training);
     make_folder(o.out);
     tokenizer.save(o.out);

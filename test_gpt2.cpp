@@ -1682,9 +1682,10 @@ struct PlainTraining {
     std::vector<PlainPiece> pieces;  // of the text, as they are cut at the end
 };
 
-PlainTraining plain_train(std::string_view text, size_t most_merges) {
+PlainTraining plain_train(std::string_view text, size_t most_merges, const BpeTraining& how = {}) {
     PlainTraining training;
-    for (const std::string& piece : pieces_of(text)) training.pieces.push_back(plain_bytes(piece));
+    for (const std::string& piece : pieces_of(text, how.pattern))
+        training.pieces.push_back(plain_bytes(piece));
     while (training.merges.size() < most_merges) {
         std::map<PlainMerge, size_t> count;
         std::vector<PlainMerge> order_seen;
@@ -1696,6 +1697,7 @@ PlainTraining plain_train(std::string_view text, size_t most_merges) {
         PlainMerge best = order_seen[0];
         for (const PlainMerge& pair : order_seen)
             if (count[pair] > count[best]) best = pair;
+        if (count[best] < how.min_frequency) break;
         for (PlainPiece& piece : training.pieces) plain_join(piece, best);
         training.merges.push_back(best);
     }
@@ -1709,9 +1711,9 @@ std::vector<std::string> bytes_of(const Tokenizer& tokenizer, const std::vector<
 }
 
 // Trains both ways and compares the merges and what the text becomes; returns the number of merges.
-size_t compare_training(const std::string& text, int vocab_size) {
-    Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size);
-    PlainTraining plain = plain_train(text, size_t(vocab_size) - 257);
+size_t compare_training(const std::string& text, int vocab_size, const BpeTraining& how = {}) {
+    Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size, how);
+    PlainTraining plain = plain_train(text, size_t(vocab_size) - 257, how);
     EXPECT_EQ(size_t(tokenizer.vocab_size()), 257 + plain.merges.size());
     for (size_t i = 0; i < plain.merges.size() && 257 + i < size_t(tokenizer.vocab_size()); i++)
         EXPECT_EQ(tokenizer.token_bytes(256 + int(i)),
@@ -2214,6 +2216,50 @@ TEST(Tokenizer, TrainingEqualsThePlainDefinition) {
         EXPECT_GT(compare_training(text, 257 + 60), 0u) << "round " << round;
     }
     EXPECT_GT(compare_training(random_bytes(random, 400), 257 + 60), 0u);
+    for (Pattern pattern : kAllPatterns)
+        for (uint64_t least : {1, 2, 3, 7}) {
+            BpeTraining how;
+            how.pattern = pattern, how.min_frequency = least;
+            std::string text = pattern_text(random, 250) + random_text(random, 250);
+            size_t merges = compare_training(text, 257 + 120, how);
+            EXPECT_TRUE(least == 1 ? merges == 120 : least < 7 || merges < 120) << least;
+        }
+}
+
+TEST(Tokenizer, TrainingIsTheSameOnAnyNumberOfThreads) {
+    using namespace tokenizer_test;
+    std::mt19937 random(25);
+    std::string text;
+    for (int word = 0; text.size() < 1 << 21; word++) {
+        // Rare words of equal counts, whose order is that of their first appearance in the text.
+        text += format("%c%c%x ", 'a' + int(random() % 26), 'a' + int(random() % 26),
+                       unsigned(random() % 3000));
+    }
+    BpeTraining how;
+    how.threads = 1;
+    Tokenizer alone = Tokenizer::train_bpe(text, 1500, how);
+    EXPECT_EQ(alone.vocab_size(), 1500);
+    std::vector<int> steps;
+    for (int threads : {2, 3}) {
+        how.threads = threads;
+        how.progress = [&](int done, int most) {
+            EXPECT_EQ(most, 1500 - 257);
+            steps.push_back(done);
+        };
+        expect_same(Tokenizer::train_bpe(text, 1500, how), alone);
+    }
+    EXPECT_EQ(steps,
+              (std::vector<int>{0, 256, 512, 768, 1024, 1243, 0, 256, 512, 768, 1024, 1243}));
+}
+
+TEST(Tokenizer, MinimumFrequencyEndsTraining) {
+    BpeTraining how;
+    how.min_frequency = 3;  // ab 3 times; then " ab" and "abc" twice each
+    Tokenizer tokenizer = Tokenizer::train_bpe("abc abc ab d", 300, how);
+    EXPECT_EQ(tokenizer.vocab_size(), 258);
+    EXPECT_EQ(tokenizer.token_bytes(256), "ab");
+    how.min_frequency = 4;
+    EXPECT_EQ(Tokenizer::train_bpe("abc abc ab d", 300, how).vocab_size(), 257);
 }
 
 TEST(Tokenizer, LongPiecesAreMergedAsTheDefinitionSays) {

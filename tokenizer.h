@@ -572,7 +572,7 @@ struct BpeTraining {
     Pattern pattern = Pattern::gpt2;
     uint64_t min_frequency = 1;  // pairs that are rarer in the text are not joined
     int threads = 0;             // that count words; 0: as many as there are cores
-    // Told now and then how many merges have been learned, of how many at most.
+    // Told now and then how many merges have been learned, of how many at most; at the end all.
     std::function<void(int done, int most)> progress;
 };
 
@@ -1431,6 +1431,7 @@ inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size,
         joined += tokenizer.token_bytes(right);
         tokenizer.add_merge(left, right, tokenizer.add_token(joined));
     }
+    if (training.progress) training.progress(most, most);
     tokenizer.add_end_of_text();
     tokenizer.index_tokens();
     return tokenizer;
