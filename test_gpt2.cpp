@@ -2579,11 +2579,12 @@ TEST(Tokenizer, RefusesFilesThatAreSomethingElse) {
     for (std::string_view content :
          {""sv, "hello"sv, "[1]"sv, "\000\000"sv, "version: 0.2\na b\n"sv})
         EXPECT_EQ(load_error(content),
-                  "2 neither a tokenizer.json nor GPT-2 merges (first line `#version`)");
+                  "2 no tokenizer: neither tokenizer.json, vocab.json, merges (first line "
+                  "`#version`), .tiktoken nor llm.c's tokenizer.bin");
     expect_start(load_error("{}"), "2 model:");
     std::string folder = test_folder();
     EXPECT_EQ(error_of([&] { Tokenizer::load(folder); }),
-              "2 " + folder + ": the folder holds no tokenizer.json");
+              "2 " + folder + ": the folder holds no tokenizer.json, vocab.json or encoder.json");
     EXPECT_EQ(error_of([&] { Tokenizer::load(folder + "/none"); }).substr(0, 2), "2 ");
 }
 
@@ -2616,6 +2617,319 @@ TEST(Tokenizer, ReadsAndRefusesMergesFiles) {
                 many += digits.substr(0, n) + " " + digits.substr(n, 1) + "\n";
     }
     expect_start(error(many), "2 line 1048320: makes more than 1048575 t");
+}
+
+namespace tokenizer_test {
+
+struct FormatName {
+    TokenizerFormat format;
+    const char* file;  // below a folder, what save_as writes and load takes
+};
+constexpr FormatName kFormats[] = {{TokenizerFormat::json, ""},
+                                   {TokenizerFormat::merges, "vocab.json"},
+                                   {TokenizerFormat::openai, "encoder.json"},
+                                   {TokenizerFormat::tiktoken, "x.tiktoken"},
+                                   {TokenizerFormat::llmc, "tokenizer.bin"}};
+
+// Writes a format into a new folder; returns the path to load.
+std::string saved_as(const Tokenizer& tokenizer, const FormatName& name) {
+    std::string folder = test_folder(), path = folder + "/" + name.file;
+    bool file = name.format == TokenizerFormat::tiktoken || name.format == TokenizerFormat::llmc;
+    std::vector<std::string> notes = tokenizer.save_as(name.format, file ? path : folder);
+    EXPECT_EQ(notes.empty(),
+              name.format == TokenizerFormat::json || (name.format != TokenizerFormat::tiktoken &&
+                                                       tokenizer.pattern() == Pattern::gpt2));
+    return path;
+}
+
+Tokenizer small_tokenizer(Pattern pattern = Pattern::gpt2, int vocab_size = 300) {
+    std::mt19937 random(31);
+    BpeTraining training;
+    training.pattern = pattern;
+    return Tokenizer::train_bpe(pattern_text(random, 3000), vocab_size, training);
+}
+
+// What load says of a file with this content, named in the folder of an intact one.
+std::string error_of_file(const std::string& path, std::string_view content,
+                          std::optional<Pattern> pattern = Pattern::gpt2) {
+    write_plainly(path, content);
+    std::string error = error_of([&] { Tokenizer::load(path, pattern); });
+    EXPECT_EQ(error.find('\n'), std::string::npos) << "more than one line: " << error;
+    return error;
+}
+
+}  // namespace tokenizer_test
+
+TEST(Tokenizer, EveryFormatGivesTheSameTokenizer) {
+    using namespace tokenizer_test;
+    for (Pattern pattern : kAllPatterns)
+        for (int size : {257, 258, 1500}) {
+            Tokenizer tokenizer = small_tokenizer(pattern, size);
+            for (const FormatName& name : kFormats) {
+                std::string path = saved_as(tokenizer, name);
+                expect_same(Tokenizer::load(path, pattern), tokenizer);
+            }
+        }
+}
+
+TEST(Tokenizer, Gpt2sFilesAreOneTokenizer) {
+    using namespace tokenizer_test;
+    if (!fs::exists(kGpt2Merges) || !fs::exists(kGpt2Ids))
+        GTEST_SKIP() << kGpt2Merges << " or " << kGpt2Ids << " is missing";
+    Tokenizer merges = Tokenizer::load(kGpt2Merges), ids = Tokenizer::load(kGpt2Ids);
+    expect_same(merges, ids);
+    for (const FormatName& name : kFormats)  // the pattern follows from the number of tokens
+        expect_same(Tokenizer::load(saved_as(ids, name)), ids);
+    std::string folder = test_folder();
+    ids.save_as(TokenizerFormat::openai, folder);
+    EXPECT_EQ(parse_json(read_file(folder + "/encoder.json"), "written"),
+              parse_json(read_file(kGpt2Ids), "published"));
+    std::string published = read_file(kGpt2Merges);
+    EXPECT_EQ(read_file(folder + "/vocab.bpe"), published);
+}
+
+TEST(Tokenizer, FormatsHaveTheBytesThatTheirReadersExpect) {
+    using namespace tokenizer_test;
+    Tokenizer tokenizer = Tokenizer::train_bpe("ab ab ab", 258);
+    std::string folder = test_folder(), ranks = folder + "/x.tiktoken", bin = folder + "/t.bin";
+    tokenizer.save_as(TokenizerFormat::tiktoken, ranks);
+    std::string text = read_file(ranks);
+    expect_start(text, "IQ== 0\nIg== 1\n");
+    EXPECT_TRUE(text.ends_with("\nrQ== 255\nYWI= 256\n")) << text;
+    tokenizer.save_as(TokenizerFormat::llmc, bin);
+    std::string bytes = read_file(bin);
+    EXPECT_EQ(bytes.substr(0, 20), "\xc8\xd7\x34\x01\x02\0\0\0\x02\x01\0\0\x01\x01\0\0\0\0\0\0"sv);
+    EXPECT_EQ(bytes.substr(1024, 4), "\1!\1\"");
+    EXPECT_TRUE(bytes.ends_with("\2ab\15<|endoftext|>"));
+    EXPECT_EQ(bytes.size(), 1024u + 2 * 256 + 3 + 14);
+    tokenizer.save_as(TokenizerFormat::merges, folder);
+    EXPECT_EQ(read_file(folder + "/merges.txt"), "#version: 0.2\na b\n");
+    json vocabulary = parse_json(read_file(folder + "/vocab.json"), "vocab");
+    EXPECT_EQ(vocabulary.size(), 258u);
+    EXPECT_EQ(vocabulary["\304\240"], 220);
+    EXPECT_EQ(vocabulary["ab"], 256);
+    EXPECT_EQ(vocabulary["<|endoftext|>"], 257);
+}
+
+TEST(Tokenizer, RanksOfUnknownNumberNeedAPattern) {
+    using namespace tokenizer_test;
+    Tokenizer tokenizer = small_tokenizer(Pattern::o200k);
+    std::string ranks = saved_as(tokenizer, kFormats[3]), bin = saved_as(tokenizer, kFormats[4]);
+    EXPECT_EQ(error_of([&] { Tokenizer::load(ranks); }),
+              "2 " + ranks +
+                  ": the end: 299 ranks do not tell by what text is split; name it with "
+                  "--pattern gpt2, cl100k or o200k");
+    EXPECT_EQ(error_of([&] { Tokenizer::load(bin); }),
+              "2 " + bin +
+                  ": byte 8: 300 tokens do not tell by what text is split; name it with "
+                  "--pattern gpt2, cl100k or o200k");
+    std::vector<std::string> notes =
+        tokenizer.save_as(TokenizerFormat::tiktoken, test_folder() + "/x");
+    EXPECT_EQ(notes, (std::vector<std::string>{
+                         "the format does not say by what text is split: read it with --pattern "
+                         "o200k",
+                         "the format holds no special tokens: <|endoftext|> has the id 299"}));
+    // A file that says it is not overruled.
+    std::string folder = test_folder();
+    tokenizer.save(folder);
+    expect_same(Tokenizer::load(folder, Pattern::o200k), tokenizer);
+    EXPECT_EQ(error_of([&] { Tokenizer::load(folder, Pattern::gpt2); }),
+              "2 " + folder +
+                  "/tokenizer.json: pre_tokenizer: splits by o200k; leave out "
+                  "--pattern gpt2");
+}
+
+TEST(Tokenizer, KnownNumbersOfRanksHaveTheirSpecialTokens) {
+    using namespace tokenizer_test;
+    // As many ranks as cl100k_base has: the bytes, pairs of bytes, and what makes threes of them.
+    std::string text;
+    int rank = 0;
+    auto add = [&](const std::string& bytes) {
+        text += to_base64(bytes) + format(" %d\n", rank++);
+    };
+    for (int a = 0; a < 256; a++) add({char(a)});
+    for (int a = 0; a < 256; a++)
+        for (int b = 0; b < 256; b++) add({char(a), char(b)});
+    for (int a = 0; a < 256 && rank < 100256; a++)
+        for (int b = 0; b < 256 && rank < 100256; b++) add({'x', char(a), char(b)});
+    std::string path = test_folder() + "/cl100k_base.tiktoken";
+    write_plainly(path, text);
+    Tokenizer tokenizer = Tokenizer::load(path);
+    EXPECT_EQ(tokenizer.pattern(), Pattern::cl100k);
+    EXPECT_EQ(tokenizer.vocab_size(), 100277);
+    EXPECT_EQ(tokenizer.end_of_text(), 100257);
+    EXPECT_EQ(tokenizer.token_bytes(100256), "<|unused_100256|>");
+    EXPECT_EQ(tokenizer.token_bytes(100276), "<|unused_100276|>");
+    expect_same(tokenizer, reloaded(tokenizer));
+    for (const FormatName& name : kFormats)
+        expect_same(Tokenizer::load(saved_as(tokenizer, name), Pattern::cl100k), tokenizer);
+}
+
+TEST(Tokenizer, DamagedRanksAreRefused) {
+    using namespace tokenizer_test;
+    std::string path = saved_as(small_tokenizer(), kFormats[3]), whole = read_file(path);
+    // Behind a line end a cut cannot be seen but by the number of ranks.
+    for (size_t size = 0; size < whole.size(); size++) {
+        if (size > 0 && whole[size - 1] == '\n') continue;
+        std::string error = error_of_file(path, whole.substr(0, size));
+        ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << size;
+    }
+    auto error_with = [&](const std::string& from, const std::string& to) {
+        std::string damaged = whole;
+        size_t at = damaged.find(from);
+        EXPECT_NE(at, damaged.npos);
+        return error_of_file(path, damaged.replace(at, from.size(), to));
+    };
+    auto after = [&](const std::string& what) { return "2 " + path + ": " + what; };
+    EXPECT_EQ(error_with("IQ== 0\n", "IQ== 0\n\n"),
+              after("line 2: is not a token in base64, a space and a rank"));
+    EXPECT_EQ(error_with("Ig== 1\n", "IQ== 1\n"), after("line 2: the token stands there twice"));
+    EXPECT_EQ(error_with("Ig== 1\n", "Ig== 2\n"),
+              after("line 2: the rank is not 1; ranks count up from 0"));
+    EXPECT_EQ(error_with("Ig== 1\n", "Ig== 01\n"),
+              after("line 2: the rank is not 1; ranks count up from 0"));
+    EXPECT_EQ(error_with("Ig== 1\n", "Ih== 1\n"),
+              after("line 2: is not a token in base64, a space and a rank"));
+    EXPECT_EQ(error_with("Ig== 1\n", "Ig==  1\n"),
+              after("line 2: the rank is not 1; ranks count up from 0"));
+    EXPECT_EQ(error_with("Ig== 1\n", "IiI= 1\n"),
+              after("model.vocab: no token for the byte 0x22; all 256 are needed"));
+    EXPECT_EQ(error_of_file(path, whole + to_base64("\"#$%") + " 299\n"),
+              after("token 299: 4 tokens of lower id spell \"\\\"#$%\"; two must, since ids are "
+                    "the order of merges here"));
+    EXPECT_EQ(error_of_file(path, whole + "x"), after("line 300: does not end; the file is cut "
+                                                      "short"));
+}
+
+TEST(Tokenizer, DamagedLlmcFilesAreRefused) {
+    using namespace tokenizer_test;
+    std::string path = saved_as(small_tokenizer(), kFormats[4]), whole = read_file(path);
+    for (size_t size = 0; size < whole.size(); size++) {
+        std::string error = error_of_file(path, whole.substr(0, size));
+        ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << size;
+    }
+    auto after = [&](const std::string& what) { return "2 " + path + ": " + what; };
+    EXPECT_EQ(
+        error_of_file(path, whole + '\0'),
+        after(format("byte %zu: 1 bytes behind the last token; byte 8 says 300", whole.size())));
+    for (size_t field = 0; field < 256; field++)
+        for (uint32_t flip : {1u, 0x100u, 0x80000000u}) {
+            std::string damaged = whole;
+            uint32_t value;
+            memcpy(&value, damaged.data() + 4 * field, 4);
+            value ^= flip;
+            memcpy(damaged.data() + 4 * field, &value, 4);
+            std::string error = error_of_file(path, damaged);
+            ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << field << " " << flip;
+        }
+    std::string version_1 = whole;  // its end of text is 50256
+    version_1[4] = 1;
+    EXPECT_EQ(error_of_file(path, version_1), after("byte 12: is not zero, as the header is here"));
+    version_1[12] = version_1[13] = 0;
+    EXPECT_EQ(error_of_file(path, version_1),
+              after("byte 4: the end of text is 50256, and that token is not <|endoftext|>"));
+    std::string empty = whole;
+    empty[1024] = 0;
+    EXPECT_EQ(error_of_file(path, empty), after("byte 1024: token 0 has no bytes"));
+    if (!fs::exists(kGpt2Merges)) GTEST_SKIP() << kGpt2Merges << " is missing";
+    Tokenizer gpt2 = Tokenizer::load(kGpt2Merges);
+    gpt2.save_as(TokenizerFormat::llmc, path);
+    version_1 = read_file(path);
+    version_1[4] = 1;
+    version_1[12] = version_1[13] = 0;
+    write_plainly(path, version_1);
+    expect_same(Tokenizer::load(path), gpt2);
+}
+
+TEST(Tokenizer, VocabulariesAndMergesThatDoNotFitAreRefused) {
+    using namespace tokenizer_test;
+    std::string path = saved_as(small_tokenizer(), kFormats[1]);
+    std::string merges_path = fs::path(path).replace_filename("merges.txt");
+    const std::string vocabulary = read_file(path), merges = read_file(merges_path);
+    for (size_t size = 0; size < merges.size() - 1; size++) {
+        write_plainly(merges_path, merges.substr(0, size));
+        std::string error = error_of([&] { Tokenizer::load(path); });
+        ASSERT_EQ(error.substr(0, 2), "2 ") << size;
+    }
+    write_plainly(merges_path, merges);
+    for (size_t size = 0; size < vocabulary.size() - 1; size += 7)
+        ASSERT_EQ(error_of_file(path, vocabulary.substr(0, size)).substr(0, 2), "2 ") << size;
+    auto error_without = [&](const char* token, const json& id) {
+        json damaged = parse_json(vocabulary, "vocabulary");
+        if (id.is_null()) damaged.erase(token);
+        else damaged[token] = id;
+        return error_of_file(path, damaged.dump());
+    };
+    EXPECT_EQ(error_without("A", nullptr),
+              "2 " + path +
+                  ": model.vocab: id 299 in a vocabulary of 299 tokens; ids must be "
+                  "dense");
+    EXPECT_EQ(error_without("zz", 300),
+              "2 " + path + ": token \"zz\": no merge of " + merges_path +
+                  " makes it, and it is not spelt <|...|> as special tokens are");
+    std::string first = merges.substr(14, merges.find('\n', 14) - 14);
+    first.erase(first.find(' '), 1);
+    EXPECT_EQ(error_without(first.c_str(), nullptr),
+              "2 " + merges_path + ": line 2: makes the token " + json(first).dump(-1, ' ', true) +
+                  ", which " + path + " lacks");
+    write_plainly(path, vocabulary);
+    fs::remove(merges_path);
+    expect_start(error_of([&] { Tokenizer::load(path); }), "2 " + merges_path + ": cannot open");
+    std::string other = test_folder() + "/words.json";
+    EXPECT_EQ(error_of_file(other, vocabulary),
+              "2 " + other +
+                  ": a vocabulary without merges, which are looked for beside "
+                  "vocab.json and encoder.json; rename it to one of these");
+}
+
+TEST(Tokenizer, WhatAFormatCannotHoldIsNotWritten) {
+    using namespace tokenizer_test;
+    std::string folder = test_folder(), path = folder + "/file";
+    auto error = [&](const Tokenizer& tokenizer, TokenizerFormat format) {
+        std::string message = error_of([&] { tokenizer.save_as(format, path); });
+        EXPECT_FALSE(fs::exists(path));
+        expect_start(message, "2 " + path + ": this format ");
+        EXPECT_TRUE(message.ends_with("; write tokenizer.json (--format json)")) << message;
+        return message.substr(0, message.rfind(';')).substr(path.size() + 16);
+    };
+    for (const FormatName& name : kFormats) {
+        if (name.format == TokenizerFormat::json) continue;
+        EXPECT_EQ(error(Tokenizer::bytes(), name.format), "holds byte-level BPE only");
+        EXPECT_EQ(error(Tokenizer::chars("abc"), name.format), "holds byte-level BPE only");
+    }
+    json file = small_json();
+    auto load = [&] {
+        write_plainly(folder + "/tokenizer.json", file.dump());
+        return Tokenizer::load(folder);
+    };
+    file["model"]["vocab"]["ey"] = 258;  // two ways to one token
+    file["model"]["merges"] = {"e y", "h ey", "h e", "he y"};
+    file["added_tokens"][0]["id"] = 259;
+    EXPECT_EQ(error(load(), TokenizerFormat::tiktoken),
+              "takes the order of ids for that of merges, and merge 1 makes the id 257 after 258");
+    file = small_json();
+    file["added_tokens"][0]["content"] = "[END]";
+    EXPECT_EQ(error(load(), TokenizerFormat::llmc), "needs an <|endoftext|>");
+    EXPECT_EQ(error(load(), TokenizerFormat::merges),
+              "knows special tokens by <|...|>, and 258 is [END]");
+    file = small_json();  // a special token among the others
+    file["added_tokens"][0]["id"] = 256;
+    file["model"]["vocab"]["he"] = 258;
+    file["model"]["merges"] = json::array({"e y"});
+    file["model"]["vocab"].erase("he");
+    file["model"]["vocab"].erase("hey");
+    file["model"]["vocab"]["ey"] = 257;
+    EXPECT_EQ(error(load(), TokenizerFormat::tiktoken),
+              "holds no special tokens, so they must have the last ids");
+    std::string folder_path = saved_as(load(), kFormats[4]);  // which the bytes of tokens can hold
+    expect_same(Tokenizer::load(folder_path, Pattern::gpt2), load());
+    file = small_json();  // a token of two merges that this order of ids does not give
+    file["model"]["vocab"] = small_json()["model"]["vocab"];
+    file["model"]["merges"] = {"h e"};
+    file["model"]["vocab"].erase("hey");
+    file["model"]["vocab"]["ee"] = 257;
+    file["model"]["merges"].push_back("e e");
+    expect_same(Tokenizer::load(saved_as(load(), kFormats[3]), Pattern::gpt2), load());
 }
 
 TEST(Tokenizer, GivesGpt2Ids) {

@@ -22,6 +22,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <optional>
 #include <queue>
 #include <string>
 #include <string_view>
@@ -576,6 +577,15 @@ struct BpeTraining {
     std::function<void(int done, int most)> progress;
 };
 
+// The files that hold a vocabulary.
+enum class TokenizerFormat {
+    json,      // tokenizer.json, Hugging Face: everything
+    merges,    // vocab.json and merges.txt, Hugging Face
+    openai,    // encoder.json and vocab.bpe, as GPT-2 was published
+    tiktoken,  // a line a token: its bytes in base64, and its rank
+    llmc,      // tokenizer.bin of llm.c: the bytes of every token; versions 1 and 2 are read
+};
+
 // A vocabulary and what turns text into its ids. A value: copies are independent. Its const
 // functions share nothing that they change, so several threads may use one Tokenizer at once.
 struct Tokenizer {
@@ -598,15 +608,23 @@ struct Tokenizer {
     static Tokenizer train_bpe(std::string_view text, int vocab_size,
                                const BpeTraining& training = {});
 
-    // From a tokenizer.json, a folder that holds one, or GPT-2's merges (vocab.bpe, merges.txt: the
-    // first line starts with `#version`; ids follow from the order of the lines). Fails, naming the
-    // file and the field, on everything that would make this tokenizer differ from what the file
-    // describes.
-    static Tokenizer load(const std::string& path);
+    // From a file of one of the kinds that TokenizerFormat lists, told apart by what is in it, or
+    // from a folder that holds tokenizer.json, vocab.json or encoder.json. vocab.json needs
+    // merges.txt beside it, encoder.json vocab.bpe; of merges alone the ids follow from the order.
+    // `pattern` is for files that do not say by what text is split: without it GPT-2's for merges,
+    // and for ranks and tokenizer.bin that of the encoding of OpenAI's which has so many. Fails,
+    // naming the file, the place in it and what would help, on everything that would make this
+    // tokenizer differ from what the file describes.
+    static Tokenizer load(const std::string& path, std::optional<Pattern> pattern = std::nullopt);
 
     // Writes tokenizer.json and tokenizer_config.json into `folder`, each atomically. A context
     // above 0 is noted as model_max_length. Fails where the machine does.
     void save(const std::string& folder, int context = 0) const;
+
+    // Writes another format: to the file `path`, or into the folder `path` where it takes two
+    // files. Returns what the format cannot hold and a reader has to be told, a line each. Fails,
+    // before anything is written, where reading the file back would give other ids for any text.
+    std::vector<std::string> save_as(TokenizerFormat format, const std::string& path) const;
 
     Kind kind() const { return kind_; }
     Pattern pattern() const { return pattern_; }                      // bpe
@@ -647,6 +665,7 @@ struct Tokenizer {
   private:
     struct Merge {
         int left, right, result;
+        bool operator==(const Merge&) const = default;
     };
     struct PieceMerger;
     class Encoder;
@@ -655,12 +674,18 @@ struct Tokenizer {
     int add_token(std::string_view bytes);
     void add_merge(int left, int right, int result);
     void add_end_of_text();
-    void index_tokens();
+    void index_bytes();
     void index_character(int symbol, int id);
     int id_of_character(int symbol) const;
     void encode_chars(std::string_view text, std::vector<int>& ids, std::string* missing) const;
     void encode_bpe(std::string_view text, std::vector<int>& ids, int threads) const;
     std::string spell(int id, const ByteAlphabet& alphabet) const;
+    std::string vocabulary_json() const;
+    std::string merges_text() const;
+    std::string ranks_text() const;
+    std::string llmc_bytes() const;
+    void check_format(TokenizerFormat format, const std::string& path) const;
+    std::vector<std::string> notes_on(TokenizerFormat format) const;
     bool is_special(int id) const;
 
     Kind kind_ = Kind::bytes;
@@ -669,13 +694,14 @@ struct Tokenizer {
     std::vector<size_t> token_begins_ = {0};  // where each begins in it, and where the last ends
     std::vector<int> specials_;               // ids, ascending
     int end_of_text_ = -1;
-    std::array<int, 256> id_of_byte_{};      // bpe and bytes
-    std::vector<Merge> merges_;              // bpe: in the order of their rank
-    MergeTable merge_ranks_;                 // bpe: (left, right) -> index into merges_
-    std::vector<uint32_t> merge_results_;    // bpe: of merges_
-    int first_result_ = -1;                  // bpe: that of merge r is this + r; -1: not for all r
-    std::vector<uint32_t> byte_pair_ranks_;  // bpe: of the tokens of bytes 256 * left + right
-    std::vector<int> id_of_character_;       // chars: by Character::symbol, -1: there is none
+    std::array<int, 256> id_of_byte_{};    // bpe and bytes
+    std::vector<Merge> merges_;            // bpe: in the order of their rank
+    MergeTable merge_ranks_;               // bpe: (left, right) -> index into merges_
+    std::vector<uint32_t> merge_results_;  // bpe: of merges_
+    int first_result_ = -1;                // bpe: that of merge r is this + r; -1: not for all r
+    // bpe: of the tokens of the bytes 256 * left + right
+    std::vector<uint32_t> byte_pair_ranks_ = std::vector<uint32_t>(1 << 16, MergeTable::kNone);
+    std::vector<int> id_of_character_;  // chars: by Character::symbol, -1: there is none
 };
 
 inline int Tokenizer::add_token(std::string_view bytes) {
@@ -684,9 +710,17 @@ inline int Tokenizer::add_token(std::string_view bytes) {
     return vocab_size() - 1;
 }
 
+// Both tokens and their result are there already; what encode looks up is kept up to date.
 inline void Tokenizer::add_merge(int left, int right, int result) {
-    merge_ranks_.find_or_insert(uint32_t(left), uint32_t(right), uint32_t(merges_.size()));
+    uint32_t rank = uint32_t(merges_.size());
+    if (rank == 0) first_result_ = result;
+    if (result != first_result_ + int(rank)) first_result_ = -1;
+    merge_ranks_.find_or_insert(uint32_t(left), uint32_t(right), rank);
+    merge_results_.push_back(uint32_t(result));
     merges_.push_back({left, right, result});
+    std::string_view a = token_bytes(left), b = token_bytes(right);
+    if (a.size() == 1 && b.size() == 1)
+        byte_pair_ranks_[size_t(uint8_t(a[0])) << 8 | uint8_t(b[0])] = rank;
 }
 
 inline void Tokenizer::add_end_of_text() {
@@ -694,27 +728,12 @@ inline void Tokenizer::add_end_of_text() {
     specials_.push_back(end_of_text_);
 }
 
-// Fills id_of_byte_ from the tokens of one byte (-1: there is none), and what else encode looks up.
-inline void Tokenizer::index_tokens() {
+// Fills id_of_byte_ from the tokens of one byte; a byte without a token gets -1.
+inline void Tokenizer::index_bytes() {
     id_of_byte_.fill(-1);
     for (int id = 0; id < vocab_size(); id++) {
         std::string_view bytes = token_bytes(id);
         if (bytes.size() == 1 && !is_special(id)) id_of_byte_[uint8_t(bytes[0])] = id;
-    }
-    if (kind_ != Kind::bpe) return;
-    merge_results_.clear();
-    for (const Merge& merge : merges_) merge_results_.push_back(uint32_t(merge.result));
-    first_result_ = merges_.empty() ? -1 : merges_[0].result;
-    for (size_t rank = 0; rank < merges_.size(); rank++)
-        if (merges_[rank].result != first_result_ + int(rank)) {
-            first_result_ = -1;
-            break;
-        }
-    byte_pair_ranks_.assign(1 << 16, MergeTable::kNone);
-    for (unsigned pair = 0; pair < 1 << 16; pair++) {
-        int left = id_of_byte_[pair >> 8], right = id_of_byte_[pair & 0xff];
-        if (left >= 0 && right >= 0)
-            byte_pair_ranks_[pair] = merge_ranks_.find(uint32_t(left), uint32_t(right));
     }
 }
 
@@ -791,7 +810,7 @@ inline Tokenizer Tokenizer::bytes() {
         tokenizer.add_token({&c, 1});
     }
     tokenizer.add_end_of_text();
-    tokenizer.index_tokens();
+    tokenizer.index_bytes();
     return tokenizer;
 }
 
@@ -1417,7 +1436,7 @@ inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size,
         char c = char(byte);
         tokenizer.add_token({&c, 1});
     }
-    tokenizer.index_tokens();
+    tokenizer.index_bytes();
     BpeTrainer trainer(text, tokenizer.id_of_byte_, training);
     const int most = vocab_size - 257;
     while (tokenizer.vocab_size() + 1 < vocab_size) {
@@ -1433,435 +1452,7 @@ inline Tokenizer Tokenizer::train_bpe(std::string_view text, int vocab_size,
     }
     if (training.progress) training.progress(most, most);
     tokenizer.add_end_of_text();
-    tokenizer.index_tokens();
     return tokenizer;
 }
 
-// ==== saving =====================================================================================
-
-// A token as tokenizer.json spells it.
-inline std::string Tokenizer::spell(int id, const ByteAlphabet& alphabet) const {
-    std::string_view bytes = token_bytes(id);
-    if (is_special(id)) return std::string(bytes);
-    if (kind_ != Kind::chars) return alphabet.spell(bytes);
-    int symbol = character_at(bytes, 0).symbol;
-    if (symbol < kInvalidByte) return std::string(bytes);
-    return format("<0x%02X>", unsigned(symbol - kInvalidByte));
-}
-
-inline void Tokenizer::save(const std::string& folder, int context) const {
-    ByteAlphabet alphabet;
-    std::vector<std::string> spelling;
-    for (int id = 0; id < vocab_size(); id++) spelling.push_back(spell(id, alphabet));
-    ordered_json::object_t vocabulary;
-    for (int id = 0; id < vocab_size(); id++)  // emplace_back: the keys are known to differ
-        vocabulary.emplace_back(spelling[size_t(id)], id);
-    ordered_json merges = ordered_json::array();
-    for (const Merge& m : merges_)
-        merges.push_back(spelling[size_t(m.left)] + " " + spelling[size_t(m.right)]);
-    ordered_json specials = ordered_json::array();
-    for (int id : specials_)
-        specials.push_back({{"id", id},
-                            {"content", spelling[size_t(id)]},
-                            {"single_word", false},
-                            {"lstrip", false},
-                            {"rstrip", false},
-                            {"normalized", false},
-                            {"special", true}});
-
-    bool has_bytes = id_of_character_.size() > size_t(kInvalidByte);
-    ordered_json splitter, decoder;
-    if (kind_ == Kind::chars) {
-        decoder = {{"type", "Fuse"}};
-        if (has_bytes)
-            decoder = {{"type", "Sequence"},
-                       {"decoders", {{{"type", "ByteFallback"}}, {{"type", "Fuse"}}}}};
-    } else {
-        splitter = {{"type", "ByteLevel"},
-                    {"add_prefix_space", false},
-                    {"trim_offsets", false},
-                    {"use_regex", kind_ == Kind::bpe}};
-        decoder = splitter;
-        if (kind_ == Kind::bpe && pattern_ != Pattern::gpt2) {
-            splitter["use_regex"] = false;
-            ordered_json split = {{"type", "Split"},
-                                  {"pattern", {{"Regex", name_of(pattern_).regex}}},
-                                  {"behavior", "Isolated"},
-                                  {"invert", false}};
-            splitter = {{"type", "Sequence"}, {"pretokenizers", {split, splitter}}};
-        }
-    }
-    ordered_json model = {{"type", "BPE"},
-                          {"dropout", nullptr},
-                          {"unk_token", nullptr},
-                          {"continuing_subword_prefix", nullptr},
-                          {"end_of_word_suffix", nullptr},
-                          {"fuse_unk", false},
-                          {"byte_fallback", kind_ == Kind::chars && has_bytes},
-                          {"ignore_merges", false},
-                          {"vocab", std::move(vocabulary)},
-                          {"merges", std::move(merges)}};
-    ordered_json file = {{"version", "1.0"},          {"truncation", nullptr},
-                         {"padding", nullptr},        {"added_tokens", std::move(specials)},
-                         {"normalizer", nullptr},     {"pre_tokenizer", std::move(splitter)},
-                         {"post_processor", nullptr}, {"decoder", std::move(decoder)},
-                         {"model", std::move(model)}};
-    ordered_json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
-                           {"add_prefix_space", false},
-                           {"clean_up_tokenization_spaces", false}};
-    if (end_of_text_ >= 0) {
-        config["bos_token"] = kEndOfText;
-        config["eos_token"] = kEndOfText;
-    }
-    if (context > 0) config["model_max_length"] = context;
-    make_folder(folder);
-    write_file_atomic(folder + "/tokenizer.json", file.dump(2) + "\n");
-    write_file_atomic(folder + "/tokenizer_config.json", config.dump(2) + "\n");
-}
-
-// ==== loading ====================================================================================
-
-// Reads the files of strangers. What it does not know it refuses: a tokenizer that is almost the
-// right one would train and continue text wrongly, without a sign.
-struct TokenizerReader {
-    const std::string& path;
-    Tokenizer tokenizer;
-    std::unordered_map<std::string, int> id_of;  // as the file spells the tokens
-    ByteAlphabet alphabet;
-
-    [[noreturn]] void refuse(const std::string& place, const std::string& why) const {
-        fail_input("%s: %s: %s", path.c_str(), place.c_str(), why.c_str());
-    }
-
-    // A string from the file for a message: quoted, in ASCII, on one line, not too long.
-    static std::string quoted(const std::string& text) {
-        constexpr size_t kLongest = 60;
-        std::string cut = text.size() <= kLongest ? text : text.substr(0, kLongest) + "...";
-        return json(cut).dump(-1, ' ', true, json::error_handler_t::replace);
-    }
-
-    // object[key]; nullptr where that is missing or null, or `object` is not an object.
-    static const json* field(const json& object, const char* key) {
-        if (!object.is_object()) return nullptr;
-        auto found = object.find(key);
-        return found == object.end() || found->is_null() ? nullptr : &*found;
-    }
-
-    static std::string type_of(const json& object) {
-        const json* type = field(object, "type");
-        return type != nullptr && type->is_string() ? type->get<std::string>() : "";
-    }
-
-    bool flag(const json& object, const std::string& place, const char* key, bool otherwise) const {
-        const json* value = field(object, key);
-        if (value == nullptr) return otherwise;
-        if (!value->is_boolean()) refuse(place + "." + key, "is not true or false");
-        return value->get<bool>();
-    }
-
-    [[noreturn]] void refuse_type(const std::string& place, const json& object) const {
-        refuse(place, "type " + quoted(type_of(object)) +
-                          " is not supported; this program reads byte-level BPE in GPT-2's form");
-    }
-
-    bool read_split(const json& split, Pattern* pattern) const;
-    Tokenizer::Kind read_pre_tokenizer(const json& root, Pattern* pattern) const;
-    void read_decoder(const json& root, Tokenizer::Kind kind) const;
-    void check_post_processor(const json& root) const;
-    void check_model(const json& model, Tokenizer::Kind kind) const;
-    int read_id(const json& value, const std::string& place) const;
-    void read_vocabulary(const json& root, const json& model);
-    std::string bytes_of(const std::string& spelling, bool byte_fallback) const;
-    void check_bytes() const;
-    void read_merges(const json& model);
-    void read_merge(const std::string& left, const std::string& right, const std::string& place);
-    void read_json(std::string_view text);
-    void read_merges_file(std::string_view text);
-};
-
-// Whether a Split cuts by one of kPatterns, which then is *pattern. The patterns match every
-// character, so that to keep what is matched is to keep all.
-inline bool TokenizerReader::read_split(const json& split, Pattern* pattern) const {
-    const json* object = field(split, "pattern");
-    const json* regex = object != nullptr ? field(*object, "Regex") : nullptr;
-    const json* behavior = field(split, "behavior");
-    if (type_of(split) != "Split" || regex == nullptr || behavior == nullptr) return false;
-    bool invert = flag(split, "pre_tokenizer.pretokenizers[0]", "invert", false);
-    if (*behavior != (invert ? "Removed" : "Isolated")) return false;
-    for (const PatternName& known : kPatterns) {
-        if (*regex != known.regex) continue;
-        *pattern = known.pattern;
-        return true;
-    }
-    return false;
-}
-
-// How the file cuts text decides the kind: by a pattern (bpe), not at all but into bytes (bytes),
-// not at all (chars).
-inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root,
-                                                           Pattern* pattern) const {
-    const std::string place = "pre_tokenizer";
-    const json* whole = field(root, "pre_tokenizer");
-    if (whole == nullptr) return Tokenizer::Kind::chars;
-    const json* byte_level = whole;
-    bool split = false;  // a Split with the pattern stands before
-    if (type_of(*whole) == "Sequence") {
-        const json* list = field(*whole, "pretokenizers");
-        bool fits = list != nullptr && list->is_array() && (list->size() == 1 || list->size() == 2);
-        if (!fits) refuse_type(place, *whole);
-        byte_level = &list->back();
-        split = list->size() == 2;
-    }
-    if (split && !read_split(whole->at("pretokenizers").front(), pattern))
-        refuse(place + ".pretokenizers[0]",
-               "is not a Split by the pattern of GPT-2, cl100k or o200k");
-    if (type_of(*byte_level) != "ByteLevel") refuse_type(place, *byte_level);
-    if (flag(*byte_level, place, "add_prefix_space", true))
-        refuse(place + ".add_prefix_space", "true is not supported; false is");
-    bool use_regex = flag(*byte_level, place, "use_regex", true);
-    if (split && use_regex) refuse(place, "splits twice, by Split and by ByteLevel.use_regex");
-    return split || use_regex ? Tokenizer::Kind::bpe : Tokenizer::Kind::bytes;
-}
-
-// Only a decoder that puts the tokens' bytes in a row is what decode does.
-inline void TokenizerReader::read_decoder(const json& root, Tokenizer::Kind kind) const {
-    const json* decoder = field(root, "decoder");
-    std::string type = decoder == nullptr ? "" : type_of(*decoder);
-    if (kind != Tokenizer::Kind::chars) {
-        if (type != "ByteLevel") refuse("decoder", "is not ByteLevel");
-        return;
-    }
-    if (type == "Sequence") {
-        const json* list = field(*decoder, "decoders");
-        if (list != nullptr && list->is_array() && list->size() == 2 &&
-            type_of(list->front()) == "ByteFallback" && type_of(list->back()) == "Fuse")
-            return;
-    }
-    if (type != "Fuse") refuse("decoder", "is neither Fuse nor ByteFallback and Fuse");
-}
-
-// ByteLevel only moves offsets. A template must add nothing: encode adds nothing.
-inline void TokenizerReader::check_post_processor(const json& root) const {
-    const json* post = field(root, "post_processor");
-    if (post == nullptr || type_of(*post) == "ByteLevel") return;
-    if (type_of(*post) != "TemplateProcessing") refuse_type("post_processor", *post);
-    const json* single = field(*post, "single");
-    bool plain = single != nullptr && single->is_array() && single->size() == 1 &&
-                 field(single->front(), "Sequence") != nullptr;
-    if (!plain) refuse("post_processor.single", "adds tokens to the text, which is not supported");
-}
-
-// The settings of the model that change what encoding gives.
-inline void TokenizerReader::check_model(const json& model, Tokenizer::Kind kind) const {
-    if (const json* dropout = field(model, "dropout"); dropout != nullptr && *dropout != 0.0)
-        refuse("model.dropout", "is not supported; null is");
-    for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
-        if (const json* affix = field(model, key); affix != nullptr && *affix != "")
-            refuse(std::string("model.") + key, "is not supported; null is");
-    if (flag(model, "model", "ignore_merges", false))
-        refuse("model.ignore_merges", "true is not supported; false is");
-    // With a token for each byte nothing is ever unknown.
-    if (kind == Tokenizer::Kind::chars && field(model, "unk_token") != nullptr)
-        refuse("model.unk_token", "is not supported for characters; null is");
-}
-
-inline int TokenizerReader::read_id(const json& value, const std::string& place) const {
-    if (!value.is_number_integer()) refuse(place, "the id is not an integer");
-    bool fits = value.is_number_unsigned() && value.get<uint64_t>() < uint64_t(kMaxTokens);
-    if (!fits)
-        refuse(place,
-               "id " + value.dump() + " is not within 0 to " + std::to_string(kMaxTokens - 1));
-    return value.get<int>();
-}
-
-// The bytes of a token that is not special; empty where it stands for none of its kind.
-inline std::string TokenizerReader::bytes_of(const std::string& spelling,
-                                             bool byte_fallback) const {
-    std::string bytes;
-    if (tokenizer.kind_ != Tokenizer::Kind::chars)
-        return alphabet.read(spelling, bytes) ? bytes : std::string();
-    if (!spelling.empty() && character_at(spelling, 0).length == spelling.size()) return spelling;
-    for (int byte = 0x80; byte < 0x100 && byte_fallback; byte++)
-        if (spelling == format("<0x%02X>", unsigned(byte))) return std::string(1, char(byte));
-    return bytes;
-}
-
-// Fills the tokens, the special tokens, and id_of, from model.vocab and added_tokens: together they
-// must use each id from 0 on once.
-inline void TokenizerReader::read_vocabulary(const json& root, const json& model) {
-    const json* vocabulary = field(model, "vocab");
-    if (vocabulary == nullptr || !vocabulary->is_object())
-        refuse("model.vocab", "is missing or not an object");
-    if (vocabulary->size() > size_t(kMaxTokens))
-        refuse("model.vocab",
-               format("%zu tokens; at most %d are supported", vocabulary->size(), kMaxTokens));
-    for (const auto& [spelling, id] : vocabulary->items())
-        id_of[spelling] = read_id(id, "model.vocab: token " + quoted(spelling));
-
-    const json* added = field(root, "added_tokens");
-    if (added != nullptr && !added->is_array()) refuse("added_tokens", "is not a list");
-    for (size_t i = 0; added != nullptr && i < added->size(); i++) {
-        std::string place = format("added_tokens[%zu]", i);
-        const json& token = (*added)[i];
-        const json *content = field(token, "content"), *id_field = field(token, "id");
-        if (content == nullptr || !content->is_string() || *content == "" || id_field == nullptr)
-            refuse(place, "has no content or no id");
-        if (!flag(token, place, "special", false))
-            refuse(place + ".special", "false is not supported: only special tokens may be added");
-        int id = read_id(*id_field, place);
-        int known = id_of.try_emplace(content->get<std::string>(), id).first->second;
-        if (known != id)
-            refuse(place, format("id %d, but model.vocab gives the token id %d", id, known));
-        tokenizer.specials_.push_back(id);
-    }
-    std::vector<int>& specials = tokenizer.specials_;
-    std::sort(specials.begin(), specials.end());
-    specials.erase(std::unique(specials.begin(), specials.end()), specials.end());
-
-    std::vector<const std::string*> spelling_of(id_of.size());
-    for (const auto& [spelling, id] : id_of) {
-        if (size_t(id) >= id_of.size())
-            refuse("model.vocab", format("id %d in a vocabulary of %zu tokens; ids must be dense",
-                                         id, id_of.size()));
-        if (spelling_of[size_t(id)] != nullptr)
-            refuse("model.vocab", format("two tokens have the id %d", id));
-        spelling_of[size_t(id)] = &spelling;
-    }
-    bool byte_fallback = flag(model, "model", "byte_fallback", false);
-    for (int id = 0; id < int(spelling_of.size()); id++) {
-        const std::string& spelling = *spelling_of[size_t(id)];
-        std::string bytes = bytes_of(spelling, byte_fallback);
-        bool special = tokenizer.is_special(id);
-        if (bytes.empty() && !special)
-            refuse("model.vocab",
-                   "token " + quoted(spelling) + " is not of this kind of vocabulary");
-        tokenizer.add_token(special ? spelling : bytes);
-        // A special token of one character is that character too, as in tokenizers.
-        bool in_model = vocabulary->contains(spelling);
-        bool encodable = special ? in_model && bytes == spelling : true;
-        if (tokenizer.kind_ == Tokenizer::Kind::chars && encodable)
-            tokenizer.index_character(character_at(bytes, 0).symbol, id);
-    }
-    auto end = id_of.find(std::string(kEndOfText));
-    tokenizer.end_of_text_ = end == id_of.end() ? -1 : end->second;
-}
-
-// Any text can be encoded only with a token for every byte.
-inline void TokenizerReader::check_bytes() const {
-    for (unsigned byte = 0; byte < 256; byte++)
-        if (tokenizer.id_of_byte_[byte] < 0)
-            refuse("model.vocab", format("no token for the byte 0x%02X; all 256 are needed", byte));
-}
-
-inline void TokenizerReader::read_merge(const std::string& left, const std::string& right,
-                                        const std::string& place) {
-    auto find = [&](const std::string& spelling) {
-        auto found = id_of.find(spelling);
-        if (found == id_of.end())
-            refuse(place, "token " + quoted(spelling) + " is not in the vocabulary");
-        if (tokenizer.is_special(found->second))
-            refuse(place,
-                   "token " + quoted(spelling) + " is special and cannot be part of a merge");
-        return found->second;
-    };
-    int left_id = find(left), right_id = find(right), result = find(left + right);
-    if (tokenizer.merge_ranks_.find(uint32_t(left_id), uint32_t(right_id)) != MergeTable::kNone)
-        refuse(place, "the pair " + quoted(left + " " + right) + " stands there twice");
-    tokenizer.add_merge(left_id, right_id, result);
-}
-
-// model.merges: a list of "left right", or of ["left", "right"].
-inline void TokenizerReader::read_merges(const json& model) {
-    const json* merges = field(model, "merges");
-    if (merges == nullptr || !merges->is_array())
-        refuse("model.merges", "is missing or not a list");
-    if (merges->size() >= MergeTable::kNone)
-        refuse("model.merges", format("%zu merges; fewer than %u are supported", merges->size(),
-                                      MergeTable::kNone));
-    if (!merges->empty() && tokenizer.kind_ != Tokenizer::Kind::bpe)
-        refuse("model.merges", "is not empty, but the pre_tokenizer splits by no pattern");
-    for (size_t i = 0; i < merges->size(); i++) {
-        const json& merge = (*merges)[i];
-        std::string place = format("model.merges[%zu]", i);
-        if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
-            read_merge(merge[0].get<std::string>(), merge[1].get<std::string>(), place);
-            continue;
-        }
-        std::string text = merge.is_string() ? merge.get<std::string>() : "";
-        size_t space = text.find(' ');
-        if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos)
-            refuse(place, "is not two tokens");
-        read_merge(text.substr(0, space), text.substr(space + 1), place);
-    }
-}
-
-inline void TokenizerReader::read_json(std::string_view text) {
-    json root = parse_json(text, path);
-    for (const char* key : {"normalizer", "truncation", "padding"})
-        if (field(root, key) != nullptr) refuse(key, "is not supported; null is");
-    const json* model = field(root, "model");
-    if (model == nullptr || !model->is_object()) refuse("model", "is missing or not an object");
-    if (field(*model, "type") != nullptr && type_of(*model) != "BPE") refuse_type("model", *model);
-    tokenizer.kind_ = read_pre_tokenizer(root, &tokenizer.pattern_);
-    read_decoder(root, tokenizer.kind_);
-    check_post_processor(root);
-    check_model(*model, tokenizer.kind_);
-    read_vocabulary(root, *model);
-    if (tokenizer.kind_ != Tokenizer::Kind::chars) {
-        tokenizer.index_tokens();
-        check_bytes();
-    }
-    read_merges(*model);
-    tokenizer.index_tokens();
-}
-
-// GPT-2's merges: a line "#version: ...", then a line "left right" a merge, in the order of their
-// rank.
-inline void TokenizerReader::read_merges_file(std::string_view text) {
-    tokenizer.kind_ = Tokenizer::Kind::bpe;
-    for (uint8_t byte : alphabet.byte_of_rank) {
-        std::string bytes(1, char(byte));
-        id_of[alphabet.spell(bytes)] = tokenizer.add_token(bytes);
-    }
-    size_t line_number = 1;
-    for (size_t begin = text.find('\n'); begin < text.size() - 1;) {
-        size_t end = std::min(text.find('\n', begin + 1), text.size());
-        std::string line(text.substr(begin + 1, end - begin - 1));
-        std::string place = format("line %zu", ++line_number);
-        size_t space = line.find(' ');
-        if (space == std::string::npos || line.find(' ', space + 1) != std::string::npos)
-            refuse(place, "is not two tokens with a space between them");
-        std::string left = line.substr(0, space), right = line.substr(space + 1), bytes;
-        if (!alphabet.read(left + right, bytes))
-            refuse(place, "is not spelt in byte-level characters");
-        if (tokenizer.vocab_size() + 2 > kMaxTokens)
-            refuse(place, format("makes more than %d tokens", kMaxTokens));
-        if (!id_of.try_emplace(left + right, tokenizer.vocab_size()).second)
-            refuse(place, "makes the token " + quoted(left + right) + " a second time");
-        tokenizer.add_token(bytes);
-        read_merge(left, right, place);
-        begin = end;
-    }
-    tokenizer.add_end_of_text();
-    tokenizer.index_tokens();
-}
-
-inline Tokenizer Tokenizer::load(const std::string& path) {
-    std::string file_path = path;
-    std::error_code ignored;
-    if (fs::is_directory(path, ignored)) {
-        file_path = path + "/tokenizer.json";
-        if (!fs::exists(file_path, ignored))
-            fail_input("%s: the folder holds no tokenizer.json", path.c_str());
-    }
-    MappedFile file(file_path);
-    TokenizerReader reader{file_path, {}, {}, {}};
-    std::string_view text = file.view();
-    size_t first = text.find_first_not_of(" \t\r\n");
-    if (text.starts_with("#version")) reader.read_merges_file(text);
-    else if (first != std::string_view::npos && text[first] == '{') reader.read_json(text);
-    else
-        fail_input("%s: neither a tokenizer.json nor GPT-2 merges (first line `#version`)",
-                   file_path.c_str());
-    return std::move(reader.tokenizer);
-}
+#include "tokenizer_files.h"  // how a Tokenizer is saved and loaded
