@@ -33,8 +33,10 @@ struct EvaluateOptions {
 };
 
 struct TokenizerOptions {
-    std::string tokenizer, in, out, pattern = "gpt2";
-    std::vector<std::string> data;
+    std::string tokenizer, in, out, pattern = "gpt2", file_pattern, format = "json";
+    std::string special = "text";
+    bool stats = false;
+    std::vector<std::string> data, documents;
     int vocab_size = 1024, threads = 0;
     uint64_t min_frequency = 1;
 };
@@ -282,6 +284,15 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     add_compute_options(app, o.compute);
 }
 
+inline void add_tokenizer_file(CLI::App* app, TokenizerOptions& o) {
+    add_text(app, "--tokenizer", o.tokenizer, "T",
+             "gpt2, bytes, or a file: tokenizer.json, vocab.json, encoder.json, merges, .tiktoken, "
+             "llm.c's tokenizer.bin, or a folder that holds one");
+    add_choice(app, "--pattern", o.file_pattern, {"gpt2", "cl100k", "o200k", "cl100k-json"},
+               "how text is split, for files that do not say it")
+        ->default_str("of the file");
+}
+
 inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     CLI::App* train = app->add_subcommand("train", "trains a byte-level BPE");
     add_paths(train, "--data", o.data, "text to train on");
@@ -293,20 +304,30 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_number(train, "--threads", o.threads, 1, 4096, "N", "that count words")
         ->default_str("all cores");
     add_text(train, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
-    const char* names = "gpt2, bytes, tokenizer.json, a folder that holds one, or GPT-2 merges";
     CLI::App* encode = app->add_subcommand("encode", "text to token ids");
-    add_text(encode, "--tokenizer", o.tokenizer, "T", names);
-    add_text(encode, "--in", o.in, "FILE", "text")->default_str("standard input");
-    add_text(encode, "--out", o.out, "FILE.npy", "int32 ids")
+    add_tokenizer_file(encode, o);
+    add_paths(encode, "--in", o.documents,
+              "text: a file, or several and folders, with <|endoftext|> between them")
+        ->default_str("standard input");
+    add_text(encode, "--out", o.out, "FILE", "IDS.npy (int32) or SHARD.bin (uint16)")
         ->default_str("standard output, ids with spaces between");
+    add_text(encode, "--special", o.special, "text|forbid|allow|NAME,...",
+             "special tokens that the text spells: text, an error, or tokens; with names, these "
+             "are tokens");
+    add_number(encode, "--threads", o.threads, 1, 4096, "N", "for large texts")
+        ->default_str("all cores");
+    encode->add_flag("--stats", o.stats, "what the tokens are like, in place of them");
     CLI::App* decode = app->add_subcommand("decode", "token ids to text");
-    add_text(decode, "--tokenizer", o.tokenizer, "T", names);
-    add_text(decode, "--in", o.in, "FILE", "ids: .npy, or numbers with spaces between")
+    add_tokenizer_file(decode, o);
+    add_text(decode, "--in", o.in, "FILE", "ids: .npy, .bin, or numbers with spaces between")
         ->default_str("standard input");
     add_text(decode, "--out", o.out, "FILE", "text")->default_str("standard output");
-    CLI::App* convert = app->add_subcommand("convert", "any known form to tokenizer.json");
-    add_text(convert, "--tokenizer", o.tokenizer, "T", names);
-    add_text(convert, "--out", o.out, "FOLDER", "gets tokenizer.json and tokenizer_config.json");
+    CLI::App* convert = app->add_subcommand("convert", "from any known format to another");
+    add_tokenizer_file(convert, o);
+    add_choice(convert, "--format", o.format, {"json", "merges", "openai", "tiktoken", "llmc"},
+               "json: tokenizer.json; merges: vocab.json and merges.txt; openai: encoder.json and "
+               "vocab.bpe; tiktoken; llmc: its tokenizer.bin");
+    add_text(convert, "--out", o.out, "PATH", "a FILE for tiktoken and llmc, else a FOLDER");
 }
 
 inline void add_shard_options(CLI::App* app, ShardOptions& o) {
@@ -801,25 +822,119 @@ inline int tokenizer_train_command(const TokenizerOptions& o) {
     return 0;
 }
 
-inline int encode_command(const TokenizerOptions& o) {
+inline Tokenizer given_tokenizer(const TokenizerOptions& o) {
     require("--tokenizer", !o.tokenizer.empty());
-    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
+    std::error_code ignored;
+    if (o.file_pattern.empty() || !fs::exists(o.tokenizer, ignored))
+        return load_tokenizer(o.tokenizer);
+    return Tokenizer::load(o.tokenizer, pattern_of(o.file_pattern));
+}
+
+// Encodes every document as --special says, with the end of text between them.
+inline std::vector<int> encode_corpus(const TokenizerOptions& o, const TextCorpus& corpus,
+                                      const Tokenizer& tokenizer, std::string* missing) {
+    bool plain = o.special == "text", forbid = o.special == "forbid";
+    std::vector<std::string> names;
+    for (size_t begin = 0; !plain && begin <= o.special.size();) {
+        size_t end = std::min(o.special.find(',', begin), o.special.size());
+        names.push_back(o.special.substr(begin, end - begin));
+        begin = end + 1;
+    }
+    if (forbid || o.special == "allow") names = {"all"};
+    std::vector<int> specials, ids;
+    if (!plain) specials = tokenizer.special_tokens(names);
+    size_t begin = 0;
+    for (size_t end : corpus.document_ends) {
+        std::string_view text = std::string_view(corpus.text).substr(begin, end - begin);
+        if (begin > 0 && tokenizer.end_of_text() >= 0) ids.push_back(tokenizer.end_of_text());
+        if (plain) tokenizer.encode(text, ids, missing, o.threads);
+        else tokenizer.encode_specials(text, specials, forbid, ids, missing);
+        begin = end;
+    }
+    return ids;
+}
+
+// What a reader wants to know of a tokenizer on a text: how far it compresses, which ids are never
+// used, and how long documents are, which says what context would hold them.
+inline void print_token_stats(const std::vector<int>& ids, size_t bytes,
+                              const Tokenizer& tokenizer) {
+    std::vector<size_t> count(size_t(tokenizer.vocab_size())), lengths = {0};
+    for (int id : ids) {
+        count[size_t(id)]++;
+        if (id == tokenizer.end_of_text()) lengths.push_back(0);
+        else lengths.back()++;
+    }
+    size_t unused = size_t(std::count(count.begin(), count.end(), size_t(0)));
+    double entropy = 0, total = std::max(1.0, double(ids.size()));
+    for (size_t n : count)
+        if (n > 0) entropy -= double(n) / total * std::log2(double(n) / total);
+    printf("bytes        %s\n", with_commas(bytes).c_str());
+    printf("tokens       %s, %.3f bytes each\n", with_commas(ids.size()).c_str(),
+           double(bytes) / total);
+    printf("entropy      %.3f bits a token, %.3f bits a byte, taking each token alone\n", entropy,
+           entropy * double(ids.size()) / std::max(1.0, double(bytes)));
+    printf("ids          %s of %s never used\n", with_commas(unused).c_str(),
+           with_commas(count.size()).c_str());
+    std::vector<int> order(count.size());
+    std::iota(order.begin(), order.end(), 0);
+    size_t most = std::min<size_t>(order.size() - unused, 10);
+    std::partial_sort(order.begin(), order.begin() + ptrdiff_t(most), order.end(),
+                      [&](int a, int b) {
+                          return std::pair(count[size_t(b)], a) < std::pair(count[size_t(a)], b);
+                      });
+    for (size_t i = 0; i < most; i++)
+        printf("  %8d   %5.2f%%  %s\n", order[i], 100 * double(count[size_t(order[i])]) / total,
+               json(std::string(tokenizer.token_bytes(order[i])))
+                   .dump(-1, ' ', true, json::error_handler_t::replace)
+                   .c_str());
+    if (lengths.size() > 1 && lengths.back() == 0) lengths.pop_back();  // ids end on one
+    std::sort(lengths.begin(), lengths.end());
+    auto part = [&](double p) {  // what so many documents do not exceed
+        return lengths[size_t(std::ceil(p * double(lengths.size()))) - 1];
+    };
+    size_t context = std::clamp<size_t>(std::bit_ceil(part(0.9) + 1), 16, 1 << 16);
+    printf("documents    %s, of %s to %s tokens; half have at most %s, nine in ten %s\n",
+           with_commas(lengths.size()).c_str(), with_commas(lengths.front()).c_str(),
+           with_commas(lengths.back()).c_str(), with_commas(part(0.5)).c_str(),
+           with_commas(part(0.9)).c_str());
+    printf("context      %s holds nine in ten documents whole%s\n", with_commas(context).c_str(),
+           part(0.9) >= context ? ", or as much as is supported" : "");
+}
+
+inline int encode_command(const TokenizerOptions& o) {
+    Tokenizer tokenizer = given_tokenizer(o);
+    TextCorpus corpus;
+    std::error_code ignored;
+    if (o.documents.empty() ||
+        (o.documents.size() == 1 && fs::is_regular_file(o.documents[0], ignored))) {
+        corpus.text = read_input(o.documents.empty() ? "" : o.documents[0]);
+        corpus.document_ends = {corpus.text.size()};
+    } else {
+        corpus = read_text(o.documents);
+    }
     std::string missing;
-    std::vector<int> ids = tokenizer.encode(read_input(o.in), &missing);
+    std::vector<int> ids = encode_corpus(o, corpus, tokenizer, &missing);
     if (!missing.empty())
         fprintf(stderr, "note: characters that the vocabulary lacks are dropped: %s\n",
                 one_line(missing).c_str());
-    if (!o.out.empty()) {
-        write_npy(o.out, ids, {ids.size()});
+    if (o.stats) {
+        print_token_stats(ids, corpus.text.size(), tokenizer);
         return 0;
     }
-    for (size_t i = 0; i < ids.size(); i++) printf(i == 0 ? "%d" : " %d", ids[i]);
-    printf("\n");
+    if (o.out.ends_with(".bin")) write_shard(o.out, ids);
+    else if (!o.out.empty()) write_npy(o.out, ids, {ids.size()});
+    if (!o.out.empty()) return 0;
+    std::string line;
+    for (size_t i = 0; i < ids.size(); i++) line += (i == 0 ? "" : " ") + std::to_string(ids[i]);
+    line += "\n";
+    fwrite(line.data(), 1, line.size(), stdout);
     return 0;
 }
 
-// Ids as encode writes them: a .npy file, or numbers with white space between.
-inline std::vector<int> parse_ids(const std::string& text, const std::string& path) {
+// Ids as encode writes them: a .npy file, or numbers with white space between. `offset` is where
+// the text begins in the file.
+inline std::vector<int> parse_ids(const std::string& text, const std::string& path,
+                                  size_t offset = 0) {
     if (text.starts_with("\x93NUMPY")) {
         if (path.empty()) fail_input("standard input: a .npy file; name it with --in");
         return read_npy(path).values;
@@ -834,27 +949,75 @@ inline std::vector<int> parse_ids(const std::string& text, const std::string& pa
         bool number = end != at && (*end == '\0' || strchr(" \t\r\n", *end) != nullptr);
         if (!number || id < 0 || id > INT_MAX)
             fail_input("%s: byte %zu: not a token id",
-                       path.empty() ? "standard input" : path.c_str(), size_t(at - text.c_str()));
+                       path.empty() ? "standard input" : path.c_str(),
+                       offset + size_t(at - text.c_str()));
         ids.push_back(int(id));
         at = end;
     }
 }
 
+// Decodes numbers from standard input as they come, so that what another program generates can be
+// read while it does; a character is written when its last byte is there.
+inline void decode_stream(const Tokenizer& tokenizer) {
+    std::string word, held;
+    size_t at = 0;
+    auto take_word = [&] {
+        if (word.empty()) return;
+        std::vector<int> id = parse_ids(word, "", at - word.size());
+        held += tokenizer.decode(id);
+        word.clear();
+        size_t whole = held.size() - unfinished_bytes(held);
+        fwrite(held.data(), 1, whole, stdout);
+        held.erase(0, whole);
+    };
+    char buffer[1 << 16];
+    for (ssize_t size; (size = read(STDIN_FILENO, buffer, sizeof buffer)) != 0;) {
+        if (size < 0 && errno == EINTR) continue;
+        if (size < 0) fail_machine("standard input: cannot read: %s", strerror(errno));
+        if (at == 0 && std::string_view(buffer, size_t(size)).starts_with("\x93NUMPY"))
+            fail_input("standard input: a .npy file; name it with --in");
+        for (ssize_t i = 0; i < size; i++, at++) {
+            if (strchr(" \t\r\n", buffer[i]) != nullptr && buffer[i] != '\0') take_word();
+            else word += buffer[i];
+        }
+        fflush(stdout);
+    }
+    take_word();
+    fwrite(held.data(), 1, held.size(), stdout);
+}
+
 inline int decode_command(const TokenizerOptions& o) {
-    require("--tokenizer", !o.tokenizer.empty());
-    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
-    std::string text = tokenizer.decode(parse_ids(read_input(o.in), o.in));
+    Tokenizer tokenizer = given_tokenizer(o);
+    if (o.in.empty() && o.out.empty()) {
+        decode_stream(tokenizer);
+        return 0;
+    }
+    std::vector<int> ids;
+    if (fs::path(o.in).extension() == ".bin") {
+        Shard shard(o.in, tokenizer.vocab_size());
+        for (size_t i = 0; i < shard.size(); i++) ids.push_back(int(shard[i]));
+    } else {
+        ids = parse_ids(read_input(o.in), o.in);
+    }
+    std::string text = tokenizer.decode(ids);
     if (!o.out.empty()) write_file_atomic(o.out, text);
     else fwrite(text.data(), 1, text.size(), stdout);
     return 0;
 }
 
 inline int convert_command(const TokenizerOptions& o) {
-    require("--tokenizer", !o.tokenizer.empty());
     require("--out", !o.out.empty());
-    Tokenizer tokenizer = load_tokenizer(o.tokenizer);
-    make_folder(o.out);
-    tokenizer.save(o.out);
+    Tokenizer tokenizer = given_tokenizer(o);
+    const std::pair<const char*, TokenizerFormat> formats[] = {
+        {"json", TokenizerFormat::json},
+        {"merges", TokenizerFormat::merges},
+        {"openai", TokenizerFormat::openai},
+        {"tiktoken", TokenizerFormat::tiktoken},
+        {"llmc", TokenizerFormat::llmc}};
+    for (auto [name, format_to] : formats)
+        if (o.format == name)
+            for (const std::string& note : tokenizer.save_as(format_to, o.out))
+                fprintf(stderr, "note: %s: %s\n", o.out.c_str(), note.c_str());
     printf("%s: %d tokens\n", o.out.c_str(), tokenizer.vocab_size());
     return 0;
 }

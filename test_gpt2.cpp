@@ -2158,6 +2158,51 @@ TEST(Tokenizer, EncodeAppends) {
     EXPECT_EQ(ids, second);
 }
 
+TEST(Tokenizer, SpecialTokensAreTextTokensOrForbidden) {
+    using namespace tokenizer_test;
+    json file = small_json();
+    file["added_tokens"].push_back({{"id", 259}, {"content", "<|endoftext|>!"}, {"special", true}});
+    file["added_tokens"].push_back({{"id", 260}, {"content", "<|a|>"}, {"special", true}});
+    std::string path = test_folder() + "/tokenizer.json";
+    write_plainly(path, file.dump());
+    Tokenizer tokenizer = Tokenizer::load(path);
+    auto encode = [&](std::string_view text, const std::vector<std::string>& names) {
+        std::vector<int> ids = {7};
+        tokenizer.encode_specials(text, tokenizer.special_tokens(names), false, ids);
+        EXPECT_EQ(ids[0], 7);
+        ids.erase(ids.begin());
+        EXPECT_EQ(tokenizer.decode(ids), text);
+        return ids;
+    };
+    using Ids = std::vector<int>;
+    std::string_view text = "hey<|endoftext|>!<|a|><|endoftext|> hey <|a"sv;
+    EXPECT_EQ(encode(text, {}), tokenizer.encode(text));
+    Ids plain_end = tokenizer.encode(" hey <|a"), expected = {257, 259, 260, 258};
+    expected.insert(expected.end(), plain_end.begin(), plain_end.end());
+    EXPECT_EQ(encode(text, {"all"}), expected);
+    expected = {257, 258};
+    for (std::string_view part : {"!<|a|>"sv, " hey <|a"sv}) {
+        if (part[0] == ' ') expected.push_back(258);
+        for (int id : tokenizer.encode(part)) expected.push_back(id);
+    }
+    EXPECT_EQ(encode(text, {"<|endoftext|>"}), expected);
+    EXPECT_EQ(encode("<|endoftext|>", {"<|endoftext|>"}), (Ids{258}));
+    EXPECT_EQ(encode("", {"all"}), Ids());
+    // What stands on either side of a token is encoded apart: h and ey here, not hey.
+    EXPECT_EQ(encode("he<|a|>y", {"all"}), (Ids{256, 260, 88}));
+    EXPECT_EQ(tokenizer.special_tokens({"<|a|>", "<|endoftext|>", "<|a|>"}), (Ids{258, 260}));
+    EXPECT_EQ(error_of([&] { tokenizer.special_tokens({"<|b|>"}); }),
+              "2 special token <|b|>: this tokenizer has <|endoftext|>, <|endoftext|>!, <|a|>");
+    Ids ids;
+    EXPECT_EQ(error_of([&] {
+                  tokenizer.encode_specials(text, tokenizer.special_tokens({"<|a|>"}), true, ids);
+              }),
+              "2 byte 17: the text holds the special token <|a|>; allow it, or have it taken as "
+              "text (--special allow, --special text)");
+    tokenizer.encode_specials("hey <|endoftext|>", tokenizer.special_tokens({"<|a|>"}), true, ids);
+    EXPECT_EQ(ids, tokenizer.encode("hey <|endoftext|>"));
+}
+
 TEST(Tokenizer, SeveralThreadsMayEncodeAtOnce) {
     using namespace tokenizer_test;
     std::mt19937 random(3);
@@ -7758,6 +7803,79 @@ TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
         call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "256", "--out", "t"}), 2,
         "--vocab-size");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "gpt2"}, "x"), 2, "vocab.bpe");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 -3"), 2, "byte 4");
+}
+
+TEST_F(Cli, TokenizersAreConvertedAndReadAgain) {
+    ASSERT_EQ(call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "300", "--pattern",
+                    "o200k", "--min-frequency", "2", "--threads", "1", "--out", "tok"})
+                  .code,
+              0);
+    std::string text = "The CAT's 12345\n\n  end";
+    std::string ids = call({"tokenizer", "encode", "--tokenizer", "tok"}, text).out;
+    const std::pair<const char*, const char*> formats[] = {{"json", "json"},
+                                                           {"merges", "merges"},
+                                                           {"openai", "openai"},
+                                                           {"tiktoken", "t.tiktoken"},
+                                                           {"llmc", "t.bin"}};
+    for (auto [format, path] : formats) {
+        Outcome made =
+            call({"tokenizer", "convert", "--tokenizer", "tok", "--format", format, "--out", path});
+        ASSERT_EQ(made.code, 0) << made.err;
+        bool says = std::string(format) != "json";
+        EXPECT_EQ(made.err.find("--pattern o200k") != std::string::npos, says) << made.err;
+        Outcome again =
+            call({"tokenizer", "encode", "--tokenizer", path, "--pattern", "o200k"}, text);
+        EXPECT_EQ(again.out, ids) << format << again.err;
+    }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "t.bin"}, text), 2, "--pattern");
+    expect_error(call({"tokenizer", "convert", "--tokenizer", "bytes", "--format", "llmc", "--out",
+                       "x.bin"}),
+                 2, "byte-level BPE");
+}
+
+TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
+    ASSERT_EQ(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "300", "--out", "tok"})
+            .code,
+        0);
+    std::string text = "One caf\303\251 <|endoftext|> and \360\237\230\200\377 bytes";
+    write("in.txt", text);
+    for (const char* out : {"ids.npy", "ids.bin"}) {
+        Outcome made =
+            call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "--out", out});
+        ASSERT_EQ(made.code, 0) << made.err;
+        EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok", "--in", out}).out, text);
+        EXPECT_EQ(
+            call({"tokenizer", "decode", "--tokenizer", "tok", "--in", out, "--out", "t"}).code, 0);
+        EXPECT_EQ(read_file(path("t")), text);
+    }
+    std::string plain = call({"tokenizer", "encode", "--tokenizer", "tok"}, text).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, plain).out, text);
+    std::string end = " " + std::to_string(Tokenizer::load(path("tok")).end_of_text()) + " ";
+    EXPECT_EQ(plain.find(end), std::string::npos);
+    for (const char* special : {"allow", "<|endoftext|>"}) {
+        std::string ids =
+            call({"tokenizer", "encode", "--tokenizer", "tok", "--special", special}, text).out;
+        EXPECT_NE(ids.find(end), std::string::npos) << ids;
+        EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids).out, text);
+    }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "forbid"}, text),
+                 2, "byte 10");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "<|x|>"}, text), 2,
+                 "this tokenizer has <|endoftext|>");
+    write("more.txt", "more");
+    std::string two =
+        call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt"}).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, two).out,
+              text + "<|endoftext|>more");
+    Outcome stats = call(
+        {"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt", "--stats"});
+    EXPECT_EQ(stats.code, 0);
+    for (const char* part :
+         {"bytes        43\n", "bytes each", "never used", "context      64 ",
+          "documents    2, of 4 to 38 tokens; half have at most 4, nine in ten 38\n"})
+        EXPECT_NE(stats.out.find(part), std::string::npos) << part << " in " << stats.out;
 }
 
 // ==== the CUDA program alone =====================================================================

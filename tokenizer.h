@@ -651,6 +651,16 @@ struct Tokenizer {
     void encode(std::string_view text, std::vector<int>& ids, std::string* missing,
                 int threads = 0) const;
 
+    // The ids of the special tokens with these names, ascending; of all where the only name is
+    // "all". Fails on a name that is none of them, and lists those that are known.
+    std::vector<int> special_tokens(const std::vector<std::string>& names) const;
+
+    // encode, but where the text spells one of `specials` (ids) its id is appended, and what is
+    // before and behind it is encoded apart; of several that start at one place the longest is
+    // taken. With `forbidden` such a text is refused instead: fails naming the token and the byte.
+    void encode_specials(std::string_view text, const std::vector<int>& specials, bool forbidden,
+                         std::vector<int>& ids, std::string* missing = nullptr) const;
+
     // The bytes that a token stands for; a special token gives its text. Fails on an id outside the
     // vocabulary. The view is valid while the Tokenizer is neither changed nor destroyed.
     std::string_view token_bytes(int id) const;
@@ -1196,6 +1206,53 @@ inline void Tokenizer::encode_bpe(std::string_view text, std::vector<int>& ids, 
             ids.insert(ids.end(), outputs[worker].begin() + ptrdiff_t(begin),
                        outputs[worker].begin() + ptrdiff_t(end));
     });
+}
+
+inline std::vector<int> Tokenizer::special_tokens(const std::vector<std::string>& names) const {
+    if (names == std::vector<std::string>{"all"}) return specials_;
+    std::vector<int> found;
+    std::string known;
+    for (int id : specials_) known += (known.empty() ? "" : ", ") + std::string(token_bytes(id));
+    for (const std::string& name : names) {
+        size_t before = found.size();
+        for (int id : specials_)
+            if (token_bytes(id) == name) found.push_back(id);
+        if (found.size() == before)
+            fail_input("special token %s: this tokenizer has %s", name.c_str(),
+                       known.empty() ? "none" : known.c_str());
+    }
+    std::sort(found.begin(), found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
+    return found;
+}
+
+inline void Tokenizer::encode_specials(std::string_view text, const std::vector<int>& specials,
+                                       bool forbidden, std::vector<int>& ids,
+                                       std::string* missing) const {
+    std::string first_bytes;
+    for (int id : specials) first_bytes += token_bytes(id)[0];
+    size_t begin = 0;
+    for (size_t i = text.find_first_of(first_bytes); i < text.size();
+         i = text.find_first_of(first_bytes, i)) {
+        int best = -1;
+        for (int id : specials) {
+            bool longer = best < 0 || token_bytes(id).size() > token_bytes(best).size();
+            if (longer && text.substr(i).starts_with(token_bytes(id))) best = id;
+        }
+        if (best < 0) {
+            i++;
+            continue;
+        }
+        if (forbidden)
+            fail_input(
+                "byte %zu: the text holds the special token %s; allow it, or have it taken "
+                "as text (--special allow, --special text)",
+                i, std::string(token_bytes(best)).c_str());
+        encode(text.substr(begin, i - begin), ids, missing);
+        ids.push_back(best);
+        begin = i += token_bytes(best).size();
+    }
+    encode(text.substr(begin), ids, missing);
 }
 
 // ==== training ===================================================================================
