@@ -135,6 +135,9 @@ $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lbenchmark $(LIBRARIES)
 
+$(FOLDER)/tokenizer_bench: $(FOLDER)/dev/bench/tokenizer_bench.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lutf8proc -lxxhash
+
 -include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d)
 
 train_gpt2: $(FOLDER)/train_gpt2
