@@ -5,11 +5,14 @@
 // goes wrong into one line and an exit code.
 #pragma once
 
+#include <cxxabi.h>
+#include <execinfo.h>
 #include <poll.h>
 
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <exception>
 #include <iostream>
 
 #include "trainer.h"
@@ -1224,14 +1227,34 @@ inline std::string command_to_go_on(int argc, char** argv) {
     return line;
 }
 
-// The one line that an error is: without control characters, whatever a file or path held.
-inline int print_error(const std::string& message, int code) {
-    std::string line = message;
-    for (char& c : line)
-        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+// The one line that an error is: without control characters, whatever a file or path held. It takes
+// no memory, of which there may be none.
+inline int print_error(const char* message, int code) {
     fflush(stdout);
-    fprintf(stderr, "%s: error: %s\n", gpt2_program(), line.c_str());
+    flockfile(stderr);
+    fprintf(stderr, "%s: error: ", gpt2_program());
+    for (const char* c = message; *c != '\0'; c++)
+        fputc(static_cast<unsigned char>(*c) < 0x20 || *c == 0x7f ? '?' : *c, stderr);
+    fputc('\n', stderr);
+    funlockfile(stderr);
     return code;
+}
+
+constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
+
+// Memory may run out where no exception can pass: in destructors and noexcept functions of
+// libraries. The language then ends the program, and what is on the disk is whole at any moment:
+// all that is left to do is to say so.
+inline void end_without_memory() {
+    std::set_terminate([] {
+        const std::type_info* type = abi::__cxa_current_exception_type();
+        bool memory = type != nullptr && *type == typeid(std::bad_alloc);
+        _exit(print_error(memory ? kOutOfMemory : "a mistake of the program's own", kExitMachine));
+    });
+    // The C library loads what unwinds its own frames when it first needs it, and aborts if it has
+    // no memory then. This is a first time.
+    void* frame;
+    backtrace(&frame, 1);
 }
 
 inline int call_command(const CLI::App& app, const Options& o, double start_s, int argc,
@@ -1283,6 +1306,7 @@ inline bool reader_is_gone() {
 // 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
 inline int run(int argc, char** argv) {
     double start_s = now_s();
+    end_without_memory();
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
     signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
     int code = 0;
@@ -1291,7 +1315,7 @@ inline int run(int argc, char** argv) {
     } catch (const Error& error) {
         return print_error(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
-        return print_error("out of memory; a smaller model or batch needs less", kExitMachine);
+        return print_error(kOutOfMemory, kExitMachine);
     } catch (const std::exception& error) { return print_error(error.what(), kExitMachine); }
     bool lost = fflush(stdout) != 0 || ferror(stdout);
     if (lost && code == 0 && !reader_is_gone())
