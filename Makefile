@@ -117,8 +117,9 @@ $(FOLDER)/%.o: %.cpp $(FOLDER)/flags
 # The test source is large and tests code that train_gpt2.o holds, optimised: it comes second on the
 # link line, so that functions which both hold are taken from the first.
 # (g++ 12 with the address sanitizer takes members of std::regex for uninitialised: GCC bug 105562.)
-$(FOLDER)/test_gpt2.o: OWN_FLAGS := -O1 -Wno-pass-failed \
+TEST_FLAGS := -O1 -Wno-pass-failed \
     $(if $(filter asan,$(VARIANT)),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized))
+$(FOLDER)/test_gpt2.o $(FOLDER)/dev/test/%.o: OWN_FLAGS := $(TEST_FLAGS)
 
 # train_gpt2.o holds a weak main(), which gives way to that of the tests or the benchmarks.
 $(FOLDER)/version.o: $(FOLDER)/version.cpp
@@ -131,6 +132,10 @@ $(FOLDER)/train_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/version.o
 $(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
+# What needs no twin: text to tokens to batches.
+$(FOLDER)/test_data: $(FOLDER)/dev/test/test_data.o $(FOLDER)/dev/test/test_tokenizer.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest -lutf8proc -lxxhash
+
 $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o \
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lbenchmark $(LIBRARIES)
@@ -138,7 +143,7 @@ $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(
 $(FOLDER)/tokenizer_bench: $(FOLDER)/dev/bench/tokenizer_bench.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lutf8proc -lxxhash
 
--include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d)
+-include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d $(FOLDER)/dev/test/*.d)
 
 train_gpt2: $(FOLDER)/train_gpt2
 	@ln -sf $< $@
@@ -146,7 +151,7 @@ ifneq ($(shell readlink train_gpt2),$(FOLDER)/train_gpt2)
 .PHONY: train_gpt2
 endif
 
-programs: $(FOLDER)/train_gpt2 $(FOLDER)/test_gpt2
+programs: $(addprefix $(FOLDER)/,train_gpt2 test_gpt2 test_data)
 
 # ==== the CUDA program on the emulator ===========================================================
 

@@ -71,6 +71,7 @@ program_tests() {
         failed=$((failed + 1))
         return
     fi
+    if [ "$2" != double ]; then part "$folder/test_data" "$folder/test_data"; fi
     part "$folder/test_gpt2" env GPT2_BINARY="$folder/train_gpt2" "$folder/test_gpt2"
 }
 
