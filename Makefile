@@ -140,6 +140,9 @@ $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lbenchmark $(LIBRARIES)
 
+$(FOLDER)/save_bench: $(FOLDER)/dev/bench/save_bench.o $(FOLDER)/train_gpt2.o $(FOLDER)/version.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) $(LIBRARIES)
+
 $(FOLDER)/tokenizer_bench: $(FOLDER)/dev/bench/tokenizer_bench.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lutf8proc -lxxhash
 
@@ -356,7 +359,7 @@ help:
 	@echo "make test       runs every test, with every compiler that is here"
 	@echo "make soak       a fault at every call of a run, and a thousand kills; takes hours"
 	@echo "make fuzz       random damage to what is read from strangers, 20 s a kind: [FUZZ_TIME=300]"
-	@echo "make bench      times the layers, and a step of GPT-2 124M beside plain loops"
+	@echo "make bench      times the layers, a step of GPT-2 124M beside plain loops, and its saving"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"
 	@echo "make clean      removes what was built"
@@ -421,8 +424,9 @@ fuzz:
 BENCH ?= --benchmark_min_time=0.2
 bench:
 	@scripts/install_deps.sh bench
-	@$(MAKE) --no-print-directory $(FOLDER)/bench
+	@$(MAKE) --no-print-directory $(FOLDER)/bench $(FOLDER)/save_bench
 	$(FOLDER)/bench $(BENCH)
+	$(FOLDER)/save_bench
 
 SOURCES = $(wildcard *.h *.cpp *.cu dev/*/*.h dev/*/*.cpp dev/*/*.cuh dev/*/*.cu)
 format:

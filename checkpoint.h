@@ -410,8 +410,13 @@ class SafetensorsWriter {
         AtomicFile file(path_);
         StreamingHash hash;
         auto write = [&](const void* data, size_t size) {
-            file.write(data, size);
-            hash.add(data, size);
+            constexpr size_t kPart = 1 << 18;  // stays in a core's cache from one use to the other
+            const char* bytes = static_cast<const char*>(data);
+            for (size_t at = 0; at < size; at += kPart) {
+                size_t part = std::min(kPart, size - at);
+                hash.add(bytes + at, part);
+                file.write(bytes + at, part);
+            }
         };
         write(length.data(), length.size());
         write(header.data(), header.size());
@@ -582,15 +587,50 @@ inline std::vector<size_t> hf_shape(const ParameterRow& row) {
     return {row.file_rows, row.cols};
 }
 
-// out (cols,rows) = inp (rows,cols) transposed, in blocks that fit the first-level cache.
+// One block of 8 by 8 numbers, its columns becoming rows `out_stride` apart. Interleaving the lines
+// of the upper half with those of the lower one, three times, is a transpose.
+inline void transpose_block(float* out, size_t out_stride, const float* inp, size_t inp_stride) {
+    typedef float Line __attribute__((vector_size(32)));
+    Line a[8], b[8];
+    for (size_t r = 0; r < 8; r++) memcpy(&a[r], inp + r * inp_stride, sizeof(Line));
+    auto interleave = [](Line* to, const Line* from) {
+        for (int r = 0; r < 4; r++) {
+            Line upper = from[r], lower = from[r + 4];
+            to[2 * r] = __builtin_shufflevector(upper, lower, 0, 8, 1, 9, 2, 10, 3, 11);
+            to[2 * r + 1] = __builtin_shufflevector(upper, lower, 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+    };
+    interleave(b, a);
+    interleave(a, b);
+    interleave(b, a);
+    for (size_t c = 0; c < 8; c++) memcpy(out + c * out_stride, &b[c], sizeof(Line));
+}
+inline void transpose_block(double* out, size_t out_stride, const double* inp, size_t inp_stride) {
+    for (size_t c = 0; c < 8; c++)
+        for (size_t r = 0; r < 8; r++) out[c * out_stride + r] = inp[r * inp_stride + c];
+}
+
+// out (cols,rows) = inp (rows,cols) transposed. By panels that stay in the cache and leave in whole
+// runs: the strides of a weight are such that its column falls on few lines of a cache.
 inline void transpose(real* out, const real* inp, size_t rows, size_t cols) {
-    constexpr size_t kBlock = 32;
-#pragma omp parallel for schedule(static)
-    for (size_t r0 = 0; r0 < rows; r0 += kBlock)
-        for (size_t c0 = 0; c0 < cols; c0 += kBlock)
-            for (size_t r = r0; r < std::min(r0 + kBlock, rows); r++)
-                for (size_t c = c0; c < std::min(c0 + kBlock, cols); c++)
-                    out[c * rows + r] = inp[r * cols + c];
+    constexpr size_t kRows = 256, kCols = 64;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (size_t r0 = 0; r0 < rows; r0 += kRows)
+        for (size_t c0 = 0; c0 < cols; c0 += kCols) {
+            real panel[kCols][kRows];
+            size_t height = std::min(kRows, rows - r0), width = std::min(kCols, cols - c0);
+            const real* from = inp + r0 * cols + c0;
+            for (size_t r = 0; r < height; r += 8)
+                for (size_t c = 0; c < width; c += 8)
+                    if (r + 8 <= height && c + 8 <= width)
+                        transpose_block(&panel[c][r], kRows, from + r * cols + c, cols);
+                    else
+                        for (size_t i = r; i < std::min(r + 8, height); i++)
+                            for (size_t j = c; j < std::min(c + 8, width); j++)
+                                panel[j][i] = from[i * cols + j];
+            for (size_t c = 0; c < width; c++)
+                std::copy(panel[c], panel[c] + height, out + (c0 + c) * rows + r0);
+        }
 }
 
 inline bool all_finite(const real* values, size_t count) {
@@ -610,33 +650,59 @@ inline TensorReader tensors_of(const GPT2* model) {
     };
 }
 
-// One row of the tensor table, of one layer, as a Hugging Face file holds it. `out` is resized.
+// The same where they lie, in host memory: the numbers of one row, valid until the next call.
+using TensorView = std::function<const real*(Group group, int row, int layer)>;
+
+inline TensorView view_of(const GPT2Config& config, const TensorReader& tensors) {
+    auto host = std::make_shared<std::vector<real>>();
+    return [=, table = parameter_table(config)](Group group, int row, int layer) {
+        host->resize(std::max(host->size(), table[size_t(row)].file_size()));
+        tensors(group, row, layer, host->data());
+        return host->data();
+    };
+}
+
+inline TensorView view_of(const GPT2* model) {
+    return view_of(gpt2_config(model), tensors_of(model));
+}
+
+// One row of the tensor table, of one layer, as a Hugging Face file holds it: where it lies or, if
+// it lies there the other way round, in `scratch`, which is made large enough.
+inline const real* hf_tensor(std::vector<real>& scratch, const GPT2Config& config,
+                             const TensorView& tensors, Group group, int index, int layer) {
+    const ParameterRow row = parameter_table(config)[size_t(index)];
+    const real* numbers = tensors(group, index, layer);
+    if (!row.transposed) return numbers;
+    scratch.resize(std::max(scratch.size(), row.file_size()));
+    transpose(scratch.data(), numbers, row.file_rows, row.cols);
+    return scratch.data();
+}
+
+// The same into memory of one's own. `out` is resized.
 inline void read_hf_tensor(std::vector<real>& out, const GPT2Config& config,
                            const TensorReader& tensors, Group group, int index, int layer) {
-    const ParameterRow row = parameter_table(config)[size_t(index)];
-    out.resize(row.file_size());
-    if (!row.transposed) return tensors(group, index, layer, out.data());
-    std::vector<real> host(out.size());
-    tensors(group, index, layer, host.data());
-    transpose(out.data(), host.data(), row.file_rows, row.cols);
+    std::vector<real> scratch;
+    TensorView view = view_of(config, tensors);  // holds the numbers
+    const real* numbers = hf_tensor(scratch, config, view, group, index, layer);
+    out.assign(numbers, numbers + parameter_table(config)[size_t(index)].file_size());
 }
 
 // Announces every tensor of one group as PREFIX + its name in transformers' state dict. They are
 // read when the writer commits; parameters that are not finite stop it then.
 inline void add_tensors(SafetensorsWriter& writer, const GPT2Config& config,
-                        const TensorReader& tensors, Group group, const std::string& prefix) {
+                        const TensorView& tensors, Group group, const std::string& prefix) {
     ParameterTable table = parameter_table(config);
-    auto host = std::make_shared<std::vector<real>>();
+    auto scratch = std::make_shared<std::vector<real>>();
     for (int index = 0; index < kParameterRows; index++) {
         const ParameterRow& row = table[size_t(index)];
         if (!row.present) continue;
         for (int layer = 0; layer < int(row.count); layer++) {
             std::string name = hf_name(row, layer);
-            auto source = [=]() -> const void* {
-                read_hf_tensor(*host, config, tensors, group, index, layer);
-                if (group == Group::parameters && !all_finite(host->data(), host->size()))
+            auto source = [=, count = row.file_size()]() -> const void* {
+                const real* numbers = hf_tensor(*scratch, config, tensors, group, index, layer);
+                if (group == Group::parameters && !all_finite(numbers, count))
                     fail_machine("%s: holds numbers that are not finite; not saved", name.c_str());
-                return host->data();
+                return numbers;
             };
             writer.add(prefix + name, kRealDtype, hf_shape(row), source);
         }
@@ -645,7 +711,7 @@ inline void add_tensors(SafetensorsWriter& writer, const GPT2Config& config,
 
 // Writes FOLDER/model.safetensors. A model without biases gets zeros for them, because
 // transformers has no GPT-2 without; a tied head is not written, because transformers ties it.
-inline FileDigest write_model_file(const GPT2Config& config, const TensorReader& tensors,
+inline FileDigest write_model_file(const GPT2Config& config, const TensorView& tensors,
                                    const std::string& folder) {
     SafetensorsWriter writer(join_path(folder, "model.safetensors"), {{"format", "pt"}});
     add_tensors(writer, config, tensors, Group::parameters, "");
@@ -666,7 +732,7 @@ inline void save_model(const GPT2* model, const Tokenizer* tokenizer, const std:
     const GPT2Config& config = gpt2_config(model);
     make_folder(folder);
     if (tokenizer != nullptr) tokenizer->save(folder, config.context);
-    write_model_file(config, tensors_of(model), folder);
+    write_model_file(config, view_of(model), folder);
     write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder);
 }
 
@@ -990,8 +1056,8 @@ inline std::string hash_text(uint64_t hash) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
-// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy. Read in
-// parts, so that verifying a large model takes no memory.
+// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy, and a large
+// file is read past it. Read in parts, so that verifying a large model takes no memory.
 inline FileDigest digest_file(const std::string& path) {
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) fail_errno(path, "open");
@@ -1004,11 +1070,19 @@ inline FileDigest digest_file(const std::string& path) {
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
     StreamingHash hash;
-    constexpr size_t kPart = 1 << 20;
-    auto part = std::make_unique_for_overwrite<char[]>(kPart);  // small files are many
+    constexpr size_t kPart = 1 << 22;
+    bool direct = size_t(info.st_size) >= kPart;
+    if (direct) go_direct(fd, true);
+    // small files are many
+    size_t part = direct ? kPart : std::min(kPart, (size_t(info.st_size) / 4096 + 1) * 4096);
+    auto memory = aligned_memory(part);
     ssize_t size = 0;
-    while ((size = read(fd, part.get(), kPart)) > 0 || (size < 0 && errno == EINTR))
-        if (size > 0) hash.add(part.get(), size_t(size));
+    for (;;) {
+        size = read(fd, memory.get(), part);
+        if (size > 0) hash.add(memory.get(), size_t(size));
+        else if (size < 0 && errno == EINVAL && direct) go_direct(fd, direct = false);
+        else if (size == 0 || errno != EINTR) break;
+    }
     int code = errno;
     close(fd);
     errno = code;
@@ -1169,7 +1243,7 @@ inline void write_trainer_json(const std::string& folder, uint64_t step, const o
 struct Checkpoint {
     uint64_t step = 0;
     GPT2Config config;
-    TensorReader tensors;
+    TensorView tensors;
     const Tokenizer* tokenizer = nullptr;
     ordered_json state;
     bool best = false;

@@ -695,9 +695,9 @@ inline FileDigest write_moments(const std::string& folder, const GPT2Config& con
                                 const LlmcState& state) {
     SafetensorsWriter writer(join_path(folder, "optimizer.safetensors"),
                              {{"step", std::to_string(state.step())}});
-    TensorReader tensors = [&state](Group group, int index, int layer, real* host) {
+    TensorView tensors = view_of(config, [&](Group group, int index, int layer, real* host) {
         state.read(group, index, layer, host);
-    };
+    });
     add_tensors(writer, config, tensors, Group::first_moments, "m.");
     add_tensors(writer, config, tensors, Group::second_moments, "v.");
     return writer.commit();

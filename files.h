@@ -12,13 +12,17 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
@@ -157,6 +161,26 @@ inline std::string read_file(const std::string& path) {
     return std::string(MappedFile(path).view());
 }
 
+// Memory for reads and writes past the kernel's copy of a file, which ask for whole blocks of it.
+inline std::unique_ptr<char, decltype(&free)> aligned_memory(size_t size) {
+    constexpr size_t kBlock = 4096;
+    std::unique_ptr<char, decltype(&free)> memory(
+        static_cast<char*>(aligned_alloc(kBlock, size)), free);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+}
+
+// Whether reads and writes of a file go straight to the disk: for large files, which nobody reads
+// soon, that takes no time of a core. Where a file system has no such way all goes through the
+// kernel.
+inline void go_direct([[maybe_unused]] int fd, [[maybe_unused]] bool direct) {
+#ifdef O_DIRECT
+    int flags = fcntl(fd, F_GETFL), saved_errno = errno;
+    if (flags >= 0) fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT);
+    errno = saved_errno;
+#endif
+}
+
 // Parses JSON text; `where` names it in the error. Text from strangers may nest without end, and
 // the library would follow it down the stack, so depth is bounded first.
 inline json parse_json(std::string_view text, const std::string& where) {
@@ -228,7 +252,6 @@ class AtomicFile {
         : path_(path), temporary_(path + format(".%d.tmp", int(getpid()))) {
         fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
         if (fd_ < 0) fail("create");
-        buffer_.reserve(kBufferSize);
     }
     AtomicFile(const AtomicFile&) = delete;
     AtomicFile& operator=(const AtomicFile&) = delete;
@@ -240,15 +263,19 @@ class AtomicFile {
     }
 
     void write(const void* data, size_t size) {
-        if (buffer_.size() + size <= kBufferSize) {
-            buffer_.append(static_cast<const char*>(data), size);
-            return;
+        const char* bytes = static_cast<const char*>(data);
+        while (size > 0) {
+            size_t part = std::min(size, kBufferSize - buffered_);
+            memcpy(buffer_.get() + buffered_, bytes, part);
+            buffered_ += part, bytes += part, size -= part;
+            if (buffered_ < kBufferSize) return;
+            go_direct(fd_, true);  // whole blocks so far
+            flush();
         }
-        flush();
-        write_through(static_cast<const char*>(data), size);
     }
 
     void commit() {
+        go_direct(fd_, false);
         flush();
         if (fsync(fd_) != 0) fail("sync");
         int fd = std::exchange(fd_, -1);
@@ -268,20 +295,23 @@ class AtomicFile {
         fail_machine("%s: cannot %s: %s", path_.c_str(), action, strerror(errno));
     }
     void flush() {
-        write_through(buffer_.data(), buffer_.size());
-        buffer_.clear();
-    }
-    void write_through(const char* data, size_t size) {
-        while (size > 0) {
-            ssize_t written = ::write(fd_, data, size);
+        const char* data = buffer_.get();
+        for (bool direct = true; buffered_ > 0;) {
+            ssize_t written = ::write(fd_, data, buffered_);
             if (written < 0 && errno == EINTR) continue;
+            if (written < 0 && errno == EINVAL && direct) {
+                go_direct(fd_, direct = false);  // it was no block, or there is no such way
+                continue;
+            }
             if (written < 0) fail("write");
             data += written;
-            size -= size_t(written);
+            buffered_ -= size_t(written);
         }
     }
 
-    std::string path_, temporary_, buffer_;
+    std::string path_, temporary_;
+    std::unique_ptr<char, decltype(&free)> buffer_ = aligned_memory(kBufferSize);
+    size_t buffered_ = 0;
     int fd_ = -1;
 };
 

@@ -525,10 +525,11 @@ void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host
 // Copies parameters and moments, as the last update left them, to the snapshot that the shape asked
 // for. begin returns at once: passes of the next step run beside the copy, and the update after
 // them waits for its end, as wait does. A whole snapshot stays as it is until the next begin;
-// snapshot_out reads one row of one layer of it, as gpt2_copy_out does, from any thread.
+// snapshot_tensor is where one row of one layer of it lies, in host memory, as gpt2_copy_out would
+// write it; any thread may read it.
 void gpt2_snapshot_begin(GPT2* model);
 void gpt2_snapshot_wait(GPT2* model);
-void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host);
+const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer);
 
 // One buffer of the activation table, of one layer, as the last passes left it, to host memory
 // (size). For looking into what went wrong, and for nothing that must be fast.

@@ -853,10 +853,9 @@ void gpt2_snapshot_wait(GPT2* model) {
     if (model->snapshot_copy.joinable()) model->snapshot_copy.join();
 }
 
-void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host) {
-    const real* memory = model->snapshot + snapshot_offset(group, model->parameters) +
-                         tensor_offset(model, row, layer);
-    std::copy(memory, memory + model->parameter_rows[size_t(row)].file_size(), host);
+const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
+    return model->snapshot + snapshot_offset(group, model->parameters) +
+           tensor_offset(model, row, layer);
 }
 
 // ==== gpt2_forward ===============================================================================

@@ -3058,10 +3058,9 @@ void gpt2_snapshot_wait(GPT2* model) {
     if (model->snapshot_begun) check(cudaEventSynchronize(model->snapshot_copied), "snapshot");
 }
 
-void gpt2_snapshot_out(const GPT2* model, Group group, int row, int layer, real* host) {
-    const float* memory = model->snapshot + snapshot_offset(group, model->parameters) +
-                          tensor_offset(model, row, layer);
-    memcpy(host, memory, model->parameter_rows[size_t(row)].file_size() * sizeof(float));
+const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
+    return model->snapshot + snapshot_offset(group, model->parameters) +
+           tensor_offset(model, row, layer);
 }
 
 // ==== gpt2_forward ===============================================================================

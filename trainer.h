@@ -8,6 +8,7 @@
 #include <omp.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/statfs.h>
 
 #include <atomic>
@@ -1367,6 +1368,7 @@ class Saver {
         : o_(options), model_(model), before_publishing_(before_publishing) {}
 
     double last_save_s() const { return last_save_s_; }
+    bool idle() const { return !content_; }  // nothing is being saved, or to be tried again
 
     // Saves the model as it is now.
     void begin(Checkpoint checkpoint) {
@@ -1374,8 +1376,8 @@ class Saver {
         content_ = std::move(checkpoint);
         handed_over_ = !o_.background;
         if (!o_.background) return save_now();
-        content_->tensors = [model = model_](Group group, int row, int layer, real* host) {
-            gpt2_snapshot_out(model, group, row, layer, host);
+        content_->tensors = [model = model_](Group group, int row, int layer) {
+            return gpt2_snapshot_tensor(model, group, row, layer);
         };
         gpt2_snapshot_begin(model_);
     }
@@ -1432,13 +1434,17 @@ class Saver {
     }
 
     // The thread takes no signals, whose handler's stack is the main thread's, and no threads of
-    // its own, which would be taken from training.
+    // its own, which would be taken from training. Where no core is free it takes a thirtieth of
+    // one: the passes of training wait for their slowest thread, and lose what any of them loses.
     void start() {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         running_ = std::async(std::launch::async, [this] {
             omp_set_num_threads(1);
+#ifdef __linux__
+            setpriority(PRIO_PROCESS, 0, 15);  // there it is of this thread alone
+#endif
             return save();
         });
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -2250,7 +2256,7 @@ inline void Training::save(bool best, bool last) {
     state_.finished = last;
     Checkpoint checkpoint{state_.step,
                           choice_.config,
-                          tensors_of(model_.get()),
+                          view_of(model_.get()),
                           data_.tokenizer ? &*data_.tokenizer : nullptr,
                           to_json(state_, identity_, settings_, o_.seed),
                           best};
