@@ -161,6 +161,19 @@ fault_tests() {
     part "$folder/run_faults" "$folder/run_faults" "$folder/train_gpt2" --seed "${SEED:-1}" "$@"
 }
 
+# allocation_faults [--soak]: in the variant in double, which has no oneDNN: where the first
+# allocations of that fail, it reads from a null pointer.
+allocation_faults() {
+    build_faults || return
+    if ! $make CXX="$CXX" VARIANT=double "$folder-double/train_gpt2"; then
+        echo "-- FAILED: $folder-double/train_gpt2 does not build"
+        failed=$((failed + 1))
+        return
+    fi
+    part "$folder/run_faults, allocations" "$folder/run_faults" "$folder-double/train_gpt2" \
+        allocations --seed "${SEED:-1}" "$@"
+}
+
 # emulated_kills N: of the CUDA program, whose saves wait for a stream; in each precision.
 emulated_kills() {
     build_faults || return
@@ -357,6 +370,7 @@ test)
     other_compiler_tests
     live_comparison
     fault_tests files kills signals disks
+    allocation_faults
     cuda_tests
     build_tests
     ;;
@@ -365,8 +379,8 @@ cuda)
     cuda_tests
     ;;
 soak)
-    # Allocations are here alone: oneDNN aborts where its own first ones fail.
-    fault_tests --soak
+    fault_tests files kills signals disks --soak
+    allocation_faults --soak
     if build_emulated "$CXX" ""; then emulated_kills 100; fi
     ;;
 sanitize)
