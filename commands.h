@@ -15,6 +15,7 @@
 #include <exception>
 #include <iostream>
 
+#include "hellaswag.h"
 #include "trainer.h"
 
 // ==== options ====================================================================================
@@ -28,11 +29,11 @@ struct SampleOptions {
 };
 
 struct EvaluateOptions {
-    std::string model, tokenizer;
+    std::string model, tokenizer, hellaswag, out;
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
-    bool as_json = false;
+    bool as_json = false, separate_documents = false;
 };
 
 struct TokenizerOptions {
@@ -243,6 +244,15 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_paths(app, "--val", o.val, "validation data; without it, the last tenth of --data");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|bpe:SIZE|FILE",
              "for text; auto: that of a model FOLDER, else a bpe of a size that suits the text");
+    add_choice(app, "--windows", o.windows, {"shuffled", "sliding", "random"},
+               "what an epoch is made of: windows that follow one another, from another offset in "
+               "each; one at every --stride; or as many at random places")
+        ->default_str("shuffled");
+    add_number(app, "--stride", o.stride, 1, 1 << 20, "TOKENS", "between sliding windows")
+        ->default_str("the sequence length");
+    app->add_flag("--separate-documents", o.separate_documents,
+                  "leave the first token after each <|endoftext|> out of the loss, in training and "
+                  "validation");
     add_model_options(app, o.model);
     add_length_options(app, o);
     add_optimizer_options(app, o);
@@ -278,11 +288,18 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
 inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
     add_paths(app, "--data", o.data, "text or token shards; all of it is evaluated");
+    add_text(app, "--hellaswag", o.hellaswag, "FILE",
+             "in place of --data: the share of HellaSwag's examples whose right ending has the "
+             "lowest loss; its JSON lines, or llm.c's .bin of them");
+    add_text(app, "--out", o.out, "FILE.jsonl",
+             "with --hellaswag: gets the losses and predictions of every example, a line each");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
                "tokens in a window")
         ->default_str("the context");
-    add_number(app, "--batch-size", o.batch_size, 1, 1 << 24, "N", "windows at a time");
+    add_number(app, "--batch-size", o.batch_size, 1, 1 << 24, "N", "windows at a time, or endings");
+    app->add_flag("--separate-documents", o.separate_documents,
+                  "leave the first token after each <|endoftext|> out");
     app->add_flag("--json", o.as_json, "one JSON object in place of text");
     add_compute_options(app, o.compute);
 }
@@ -626,7 +643,8 @@ inline int plan_command(const PlanOptions& p) {
         TrainingData data = read_data(o, choice, cache_folder(o));
         check_length(o, data, T);
         choose_vocabulary(data, &choice);
-        size_t windows = count_tokens(data.train) / size_t(T);
+        bool strides = o.windows == "sliding" && o.stride > 0;
+        size_t windows = count_tokens(data.train) / size_t(strides ? o.stride : T);
         goal = choose_goal(o, data, windows, sequences);
         printf("data       %s\n", data.description.c_str());
     }
@@ -750,8 +768,89 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     return shards;
 }
 
+// The loss of every target of a batch, for score_choices.
+inline TargetLosses target_losses(GPT2* model) {
+    const GPT2Shape& shape = gpt2_shape(model);
+    std::vector<real> host(size_t(shape.B) * size_t(shape.T));
+    return [model, host](const int* inputs, const int* targets, int rows, int T,
+                         double* losses) mutable {
+        gpt2_forward(model, inputs, targets, rows, T, GPT2Pass{});
+        gpt2_activation_out(model, a_losses, 0, host.data());
+        std::copy(host.begin(), host.begin() + ptrdiff_t(size_t(rows) * size_t(T)), losses);
+    };
+}
+
+// A line for each example: its label, the loss of each ending (a sum over `tokens` targets), and
+// what was predicted from the sums and from the means.
+inline void write_choice_lines(const std::string& path, const std::vector<ChoiceExample>& examples,
+                               const std::vector<ChoiceScore>& scores) {
+    std::string text;
+    for (size_t i = 0; i < scores.size(); i++) {
+        ordered_json line;
+        line["example"] = i;
+        line["label"] = examples[i].label;
+        line["losses"] = scores[i].loss;
+        line["tokens"] = scores[i].tokens;
+        line["prediction"] = scores[i].prediction();
+        line["prediction_norm"] = scores[i].prediction_norm();
+        text += json_text(line, -1) + "\n";
+    }
+    write_file_atomic(path, text);
+}
+
+// `evaluate --hellaswag`: see hellaswag.h for what is computed.
+inline int hellaswag_command(const EvaluateOptions& o) {
+    double start_s = now_s();
+    std::string folder = resolve_model(o.model);
+    GPT2Config config = read_any_config(folder);
+    std::optional<Tokenizer> tokenizer = model_tokenizer(o.tokenizer, folder, config);
+    std::vector<ChoiceExample> examples =
+        read_hellaswag(o.hellaswag, tokenizer ? &*tokenizer : nullptr, config.vocab_size);
+    GPT2Shape shape = choose_shape(o.compute);
+    int context = choose_sequence_length(o.sequence_length, config);
+    shape.B = o.batch_size;
+    shape.T = int(std::min(size_t(context), longest_choice(examples)));
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    std::vector<ChoiceScore> scores =
+        score_choices(examples, shape.B, shape.T, target_losses(loaded.model.get()));
+    ChoiceResult result = count_choices(examples, scores);
+    if (result.rows_cut > 0)
+        fprintf(stderr,
+                "note: %s of %s endings are longer than %d tokens with their context, and were cut "
+                "from the left\n",
+                with_commas(result.rows_cut).c_str(), with_commas(4 * result.examples).c_str(),
+                context);
+    if (!o.out.empty()) write_choice_lines(o.out, examples, scores);
+    if (!o.as_json) {
+        printf("acc_norm %.4f (%s of %s), acc %.4f (%s), give or take %.4f\n", result.acc_norm(),
+               with_commas(result.correct_norm).c_str(), with_commas(result.examples).c_str(),
+               result.acc(), with_commas(result.correct).c_str(), result.standard_error());
+        printf("the right endings: %.4f nats a token\n", result.loss);
+        return 0;
+    }
+    ordered_json root;
+    root["hellaswag"] = o.hellaswag;
+    root["examples"] = result.examples;
+    root["acc"] = result.acc();
+    root["acc_norm"] = result.acc_norm();
+    root["correct"] = result.correct;
+    root["correct_norm"] = result.correct_norm;
+    root["standard_error"] = result.standard_error();
+    root["loss"] = result.loss;
+    root["rows_cut"] = result.rows_cut;
+    root["sequence_length"] = context;
+    root["seconds"] = now_s() - start_s;
+    printf("%s\n", json_text(root, -1).c_str());
+    return 0;
+}
+
 inline int evaluate_command(const EvaluateOptions& o) {
     require("--model", !o.model.empty());
+    if (!o.hellaswag.empty()) {
+        if (!o.data.empty()) fail_input("--data and --hellaswag: give one of them");
+        return hellaswag_command(o);
+    }
+    if (!o.out.empty()) fail_input("--out: is for --hellaswag");
     require("--data", !o.data.empty());
     GPT2Config config = read_any_config(resolve_model(o.model));
     GPT2Shape shape = choose_shape(o.compute);
@@ -763,7 +862,9 @@ inline int evaluate_command(const EvaluateOptions& o) {
         bytes = bytes_per_token(*loaded.tokenizer);
         bytes.resize(size_t(config.vocab_size));  // ids beyond the tokenizer stand for no text
     }
-    Evaluation e = evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0);
+    int separator = o.separate_documents ? document_separator(loaded.tokenizer) : -1;
+    Evaluation e =
+        evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator);
     if (!o.as_json) {
         printf("%s\n%s tokens in %s windows of %d, %.1f s\n", describe_evaluation(e).c_str(),
                with_commas(e.tokens).c_str(), with_commas(e.windows).c_str(), shape.T, e.seconds);
@@ -1302,11 +1403,28 @@ inline bool reader_is_gone() {
     return poll(&output, 1, 0) > 0 && (output.revents & POLLERR) != 0;
 }
 
+// A file that is mapped may be cut short by another program while it is read; what a run reads for
+// hours is looked at before (dataloader.h), and this is the last resort: a line and exit code 1.
+inline void end_on_cut_file() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+        constexpr std::string_view kLine =
+            ": error: a file was cut short while it was read; do not write to files in use\n";
+        const char* program = gpt2_program();
+        bool said = ::write(STDERR_FILENO, program, strlen(program)) > 0 &&
+                    ::write(STDERR_FILENO, kLine.data(), kLine.size()) > 0;
+        (void)said;  // to nobody, perhaps
+        _exit(kExitMachine);
+    };
+    sigaction(SIGBUS, &action, nullptr);
+}
+
 // The whole program. Returns the exit code: 0 done, 1 the machine failed, 2 the input was wrong,
 // 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
 inline int run(int argc, char** argv) {
     double start_s = now_s();
     end_without_memory();
+    end_on_cut_file();
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
     signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
     int code = 0;

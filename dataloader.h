@@ -2,9 +2,9 @@
 //
 // Text is tokenized once into a shard, a flat file of token ids; shards are memory-mapped and
 // checked when they are opened, so that nothing can go wrong in the middle of a run. DataLoader
-// deals shuffled windows of them, the same sequence of windows however they are spread over ranks
-// and micro-batches, from a position that two numbers describe. EvalLoader goes through a set in
-// order and predicts every token once.
+// deals windows of them, the same sequence of windows however they are spread over ranks and
+// micro-batches, from a position that two numbers describe; PrefetchLoader has a thread do so while
+// the step before runs. EvalLoader goes through a set in order and predicts every token once.
 #pragma once
 
 #include <glob.h>
@@ -14,12 +14,17 @@
 #include <cassert>
 #include <cctype>
 #include <climits>
+#include <condition_variable>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -267,6 +272,7 @@ class Shard {
 
     size_t size() const { return count_; }
     const std::string& path() const { return file_->path(); }
+    const MappedFile& file() const { return *file_; }
     int operator[](size_t i) const {
         int id;
         copy(i, 1, &id);
@@ -625,14 +631,62 @@ inline uint64_t data_hash(const std::vector<uint64_t>& shard_hashes) {
     return hash;
 }
 
+// Which windows an epoch is made of.
+enum class WindowOrder {
+    shuffled,  // one after the other from a random offset, in random order
+    sliding,   // one at every stride from the first token of a shard, in random order
+    random     // as many as would follow one another, each at a random place
+};
+
+struct WindowOptions {
+    WindowOrder order = WindowOrder::shuffled;
+    size_t stride = 0;   // between sliding windows, 1 to T; 0: T, so that they do not overlap
+    int separator = -1;  // the target after an input of this id is kIgnore; below 0: none is
+    bool watch = true;   // whether a shard's file must stay as it is while the loader is used
+};
+
+// The targets that follow a separator are the first tokens of the next document, and are not to be
+// predicted from the one before. inputs, targets (T); targets are changed.
+inline void separate_documents(const int* inputs, int* targets, size_t T, int separator) {
+    if (separator < 0) return;
+    for (size_t t = 0; t < T; t++)
+        if (inputs[t] == separator) targets[t] = kIgnore;
+}
+
+// Throws with exit code 1 when the file of a shard is no longer what was mapped: shorter (to read
+// on would end the program), gone, or of other content. A file that was touched, or copied to its
+// place anew, is compared in full with what was mapped, whose hash was `hash` (0: not known, so
+// that nothing can be compared). Returns what the file is known by now.
+inline FileIdentity check_unchanged(const Shard& shard, const FileIdentity& known, uint64_t hash) {
+    const char* path = shard.path().c_str();
+    const char* remedy = "; put it back, and the same command goes on from the last checkpoint";
+    struct stat info;
+    if (stat(path, &info) != 0)
+        fail_machine("%s: %s while the program reads it%s", path,
+                     errno == ENOENT ? "was removed" : strerror(errno), remedy);
+    FileIdentity now(info);
+    if (now == known) return now;
+    if (now.size != known.size)
+        fail_machine("%s: had %llu bytes and has %llu since, while the program reads it%s", path,
+                     static_cast<unsigned long long>(known.size),
+                     static_cast<unsigned long long>(now.size), remedy);
+    bool same = hash != 0 && shard.hash() == hash;
+    if (same && now.inode != shard.file().identity().inode)
+        same = MappedFile(shard.path()).view() == shard.file().view();
+    if (!same) fail_machine("%s: was changed while the program reads it%s", path, remedy);
+    return now;
+}
+
 // Deals batches of windows, without end. A window is T+1 consecutive tokens of one shard: inputs
-// are the first T, targets the last T. In an epoch the windows of a shard follow one another from a
-// random offset below T and share only the token at which they meet; all windows of all shards come
-// once, in random order. Offsets and order are functions of seed and epoch alone. The ranks take
-// turns in this one order, B windows each, so B=4 on one rank, B=2 on two, and four micro-batches
-// of B=1 see the same windows in the same order.
+// are the first T, targets the last T. In an epoch of the default order the windows of a shard
+// follow one another from a random offset below T and share only the token at which they meet; all
+// windows of all shards come once, in random order, so that no token is a target twice, and every
+// one is but those before the offset and behind the last whole window. Offsets and order are
+// functions of seed and epoch alone. The ranks take turns in this one order, B windows each, so B=4
+// on one rank, B=2 on two, and four micro-batches of B=1 see the same windows in the same order.
 //
-// A shard of T tokens or fewer gives no window; if none gives one, construction is fail_input.
+// A shard of T tokens or fewer gives no window; if none gives one, construction is fail_input. A
+// shard whose file changes or vanishes is an error of exit code 1 in the batch that would read it.
 class DataLoader {
   public:
     // What a checkpoint keeps: the epoch, and how many of its windows have been dealt to all ranks.
@@ -641,32 +695,48 @@ class DataLoader {
         bool operator==(const Position&) const = default;
     };
 
-    DataLoader(std::vector<Shard> shards, int B, int T, int rank, int world, uint64_t seed)
+    DataLoader(std::vector<Shard> shards, int B, int T, int rank, int world, uint64_t seed,
+               const WindowOptions& options = {})
         : shards_(std::move(shards)),
           B_(size_t(B)),
           T_(size_t(T)),
           rank_(size_t(rank)),
           world_(size_t(world)),
-          seed_(seed) {
+          seed_(seed),
+          options_(options) {
         assert(world >= 1 && rank >= 0 && rank < world);
         if (B < 1) fail_input("--batch-size %d: must be at least 1", B);
         if (T < 1) fail_input("--sequence-length %d: must be at least 1", T);
+        bool sliding = options_.order == WindowOrder::sliding;
+        if (options_.stride > 0 && !sliding)
+            fail_input("--stride %zu: is for --windows sliding", options_.stride);
+        if (options_.stride > T_)
+            fail_input(
+                "--stride %zu: more than the %zu tokens of a window, so that some would be left "
+                "out; give at most %zu",
+                options_.stride, T_, T_);
+        step_ = options_.stride > 0 ? options_.stride : T_;
         check_long_enough();
+        for (const Shard& shard : shards_) identities_.push_back(shard.file().identity());
+        watched_.resize(shards_.size());
         begin_epoch(0);
     }
 
     // Writes the next batch of this rank: inputs (B,T) and targets (B,T).
     void next_batch(int* inputs, int* targets) {
+        batch_++;
         for (size_t i = 0; i < B_ * world_; i++) {
             if (i / B_ == rank_) {
                 size_t row = i % B_ * T_;
-                copy_window(order_(position_.window), inputs + row, targets + row);
+                copy_window(place(position_.window), inputs + row, targets + row);
             }
             if (++position_.window == windows_per_epoch()) begin_epoch(position_.epoch + 1);
         }
     }
 
     Position position() const { return position_; }
+    size_t B() const { return B_; }
+    size_t T() const { return T_; }
 
     // Goes on from a saved position, with bits equal to a loader that never stopped. A position
     // that these shards do not have is fail_input.
@@ -706,16 +776,21 @@ class DataLoader {
         return tokens;
     }
 
-    // A hash of each shard's tokens; reads all of them.
-    std::vector<uint64_t> shard_hashes() const {
-        std::vector<uint64_t> hashes;
-        for (const Shard& shard : shards_) hashes.push_back(shard.hash());
-        return hashes;
+    // A hash of each shard's tokens; reads all of them. It also lets a shard that was touched be
+    // told from one that was changed.
+    const std::vector<uint64_t>& shard_hashes() {
+        if (!hashes_.empty()) return hashes_;
+        for (const Shard& shard : shards_) hashes_.push_back(shard.hash());
+        return hashes_;
     }
 
     const std::vector<Shard>& shards() const { return shards_; }
 
   private:
+    struct Place {
+        size_t shard, begin;  // the first token
+    };
+
     void check_long_enough() const {
         if (shards_.empty()) fail_input("no training data was given");
         size_t longest = 0;
@@ -744,42 +819,218 @@ class DataLoader {
     // where it can.
     size_t offset(size_t s, uint64_t epoch) const {
         size_t tokens = shards_[s].size();
-        if (tokens <= T_) return 0;
+        if (tokens <= T_ || options_.order != WindowOrder::shuffled) return 0;
         return size_t(draw(epoch, 1 + s) % std::min(T_, tokens - T_));
     }
 
     size_t windows_of_shard(size_t s, size_t offset) const {
-        return (shards_[s].size() - 1 - offset) / T_;
+        size_t targets = shards_[s].size() - 1 - offset;
+        return targets < T_ ? 0 : (targets - T_) / step_ + 1;
     }
 
     void begin_epoch(uint64_t epoch) {
         position_ = {epoch, 0};
         offset_.clear();
         first_window_ = {0};
+        first_start_ = {0};
         for (size_t s = 0; s < shards_.size(); s++) {
             offset_.push_back(offset(s, epoch));
             first_window_.push_back(first_window_.back() + windows_of_shard(s, offset_.back()));
+            size_t tokens = shards_[s].size();
+            first_start_.push_back(first_start_.back() + (tokens > T_ ? tokens - T_ : 0));
         }
         order_ = Permutation(windows_per_epoch(), draw(epoch, 0));
     }
 
-    // Window w, counted through the shards in order: inputs (T) and targets (T) are written.
-    void copy_window(size_t w, int* inputs, int* targets) const {
-        auto next = std::upper_bound(first_window_.begin(), first_window_.end(), w);
-        size_t s = size_t(next - first_window_.begin()) - 1;
-        size_t begin = offset_[s] + (w - first_window_[s]) * T_;
-        shards_[s].copy(begin, T_, inputs);
-        shards_[s].copy(begin + 1, T_, targets);
+    // In which range of `firsts` (one more than there are ranges) a number lies.
+    static size_t range_of(const std::vector<size_t>& firsts, size_t number) {
+        auto next = std::upper_bound(firsts.begin(), firsts.end(), number);
+        return size_t(next - firsts.begin()) - 1;
+    }
+
+    // Where the window is that comes as the `turn`-th of the present epoch.
+    Place place(uint64_t turn) const {
+        if (options_.order == WindowOrder::random) {
+            uint64_t words[] = {position_.epoch, 0, turn};
+            size_t start = hash_bytes(words, sizeof words, seed_) % first_start_.back();
+            size_t s = range_of(first_start_, start);
+            return {s, start - first_start_[s]};
+        }
+        size_t window = order_(turn), s = range_of(first_window_, window);
+        return {s, offset_[s] + (window - first_window_[s]) * step_};
+    }
+
+    // Inputs (T) and targets (T) are written.
+    void copy_window(Place place, int* inputs, int* targets) {
+        size_t s = place.shard;
+        if (options_.watch && watched_[s] != batch_) {
+            identities_[s] =
+                check_unchanged(shards_[s], identities_[s], hashes_.empty() ? 0 : hashes_[s]);
+            watched_[s] = batch_;
+        }
+        shards_[s].copy(place.begin, T_, inputs);
+        shards_[s].copy(place.begin + 1, T_, targets);
+        separate_documents(inputs, targets, T_, options_.separator);
     }
 
     std::vector<Shard> shards_;
     size_t B_, T_, rank_, world_;
     uint64_t seed_;
+    WindowOptions options_;
+    size_t step_ = 0;  // tokens between the windows of a shard
     Position position_;
     std::vector<size_t> offset_;  // (shards), of the present epoch
     std::vector<size_t>
         first_window_;  // (shards + 1): shard s has windows [first_window_[s], first_window_[s+1])
+    std::vector<size_t> first_start_;  // (shards + 1), the same of the tokens where one can begin
     Permutation order_{1, 0};
+    std::vector<FileIdentity> identities_;  // (shards), when they were last looked at
+    std::vector<uint64_t> hashes_;          // (shards), or none while they are not known
+    std::vector<uint64_t> watched_;         // (shards), the batch for which each was looked at
+    uint64_t batch_ = 0;
+};
+
+// Deals what a DataLoader deals, `batches` of them at a time, made by a thread while the caller
+// works with those before. position() is that of what was dealt, whatever the thread has made
+// since; an error of the thread is thrown where its batches would have been dealt, and the call can
+// be repeated. Where the machine has no thread to give, batches are made when they are asked for.
+class PrefetchLoader {
+  public:
+    using Position = DataLoader::Position;
+
+    PrefetchLoader(DataLoader loader, size_t batches)
+        : loader_(std::move(loader)),
+          batches_(batches),
+          inputs_(batches * loader_.B() * loader_.T()),
+          targets_(inputs_.size()),
+          position_(loader_.position()),
+          epoch_fraction_(loader_.epoch_fraction()) {
+        assert(batches >= 1);
+    }
+    PrefetchLoader(const PrefetchLoader&) = delete;
+    PrefetchLoader& operator=(const PrefetchLoader&) = delete;
+    ~PrefetchLoader() {
+        if (!thread_.joinable()) return;
+        {
+            std::lock_guard<std::mutex> guard(mutex_);
+            state_ = State::ended;
+        }
+        changed_.notify_all();
+        thread_.join();
+    }
+
+    // Writes the next batches of this rank: inputs and targets (batches,B,T).
+    void next_batches(int* inputs, int* targets) {
+        if (!asked_) ask();
+        wait();
+        if (error_) {
+            loader_.seek(position_);
+            std::rethrow_exception(std::exchange(error_, nullptr));
+        }
+        std::copy(inputs_.begin(), inputs_.end(), inputs);
+        std::copy(targets_.begin(), targets_.end(), targets);
+        position_ = loader_.position();
+        epoch_fraction_ = loader_.epoch_fraction();
+        ask();
+    }
+
+    Position position() const { return position_; }
+    double epoch_fraction() const { return epoch_fraction_; }
+
+    // As DataLoader does; batches that were made for another position are dropped.
+    void seek(Position position) {
+        if (position == position_) return;
+        wait();
+        error_ = nullptr;
+        try {
+            loader_.seek(position);
+        } catch (const Error&) {
+            loader_.seek(position_);
+            throw;
+        }
+        position_ = position;
+        epoch_fraction_ = loader_.epoch_fraction();
+        ask();
+    }
+
+    // Reads everything; what the thread has made is dropped.
+    const std::vector<uint64_t>& shard_hashes() {
+        wait();
+        error_ = nullptr;
+        loader_.seek(position_);
+        return loader_.shard_hashes();
+    }
+    size_t windows_per_epoch() const { return loader_.windows_in_epoch(position_.epoch); }
+    const std::vector<Shard>& shards() const { return loader_.shards(); }
+
+  private:
+    enum class State { idle, wanted, ended };
+
+    void make() {
+        try {
+            size_t batch = loader_.B() * loader_.T();
+            for (size_t m = 0; m < batches_; m++)
+                loader_.next_batch(&inputs_[m * batch], &targets_[m * batch]);
+        } catch (...) { error_ = std::current_exception(); }
+    }
+
+    // Lets the thread make the next batches. Signals are for the main thread, on whose stack their
+    // handlers run.
+    void ask() {
+        asked_ = true;
+        if (!started_) {
+            started_ = true;
+            sigset_t all, before;
+            sigfillset(&all);
+            pthread_sigmask(SIG_SETMASK, &all, &before);
+            try {
+                thread_ = std::thread([this] { work(); });
+            } catch (const std::system_error&) { /* no thread: wait() does its work */
+            }
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        }
+        if (!thread_.joinable()) return;
+        {
+            std::lock_guard<std::mutex> guard(mutex_);
+            state_ = State::wanted;
+        }
+        changed_.notify_all();
+    }
+
+    // Until the thread has done what it was asked for: from here on all is the caller's.
+    void wait() {
+        if (!asked_) return;
+        asked_ = false;
+        if (!thread_.joinable()) return make();
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [this] { return state_ == State::idle; });
+    }
+
+    void work() {
+        for (;;) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            changed_.wait(lock, [this] { return state_ != State::idle; });
+            if (state_ == State::ended) return;
+            lock.unlock();
+            make();
+            lock.lock();
+            if (state_ == State::wanted) state_ = State::idle;
+            lock.unlock();
+            changed_.notify_all();
+        }
+    }
+
+    DataLoader loader_;  // this one and the three below: of the thread while it is asked
+    size_t batches_;
+    std::vector<int> inputs_, targets_;  // (batches,B,T)
+    std::exception_ptr error_;
+    Position position_;
+    double epoch_fraction_;
+    bool asked_ = false, started_ = false;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    State state_ = State::idle;  // with the lock
+    std::thread thread_;
 };
 
 // ==== evaluation batches =========================================================================
@@ -787,12 +1038,14 @@ class DataLoader {
 // Goes once through a set, in order: every token of a shard but its first is a target exactly once.
 // Windows of T follow one another without overlap; the last of a shard is short and padded, as are
 // the rows that the last batch has too many, with input 0 and target kIgnore. With `max_windows`
-// below their number, that many are taken, evenly spread over the set (0 takes all). The shards are
-// referred to and must stay alive. A set with nothing to predict is fail_input.
+// below their number, that many are taken, evenly spread over the set (0 takes all). Targets after
+// a `separator` (below 0: none) are kIgnore too. The shards are referred to and must stay alive. A
+// set with nothing to predict is fail_input.
 class EvalLoader {
   public:
-    EvalLoader(const std::vector<Shard>& shards, int B, int T, size_t max_windows = 0)
-        : shards_(shards), B_(size_t(B)), T_(size_t(T)) {
+    EvalLoader(const std::vector<Shard>& shards, int B, int T, size_t max_windows = 0,
+               int separator = -1)
+        : shards_(shards), B_(size_t(B)), T_(size_t(T)), separator_(separator) {
         if (B < 1) fail_input("--batch-size %d: must be at least 1", B);
         if (T < 1) fail_input("--sequence-length %d: must be at least 1", T);
         if (shards.empty()) fail_input("no evaluation data was given");
@@ -806,7 +1059,7 @@ class EvalLoader {
                        shards[0].path().c_str());
         windows_ = max_windows == 0 ? all : std::min(all, max_windows);
     }
-    EvalLoader(std::vector<Shard>&&, int, int, size_t = 0) = delete;
+    EvalLoader(std::vector<Shard>&&, int, int, size_t = 0, int = -1) = delete;
 
     size_t windows() const { return windows_; }
     size_t batches() const { return windows_ / B_ + (windows_ % B_ != 0); }
@@ -837,9 +1090,11 @@ class EvalLoader {
         size_t count = std::min(T_, shards_[s].size() - 1 - begin);
         shards_[s].copy(begin, count, inputs);
         shards_[s].copy(begin + 1, count, targets);
+        separate_documents(inputs, targets, count, separator_);
     }
 
     const std::vector<Shard>& shards_;
     size_t B_, T_, windows_ = 0, next_ = 0;
+    int separator_;
     std::vector<size_t> first_window_ = {0};  // (shards + 1), as in DataLoader
 };

@@ -109,6 +109,21 @@ inline uint64_t hash_bytes(const void* data, size_t size, uint64_t seed = 0) {
     return XXH3_64bits_withSeed(data, size, seed);
 }
 
+// By which a file is known again: one that was written to since differs, and so does another that
+// took its name.
+struct FileIdentity {
+    uint64_t device = 0, inode = 0, size = 0;
+    int64_t written_s = 0, written_ns = 0;
+    FileIdentity() = default;
+    explicit FileIdentity(const struct stat& info)
+        : device(info.st_dev),
+          inode(info.st_ino),
+          size(uint64_t(info.st_size)),
+          written_s(info.st_mtim.tv_sec),
+          written_ns(info.st_mtim.tv_nsec) {}
+    bool operator==(const FileIdentity&) const = default;
+};
+
 // A whole file, read-only, mapped into memory; an empty file has size 0. Move-only.
 class MappedFile {
   public:
@@ -127,6 +142,7 @@ class MappedFile {
             fail_input("%s: not a regular file", path.c_str());
         }
         size_ = size_t(info.st_size);
+        identity_ = FileIdentity(info);
         void* address = size_ == 0 ? nullptr : mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
         close(fd);
         if (address == MAP_FAILED) fail_errno(path, "map");
@@ -145,14 +161,17 @@ class MappedFile {
     size_t size() const { return size_; }
     std::string_view view() const { return {data_, size_}; }
     const std::string& path() const { return path_; }
+    const FileIdentity& identity() const { return identity_; }  // as it was when it was mapped
 
   private:
     void swap(MappedFile& other) {
         std::swap(path_, other.path_);
+        std::swap(identity_, other.identity_);
         std::swap(data_, other.data_);
         std::swap(size_, other.size_);
     }
     std::string path_;
+    FileIdentity identity_;
     const char* data_ = nullptr;
     size_t size_ = 0;
 };

@@ -93,6 +93,9 @@ inline GPT2Config default_config() {
 struct TrainOptions {
     std::vector<std::string> data, val;
     std::string tokenizer = "auto";
+    std::string windows = "shuffled";
+    int stride = 0;  // tokens between sliding windows; 0: the sequence length
+    bool separate_documents = false;
     ModelOptions model;
 
     int batch_size = 16;            // sequences a rank
@@ -587,6 +590,29 @@ inline void check_length(const TrainOptions& o, const TrainingData& data, int T)
                o.data[0].c_str(), longest, T, remedy.c_str());
 }
 
+// The id that stands between documents; fail_input where there is none.
+inline int document_separator(const std::optional<Tokenizer>& tokenizer) {
+    if (!tokenizer)
+        fail_input(
+            "--separate-documents: which id stands between documents is not known; name the "
+            "tokenizer of the shards with --tokenizer");
+    if (tokenizer->end_of_text() < 0)
+        fail_input("--separate-documents: this vocabulary has no <|endoftext|>");
+    return tokenizer->end_of_text();
+}
+
+// --windows, --stride and --separate-documents. Shards that were made from text are the program's
+// own: the files of the cache may come and go.
+inline WindowOptions window_options(const TrainOptions& o, const TrainingData& data) {
+    WindowOptions options;
+    if (o.windows == "sliding") options.order = WindowOrder::sliding;
+    if (o.windows == "random") options.order = WindowOrder::random;
+    options.stride = size_t(o.stride);
+    if (o.separate_documents) options.separator = document_separator(data.tokenizer);
+    options.watch = data.train_bytes == 0;
+    return options;
+}
+
 // ==== evaluation =================================================================================
 
 struct Evaluation {
@@ -599,12 +625,13 @@ struct Evaluation {
 };
 
 // The mean loss over `max_windows` windows spread over the shards, or over all of them (0), in
-// batches of B sequences of T tokens. bits_per_byte = loss * tokens / (ln 2 * bytes of text).
+// batches of B sequences of T tokens. bits_per_byte = loss * tokens / (ln 2 * bytes of text). What
+// follows a `separator` (below 0: none) is not predicted.
 inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
                                  const std::vector<int>& token_bytes, int B, int T,
-                                 size_t max_windows) {
+                                 size_t max_windows, int separator = -1) {
     double start_s = now_s();
-    EvalLoader loader(shards, B, T, max_windows);
+    EvalLoader loader(shards, B, T, max_windows, separator);
     std::vector<int> inputs(size_t(B) * size_t(T)), targets(inputs.size());
     Evaluation result;
     result.windows = loader.windows();
@@ -619,6 +646,9 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
             if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
         }
     }
+    if (result.tokens == 0)
+        fail_input("%s: nothing but ends of documents, whose targets are left out",
+                   shards[0].path().c_str());
     double nats = gpt2_stats(model).loss;
     result.loss = nats / double(result.tokens);
     result.bits_per_byte = bytes > 0 ? nats / (M_LN2 * double(bytes)) : NAN;
@@ -965,8 +995,8 @@ inline RunState read_state(const std::string& folder, json* identity, json* sett
 
 // What two runs must share for one to go on where the other stopped.
 inline ordered_json run_identity(const TrainOptions& o, const ModelChoice& model,
-                                 const TrainingData& data, uint64_t hash, int T,
-                                 int micro_batches) {
+                                 const TrainingData& data, uint64_t hash, int T, int micro_batches,
+                                 int world = 1) {
     const GPT2Config& c = model.config;
     ordered_json run;
     run["vocabulary"] = c.vocab_size;
@@ -982,9 +1012,19 @@ inline ordered_json run_identity(const TrainOptions& o, const ModelChoice& model
     run["tokenizer"] = data.tokenizer ? hash_text(data.tokenizer->fingerprint()) : "none";
     run["seed"] = o.seed;
     run["sequence length"] = T;
-    run["sequences a step"] = o.batch_size * int64_t(micro_batches);
+    run["sequences a step"] = o.batch_size * int64_t(micro_batches) * world;
     run["overfit one batch"] = o.overfit_one_batch;
+    run["windows"] = o.windows;
+    run["stride"] = o.windows != "sliding" ? 0 : o.stride > 0 ? o.stride : T;
+    run["separate documents"] = o.separate_documents;
     return run;
+}
+
+// What runs had for the entries that came later, before there was a choice.
+inline const json& first_identity() {
+    static const json entries = {
+        {"windows", "shuffled"}, {"stride", 0}, {"separate documents", false}};
+    return entries;
 }
 
 // What a run may change where it goes on. Those that decide about bits are all here.
@@ -1023,7 +1063,9 @@ inline std::vector<std::string> setting_changes(const json& stored, const ordere
 // The first entry in which a stored identity differs, for people; "" when there is none.
 inline std::string identity_difference(const json& stored, const ordered_json& mine) {
     for (const auto& [key, value] : mine.items()) {
-        std::string theirs = stored.contains(key) ? stored[key].dump() : "nothing";
+        std::string theirs = "nothing";
+        if (stored.contains(key)) theirs = stored[key].dump();
+        else if (first_identity().contains(key)) theirs = first_identity()[key].dump();
         if (theirs != value.dump())
             return format("%s is %s there and %s here", key.c_str(), one_line(theirs).c_str(),
                           one_line(value.dump()).c_str());
@@ -1672,10 +1714,15 @@ class Training {
         choose_vocabulary(data_, &choice_);
         validate(choice_.config);
         train_tokens_ = count_tokens(data_.train);
-        loader_.emplace(std::move(data_.train), o_.batch_size, T_, rank_, world_, o_.seed);
+        WindowOptions windows = window_options(o_, data_);
+        separator_ = windows.separator;
+        loader_.emplace(
+            DataLoader(std::move(data_.train), o_.batch_size, T_, rank_, world_, o_.seed, windows),
+            size_t(micro_batches_));
         goal_ = choose_goal(o_, data_, loader_->windows_per_epoch(), sequences_a_step());
         shard_hashes_ = loader_->shard_hashes();
-        identity_ = run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_);
+        identity_ =
+            run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_, world_);
         folder_ = choose_run_folder(o_, goal_, identity_);
         check_disk(o_, folder_.out, choice_.config, goal_);
         prepare_model();
@@ -1847,7 +1894,8 @@ class Training {
     int T_ = 0, micro_batches_ = 1;
     TrainingData data_;
     size_t train_tokens_ = 0;
-    std::optional<DataLoader> loader_;
+    std::optional<PrefetchLoader> loader_;
+    int separator_ = -1;  // between documents that are kept apart
     Goal goal_;
     ordered_json identity_;
     std::vector<uint64_t> shard_hashes_;
@@ -1974,12 +2022,10 @@ inline void Training::fetch_batches() {
         return std::find(state_.skipped.begin(), state_.skipped.end(), loader_->position()) !=
                state_.skipped.end();
     };
-    size_t batch = size_t(o_.batch_size) * size_t(T_);
     for (bool again = true; again;) {
         again = skipped() && !o_.overfit_one_batch;
         fetched_from_ = loader_->position();
-        for (int m = 0; m < micro_batches_; m++)
-            loader_->next_batch(&inputs_[size_t(m) * batch], &targets_[size_t(m) * batch]);
+        loader_->next_batches(inputs_.data(), targets_.data());
     }
     if (o_.overfit_one_batch) loader_->seek({});
 }
@@ -2211,8 +2257,8 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
 inline bool Training::evaluate(ordered_json* record, bool* last) {
     if (!evaluates()) return false;
     auto over = [&](size_t windows) {
-        Evaluation e =
-            evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_, windows);
+        Evaluation e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_,
+                                      windows, separator_);
         window_s_ = e.seconds / double(e.windows);
         return e;
     };
