@@ -133,7 +133,7 @@ $(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o $(FOLDER)/vers
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 # What needs no twin: text to tokens to batches.
-$(FOLDER)/test_data: $(FOLDER)/dev/test/test_data.o $(FOLDER)/dev/test/test_tokenizer.o
+$(FOLDER)/test_data: $(patsubst %.cpp,$(FOLDER)/%.o,$(wildcard dev/test/*.cpp))
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest -lutf8proc -lxxhash
 
 $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o \
