@@ -4115,8 +4115,90 @@ TEST(Run, AnotherModelSeedOrTextIsRefusedWithBothValues) {
     expect_refusal("sequence length is 9 there and 5 here");
     run.options.tokenizer = "bytes";
     expect_refusal("vocabulary is 270 there and 257 here");
+    run.options.windows = "random";
+    expect_refusal("windows is \"shuffled\" there and \"random\" here");
+    run.options.windows = "sliding";
+    expect_refusal("windows is \"shuffled\" there and \"sliding\" here");
+    run.options.separate_documents = true;
+    expect_refusal("separate documents is false there and true here");
     write_file_atomic(run.options.data[0], some_text(701));
     expect_refusal("data is ");
+}
+
+// Runs of before there were orders to choose from.
+TEST(Run, AnOlderIdentityIsThatOfTheDefaultOrder) {
+    ordered_json mine = {{"seed", 42}, {"windows", "shuffled"}, {"stride", 0}};
+    mine["separate documents"] = false;
+    json older = {{"seed", 42}};
+    EXPECT_EQ(identity_difference(older, mine), "");
+    mine["windows"] = "random";
+    EXPECT_EQ(identity_difference(older, mine),
+              "windows is \"shuffled\" there and \"random\" here");
+    mine["windows"] = "shuffled", mine["separate documents"] = true;
+    EXPECT_EQ(identity_difference(older, mine), "separate documents is false there and true here");
+    mine = {{"layers", 2}};
+    EXPECT_EQ(identity_difference(older, mine), "layers is nothing there and 2 here");
+}
+
+TEST(Run, EveryOrderOfWindowsIsResumedToTheSameBits) {
+    for (const char* order : {"sliding", "random"})
+        for (bool apart : {false, true}) {
+            SmallRun whole, parts;
+            for (SmallRun* run : {&whole, &parts}) {
+                run->options.windows = order;
+                run->options.stride = std::string(order) == "sliding" ? 4 : 0;
+                run->options.separate_documents = apart;
+                run->options.total_batch_tokens = 72;
+                run->options.steps = 4;
+                run->options.data.clear();
+                for (int i = 0; i < 9; i++) {
+                    run->options.data.push_back(run->folder + format("/%d.txt", i));
+                    write_file_atomic(run->options.data.back(), some_text(90 + i));
+                }
+            }
+            EXPECT_EQ(whole.train(), 0);
+            EXPECT_EQ(parts.train_step_by_step(), 0);
+            for (const char* file : {"last/model.safetensors", "last/optimizer.safetensors"})
+                expect_same_file(whole.out(file), parts.out(file));
+            json start = json::parse(read_file(whole.out("log.jsonl"))
+                                         .substr(0, read_file(whole.out("log.jsonl")).find('\n')));
+            EXPECT_EQ(start["run"]["windows"], order);
+            EXPECT_EQ(start["run"]["separate documents"], apart);
+        }
+}
+
+// Documents that are kept apart: the loss is the mean over the other targets, and so is the
+// gradient, whatever stands where the loss is not.
+TEST(Run, TargetsAcrossDocumentsHaveNoLossAndNoGradient) {
+    constexpr int V = 23, T = 9, kEnd = 22;
+    GPT2Config config;
+    config.vocab_size = V, config.context = T;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    GPT2Shape shape{2, T};
+    shape.training = true, shape.dtype = test_dtype();
+    std::vector<int> inputs = random_ids(2 * T, V - 1, 5), targets = random_ids(2 * T, V - 1, 6);
+    inputs[3] = inputs[8] = inputs[9] = kEnd;
+    auto gradient = [&](std::vector<int> of, double* loss) {
+        for (size_t b = 0; b < 2; b++) separate_documents(&inputs[b * T], &of[b * T], T, kEnd);
+        EXPECT_EQ(std::count(of.begin(), of.end(), kIgnore), 3);
+        GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+        gpt2_initialise(model.get(), 1);
+        GPT2Pass pass;
+        pass.training = true, pass.loss_scale = 1.0 / (2 * T - 3);
+        gpt2_zero_gradients(model.get());
+        gpt2_forward(model.get(), inputs.data(), of.data(), 2, T, pass);
+        gpt2_backward(model.get());
+        *loss = gpt2_stats(model.get()).loss;
+        std::vector<real> host(parameter_table(config)[k_wte].file_size());
+        gpt2_copy_out(model.get(), Group::gradients, k_wte, 0, host.data());
+        return host;
+    };
+    double loss = 0, other_loss = 0;
+    std::vector<real> first = gradient(targets, &loss);
+    for (size_t i : {3, 8, 9}) targets[i] = (targets[i] + 7) % (V - 1);
+    EXPECT_EQ(gradient(targets, &other_loss), first);
+    EXPECT_EQ(loss, other_loss);
+    EXPECT_NEAR(loss, std::log(V), 0.1);
 }
 
 TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
@@ -4584,6 +4666,88 @@ TEST(Evaluate, CountsEveryTokenOnceWhateverTheBatch) {
     EXPECT_NEAR(one.perplexity(), std::exp(one.loss), 1e-9);
     EXPECT_TRUE(std::isnan(evaluate_model(model.get(), shards, {}, 4, 8, 0).bits_per_byte));
     EXPECT_EQ(evaluate_model(model.get(), shards, bytes, 4, 8, 2).tokens, 16u);
+}
+
+TEST(Evaluate, LeavesOutWhatFollowsTheEndOfADocument) {
+    std::string path = test_folder() + "/a.bin";
+    GPT2Config config;
+    config.vocab_size = 30, config.context = 8;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}, 0, 1));
+    gpt2_initialise(model.get(), 1);
+    std::vector<int> ids = random_ids(101, 30, 3), bytes(30, 1);
+    write_shard(path, ids);
+    std::vector<Shard> shards{Shard(path, 30)};
+    size_t ends = size_t(std::count(ids.begin(), ids.end() - 1, 7));
+    ASSERT_GT(ends, 0u);
+    EXPECT_EQ(evaluate_model(model.get(), shards, bytes, 4, 8, 0).tokens, 100u);
+    EXPECT_EQ(evaluate_model(model.get(), shards, bytes, 4, 8, 0, 7).tokens, 100 - ends);
+    write_shard(path, std::vector<int>(9, 7));
+    shards = {Shard(path, 30)};
+    EXPECT_EQ(error_of([&] { evaluate_model(model.get(), shards, bytes, 4, 8, 0, 7); }),
+              "2 " + path + ": nothing but ends of documents, whose targets are left out");
+}
+
+// The losses of endings, from the logits of each row alone.
+TEST(Evaluate, ScoresHellaSwagAsTheLogitsSay) {
+    constexpr int V = 40, kContext = 14, B = 6;
+    GPT2Config config;
+    config.vocab_size = V, config.context = kContext;
+    config.layers = 2, config.heads = 2, config.channels = 16;
+    GPT2Shape shape{B, kContext};
+    shape.dtype = test_dtype();
+    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    gpt2_initialise(model.get(), 3);
+    std::vector<ChoiceExample> examples(7);
+    std::mt19937 random(4);
+    for (ChoiceExample& example : examples) {
+        example.context = random_ids(1 + random() % 12, V, random());
+        for (std::vector<int>& ending : example.endings)
+            ending = random_ids(1 + random() % 9, V, random());
+    }
+    auto scores = score_choices(examples, B, kContext, target_losses(model.get()));
+    double most = test_dtype() == Dtype::bf16 ? 0.05 : 1e-4;
+    for (size_t i = 0; i < examples.size(); i++)
+        for (size_t e = 0; e < kChoices; e++) {
+            std::vector<int> row = examples[i].context;
+            row.insert(row.end(), examples[i].endings[e].begin(), examples[i].endings[e].end());
+            size_t ending = examples[i].endings[e].size();
+            if (row.size() > kContext + 1) row.erase(row.begin(), row.end() - kContext - 1);
+            int T = int(row.size()) - 1;
+            std::vector<real> logits(size_t(T) * V);
+            GPT2Pass pass;
+            pass.logits = logits.data();
+            gpt2_forward(model.get(), row.data(), nullptr, 1, T, pass);
+            double loss = 0;
+            for (size_t t = row.size() - 1 - ending; t < size_t(T); t++) {
+                double sum = 0;
+                for (size_t v = 0; v < V; v++) sum += std::exp(double(logits[t * V + v]));
+                loss += std::log(sum) - double(logits[t * V + size_t(row[t + 1])]);
+            }
+            EXPECT_NEAR(scores[i].loss[e], loss, most * double(ending)) << i << ", " << e;
+            EXPECT_EQ(scores[i].tokens[e], int(ending));
+        }
+}
+
+// What is left when a file is cut at the wrong moment: a line, and not a signal.
+TEST(Errors, AFileThatIsCutWhileItIsReadEndsTheProgramWithALine) {
+    std::string folder = test_folder(), path = folder + "/a";
+    write_file_atomic(path, std::string(100000, 'a'));
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(open((folder + "/err").c_str(), O_WRONLY | O_CREAT, 0644), 2);
+        end_on_cut_file();
+        MappedFile file(path);
+        if (truncate(path.c_str(), 0) != 0) _exit(9);
+        volatile char last = file.view().back();
+        _exit(last == 'a' ? 8 : 7);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 1) << status;
+    EXPECT_EQ(read_file(folder + "/err"), std::string(gpt2_program()) +
+                                              ": error: a file was cut short while it was read; do "
+                                              "not write to files in use\n");
 }
 
 TEST(Sampling, NeverCutsACharacter) {
@@ -5259,6 +5423,84 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
     expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
                  "--tokenizer chars");
+}
+
+TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    auto run_until = [&](const char* out, auto change) {
+        Call call{folder_, train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps",
+                                        "100000000", "--eval-every", "0", "--out", out})};
+        pid_t child = call.start();
+        std::string log = path(std::string(out) + "/log.jsonl");
+        auto logged = [&] { return fs::exists(log) && fs::file_size(log) > 3000; };
+        for (int i = 0; i < 3000 && !logged(); i++)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        change();
+        return call.finish(child);
+    };
+    expect_error(run_until("run1", [&] { fs::resize_file(path("a.bin"), 1100); }), 1,
+                 "a.bin: had 11024 bytes and has 1100 since, while the program reads it");
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    expect_error(run_until("run2", [&] { fs::remove(path("a.bin")); }), 1,
+                 "a.bin: was removed while the program reads it");
+}
+
+TEST_F(Cli, OrdersOfDataAreChecked) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    auto error = [&](const std::vector<std::string>& more, const std::string& part) {
+        std::vector<std::string> words = {"--data", "a.bin", "--steps", "1", "--out", "run"};
+        words.insert(words.end(), more.begin(), more.end());
+        expect_train_error(words, 2, part);
+    };
+    error({"--stride", "4"}, "--stride 4: is for --windows sliding");
+    error({"--windows", "sliding", "--stride", "17"}, "--stride 17: more than the 16 tokens");
+    error({"--windows", "sideways"}, "must be shuffled|sliding|random");
+    error({"--separate-documents"}, "name the tokenizer of the shards with --tokenizer");
+    EXPECT_EQ(call(train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps", "1", "--out",
+                                "run", "--separate-documents", "--windows", "random"}))
+                  .code,
+              0);
+}
+
+TEST_F(Cli, HellaSwagIsScored) {
+    make_model("bytes");
+    std::string lines, line;
+    for (int i = 0; i < 5; i++) {
+        line = format(R"({"ctx": "The cat %d", "label": %d, "endings": [)", i, i % 4);
+        lines += line + R"("sat", "on the mat", "was a very long cat indeed", "."]})" + "\n";
+    }
+    write("hs.jsonl", lines);
+    std::vector<std::string> words = {"evaluate", "--model", "run", "--hellaswag", "hs.jsonl"};
+    Outcome people = call(words);
+    EXPECT_EQ(people.code, 0) << people.err;
+    EXPECT_EQ(people.out.rfind("acc_norm 0.", 0), 0u) << people.out;
+    EXPECT_NE(people.err.find("of 20 endings are longer than 16 tokens"), std::string::npos);
+    words.insert(words.end(), {"--json", "--out", "out.jsonl", "--batch-size", "3"});
+    json root = json::parse(call(words).out);
+    EXPECT_EQ(root["examples"], 5);
+    EXPECT_EQ(root["rows_cut"], 10);
+    size_t correct = 0, correct_norm = 0, records = 0;
+    std::stringstream out(read_file(path("out.jsonl")));
+    for (std::string text; std::getline(out, text); records++) {
+        json record = json::parse(text);
+        EXPECT_EQ(record["example"], records);
+        correct += record["prediction"] == record["label"];
+        correct_norm += record["prediction_norm"] == record["label"];
+    }
+    EXPECT_EQ(records, 5u);
+    EXPECT_EQ(root["correct"], correct);
+    EXPECT_EQ(root["correct_norm"], correct_norm);
+    words = {"evaluate", "--model", "run"};
+    auto error = [&](const std::vector<std::string>& more, const std::string& part) {
+        std::vector<std::string> all = words;
+        all.insert(all.end(), more.begin(), more.end());
+        expect_error(call(all), 2, part);
+    };
+    write("bad.jsonl", lines + "{}\n");
+    error({"--hellaswag", "bad.jsonl"}, "bad.jsonl: line 6: has no string \"ctx_a\"");
+    error({"--hellaswag", "hs.jsonl", "--data", "text.txt"}, "--data and --hellaswag");
+    error({"--data", "text.txt", "--out", "x"}, "--out: is for --hellaswag");
+    error({"--hellaswag", "none.jsonl"}, "none.jsonl: cannot open");
 }
 
 TEST_F(Cli, DumpRefusesIdsThatDoNotFit) {
