@@ -367,7 +367,7 @@ help:
 # The project's own text: every text file of the tree that no program made, without fixtures, found
 # without git, which a release archive has none of. grep -I passes over binary and empty files.
 HIDDEN_TEXT := .ci/run .clang-format .gitignore
-VISIBLE_TEXT = $(shell find * \( -path build -o -path runs -o -path shared -o -name fixtures \
+VISIBLE_TEXT = $(shell find * \( -path build -o -path runs -o -path shared -o -path dev/data -o -name fixtures \
     -o -name __pycache__ -o -name '.?*' \) -prune -o -type f ! -name '*.tmp' \
     ! -name '*.safetensors' ! -name '*.npy' -exec grep -Iq . {} \; -print | LC_ALL=C sort)
 

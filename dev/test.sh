@@ -369,6 +369,7 @@ test)
     program_tests "$CXX" double
     other_compiler_tests
     live_comparison
+    part "scripts that fetch data" dev/test/test_scripts.sh
     fault_tests files kills signals disks
     allocation_faults
     cuda_tests
