@@ -96,6 +96,55 @@ void checkpoint_seeds(const std::string& out, const std::string& work) {
     put(out, "checkpoint", read_file(join_path(work, "trainer.json")));
 }
 
+void npy_seeds(const std::string& out, const std::string& work) {
+    std::string path = join_path(work, "a.npy");
+    const std::vector<size_t> shapes[] = {{6}, {2, 3}, {}, {0}, {1, 2, 3, 1}};
+    for (const std::vector<size_t>& shape : shapes) {
+        size_t count = 1;
+        for (size_t extent : shape) count *= extent;
+        write_npy(path, std::vector<int>(count, 7), shape);
+        put(out, "npy", read_file(path));
+    }
+    for (const char* type : {"<u2", "<i8"}) {
+        std::string header = format("{'descr': '%s', 'fortran_order': False, 'shape': (2,)}", type);
+        std::string file = std::string("\x93NUMPY\2\0", 8);
+        uint32_t length = uint32_t(header.size());
+        file.append(reinterpret_cast<char*>(&length), 4).append(header);
+        put(out, "npy", file + std::string(std::string(type) == "<u2" ? 4 : 16, '\0'));
+    }
+}
+
+void shard_seeds(const std::string& out, const std::string& work) {
+    std::string path = join_path(work, "a.bin");
+    for (size_t count : {1, 2, 9, 40}) {
+        std::vector<int> ids(count);
+        for (size_t i = 0; i < count; i++) ids[i] = int(i * 37 % 1000);
+        write_shard(path, ids, count == 9);
+        put(out, "shard", read_file(path));
+    }
+}
+
+void hellaswag_seeds(const std::string& out) {
+    put(out, "hellaswag",
+        R"({"ctx":"A man sits. he","label":3,"endings":["is.","a b","x","y"]})"
+        "\n"
+        R"({"ctx_a":"A","ctx_b":"she","label":"0","endings":["a","b","c","d"]})"
+        "\n");
+    put(out, "hellaswag", R"({"ctx_a":"A","ctx_b":"","label":1,"endings":["a","","c","d"]})");
+    for (int examples = 1; examples <= 2; examples++) {
+        int32_t header[256] = {20240522, 1, examples, 30};
+        std::string file(reinterpret_cast<char*>(header), sizeof header);
+        for (int i = 0; i < examples; i++) {
+            int words[] = {65535, 30, i, 2, 4, 1, 5, 1, 6, 1, 7, 1, 8, 1, 9};
+            for (int word : words) {
+                auto narrow = uint16_t(word);
+                file.append(reinterpret_cast<char*>(&narrow), sizeof narrow);
+            }
+        }
+        put(out, "hellaswag", file);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -113,7 +162,10 @@ int main(int argc, char** argv) {
         with_folder(safetensors_seeds);
         with_folder(llmc_seeds);
         with_folder(checkpoint_seeds);
+        with_folder(npy_seeds);
+        with_folder(shard_seeds);
         index_seeds(out);
+        hellaswag_seeds(out);
     } catch (const Error& error) {
         fprintf(stderr, "make_seeds: error: %s\n", error.what());
         return error.exit_code;
