@@ -111,6 +111,8 @@ live_comparison() {
     else
         part "comparison with PyTorch" "$python" dev/reference/compare.py --tests --random 20 \
             --train-gpt2 "build/$(basename "$CXX")/train_gpt2"
+        part "HellaSwag by PyTorch" "$python" dev/reference/compare_hellaswag.py \
+            --train-gpt2 "build/$(basename "$CXX")/train_gpt2"
     fi
 }
 
