@@ -105,8 +105,8 @@ TEST(HellaSwagBin, IsRefusedCutAtAnyByteOrLonger) {
     }
 }
 
-// Every bit of every field, one at a time (of the zeros of the header, some): what is not refused is
-// another token or label.
+// Every bit of every field, one at a time (of the zeros of the header, some): what is not refused
+// is another token or label.
 TEST(HellaSwagBin, IsRefusedWithAnyFieldFlipped) {
     std::vector<ChoiceExample> examples = random_choices(2, 100, 3, 4);
     std::string whole = choice_bin(examples);
@@ -155,6 +155,14 @@ TEST(HellaSwagBin, SaysWhichFieldIsWrong) {
     expect_refused(error(1034, 0), "byte 1034: a context has no tokens");
     expect_refused(error(1034, 65535), "byte 1034: a context has 65535 tokens, more than");
     expect_refused(error(1036, 100), "byte 1036: token id 100, the vocabulary has 100");
+
+    std::vector<ChoiceExample> examples = random_choices(2, 100, 4, 3);
+    examples[1].context = std::vector<int>(40, 7);  // the longest
+    whole = choice_bin(examples);
+    uint16_t size;
+    memcpy(&size, &whole[1026], sizeof size);
+    expect_refused(error(1026, size + 2),
+                   format("example 0 is said to take %d bytes, and takes %d", size + 2, int(size)));
 }
 
 // ---- JSON lines ----

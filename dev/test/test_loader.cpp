@@ -333,6 +333,9 @@ TEST(Prefetch, GoesWhereItIsSent) {
         for (uint64_t k = 0; k < turn % 3; k++) ASSERT_EQ(next(), take(plain, 2)) << turn;
         if (turn % 5 == 0) { ASSERT_EQ(ahead.shard_hashes(), plain.shard_hashes()); }
     }
+    ahead.seek({4, 3}), plain.seek({4, 3});
+    ahead.seek({5, 3}), plain.seek({5, 3});
+    ASSERT_EQ(next(), take(plain, 2)) << "the same window of another epoch";
     DataLoader::Position here = ahead.position();
     expect_refused(error_of([&] { ahead.seek({3, 1000}); }), "window 1000 of epoch 3");
     EXPECT_EQ(ahead.position(), here) << "a refusal changes nothing";
@@ -380,6 +383,31 @@ TEST(Prefetch, ThrowsTheErrorsOfTheThreadWhereTheyBelong) {
     add_rows(inputs, targets, 5, &rows);
     EXPECT_EQ(rows, take(plain, 1)) << "nothing was skipped";
     EXPECT_EQ(read_file(path), whole);
+}
+
+// An error in the middle of a step: what was made of it before is made again.
+TEST(Prefetch, TakesAStepThatFailedFromItsBeginning) {
+    std::string folder = test_folder();
+    std::vector<std::string> paths = {loader_shard(folder, "a.bin", 200),
+                                      loader_shard(folder, "b.bin", 40, 1000)};
+    DataLoader plain(loader_open(paths), 1, 5, 0, 1, 2, {WindowOrder::shuffled, 0, -1, false});
+    PrefetchLoader ahead(DataLoader(loader_open(paths), 1, 5, 0, 1, 2), 40);
+    std::vector<int> inputs(200), targets(200);
+    for (int turn = 0; turn < 4; turn++) {
+        fs::rename(paths[1], paths[1] + ".away");
+        std::string error;
+        for (int k = 0; k < 3 && error.empty(); k++) {
+            error = error_of([&] { ahead.next_batches(inputs.data(), targets.data()); });
+            if (error.empty()) take(plain, 40);
+        }
+        EXPECT_EQ(error.substr(0, 2 + paths[1].size()), "1 " + paths[1]);
+        fs::rename(paths[1] + ".away", paths[1]);
+        ASSERT_EQ(ahead.position(), plain.position());
+        ahead.next_batches(inputs.data(), targets.data());
+        Rows rows;
+        add_rows(inputs, targets, 5, &rows);
+        ASSERT_EQ(rows, take(plain, 40));
+    }
 }
 
 // ---- files that change ----
