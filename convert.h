@@ -6,6 +6,7 @@
 
 #include "checkpoint.h"
 #include "dataloader.h"
+#include "hellaswag.h"
 
 // ==== llm.c: files ===============================================================================
 
@@ -907,6 +908,12 @@ inline std::string describe_shard(const std::string& path) {
     return format("token shard, %zu tokens, largest id %d", shard.size(), largest);
 }
 
+inline std::string describe_choices(const MappedFile& file) {
+    std::vector<ChoiceExample> examples = ChoiceFileReader(file, INT_MAX).read();
+    return format("HellaSwag of llm.c; examples: %zu, tokens of the longest row: %zu",
+                  examples.size(), longest_choice(examples));
+}
+
 // Files that begin with a number or a mark of their own; "" for any other.
 inline std::string describe_marked_file(const MappedFile& file) {
     const std::string& path = file.path();
@@ -924,6 +931,8 @@ inline std::string describe_marked_file(const MappedFile& file) {
             return "token shard of llm.c for Llama 3, which this program does not read";
         case kShardMagic:
             return describe_shard(path);
+        case kChoiceMagic:
+            return describe_choices(file);
     }
     if (file.view().starts_with(kNpyMagic)) {
         NpyHeader header = read_npy_header(file);

@@ -5443,6 +5443,16 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     expect_error(run_until("run2", [&] { fs::remove(path("a.bin")); }), 1,
                  "a.bin: was removed while the program reads it");
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(500, 257, 2));
+    Call call{folder_,
+              train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes", "--steps",
+                           "100000000", "--eval-every", "50", "--out", "run3"})};
+    pid_t child = call.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run3/best")); i++)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    fs::resize_file(path("val.bin"), 1100);
+    expect_error(call.finish(child), 1, "val.bin: had 2024 bytes and has 1100 since");
 }
 
 TEST_F(Cli, OrdersOfDataAreChecked) {
@@ -5490,6 +5500,16 @@ TEST_F(Cli, HellaSwagIsScored) {
     EXPECT_EQ(records, 5u);
     EXPECT_EQ(root["correct"], correct);
     EXPECT_EQ(root["correct_norm"], correct_norm);
+    // The same four words as llm.c's file: a start, 30 bytes, number 0, label 2, ...
+    int32_t header[256] = {20240522, 1, 1, 30};
+    const uint16_t example[] = {65535, 30, 0, 2, 4, 1, 84, 1, 104, 1, 101, 1, 32, 1, 99};
+    write("hs.bin", std::string(reinterpret_cast<const char*>(header), sizeof header) +
+                        std::string(reinterpret_cast<const char*>(example), sizeof example));
+    EXPECT_EQ(call({"info", "hs.bin"}).out,
+              "hs.bin: HellaSwag of llm.c; examples: 1, tokens of the longest row: 1\n");
+    Outcome packed = call({"evaluate", "--model", "run", "--hellaswag", "hs.bin", "--json"});
+    EXPECT_EQ(packed.err, "");
+    EXPECT_EQ(json::parse(packed.out)["examples"], 1);
     words = {"evaluate", "--model", "run"};
     auto error = [&](const std::vector<std::string>& more, const std::string& part) {
         std::vector<std::string> all = words;

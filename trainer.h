@@ -1721,6 +1721,11 @@ class Training {
             size_t(micro_batches_));
         goal_ = choose_goal(o_, data_, loader_->windows_per_epoch(), sequences_a_step());
         shard_hashes_ = loader_->shard_hashes();
+        for (const Shard& shard : data_.val) {
+            val_known_.push_back(shard.file().identity());
+            val_hashes_.push_back(windows.watch ? shard.hash() : 0);
+        }
+        watches_val_ = windows.watch;
         identity_ =
             run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_, world_);
         folder_ = choose_run_folder(o_, goal_, identity_);
@@ -1895,7 +1900,10 @@ class Training {
     TrainingData data_;
     size_t train_tokens_ = 0;
     std::optional<PrefetchLoader> loader_;
-    int separator_ = -1;  // between documents that are kept apart
+    int separator_ = -1;        // between documents that are kept apart
+    bool watches_val_ = false;  // the files of the validation data
+    std::vector<FileIdentity> val_known_;
+    std::vector<uint64_t> val_hashes_;
     Goal goal_;
     ordered_json identity_;
     std::vector<uint64_t> shard_hashes_;
@@ -2256,6 +2264,8 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
 // whether the model is the best so far; sets *last when patience is at its end.
 inline bool Training::evaluate(ordered_json* record, bool* last) {
     if (!evaluates()) return false;
+    for (size_t s = 0; watches_val_ && s < data_.val.size(); s++)
+        val_known_[s] = check_unchanged(data_.val[s], val_known_[s], val_hashes_[s]);
     auto over = [&](size_t windows) {
         Evaluation e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_,
                                       windows, separator_);
