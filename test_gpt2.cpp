@@ -5428,8 +5428,9 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
 TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     auto run_until = [&](const char* out, auto change) {
-        Call call{folder_, train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps",
-                                        "100000000", "--eval-every", "0", "--out", out})};
+        Call call{folder_,
+                  train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps", "100000000",
+                               "--time-limit", "60", "--eval-every", "0", "--out", out})};
         pid_t child = call.start();
         std::string log = path(std::string(out) + "/log.jsonl");
         auto logged = [&] { return fs::exists(log) && fs::file_size(log) > 3000; };
@@ -5445,9 +5446,9 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
                  "a.bin: was removed while the program reads it");
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     write_shard(path("val.bin"), random_ids(500, 257, 2));
-    Call call{folder_,
-              train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes", "--steps",
-                           "100000000", "--eval-every", "50", "--out", "run3"})};
+    Call call{folder_, train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes",
+                                    "--steps", "100000000", "--eval-every", "50", "--time-limit",
+                                    "60", "--out", "run3"})};
     pid_t child = call.start();
     for (int i = 0; i < 3000 && !fs::exists(path("run3/best")); i++)
         std::this_thread::sleep_for(std::chrono::milliseconds(10));

@@ -5,7 +5,7 @@
 #
 # size      1,115,394 bytes, one file
 # time      a second
-# licence   the plays are in the public domain; the selection is that of github.com/karpathy/char-rnn
+# licence   the plays are in the public domain; github.com/karpathy/char-rnn selected them
 # hash      pinned: sha256 of the file
 #
 # BASE_URL=... takes another server. See fetch.sh for what happens when a connection is cut.
