@@ -41,9 +41,9 @@ check() {
 
 # ==== the server =================================================================================
 
-# /files/X gives X, from any byte on; /cut/X closes after half of what it still owes, the first two
-# times; /always-cut/X each time; /whole/X begins at the start whatever it is asked; /busy/X says 503
-# the first time. Every request is a line of $work/requests: its path, and where it begins.
+# /files/X gives X, from any byte on; /cut/X closes after half of what it still has, the first
+# two times; /always-cut/X each time; /whole/X begins at the start whatever it is asked; /busy/X
+# says 503 the first time. Every request is a line of $work/requests: its path, and where it begins.
 cat >"$work/server.py" <<'END'
 import http.server
 import os
