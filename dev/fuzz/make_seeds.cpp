@@ -40,7 +40,7 @@ void config_seeds(const std::string& out, const std::string& work) {
 }
 
 void safetensors_seeds(const std::string& out, const std::string& work) {
-    write_model_file(small_config(), count_up, work);
+    write_model_file(small_config(), view_of(small_config(), count_up), work);
     put(out, "safetensors", read_file(join_path(work, "model.safetensors")));
     const char bytes[64] = {};
     std::string path = join_path(work, "kinds.safetensors");
@@ -145,6 +145,43 @@ void hellaswag_seeds(const std::string& out) {
     }
 }
 
+// A vocabulary of each kind, small enough for changes to hit what matters.
+Tokenizer small_bpe() { return Tokenizer::train_bpe("aaab aab ab\303\251 ab'll 12 12", 264); }
+
+void tokenizer_seeds(const std::string& out, const std::string& work) {
+    BpeTraining training;
+    for (const PatternName& name : kPatterns) {
+        training.pattern = name.pattern;
+        Tokenizer::train_bpe("aab aab ab 12 12", 260, training).save(work);
+        put(out, "tokenizer_json", read_file(join_path(work, "tokenizer.json")));
+    }
+    for (const Tokenizer& tokenizer : {Tokenizer::bytes(), Tokenizer::chars("a\303\251b \n")}) {
+        tokenizer.save(work);
+        put(out, "tokenizer_json", read_file(join_path(work, "tokenizer.json")));
+    }
+    Tokenizer bpe = small_bpe();
+    bpe.save_as(TokenizerFormat::merges, work);
+    put(out, "tokenizer_merges",
+        read_file(join_path(work, "vocab.json")) + read_file(join_path(work, "merges.txt")));
+    put(out, "tokenizer_merges", "#version: 0.2\na a\naa b\n");
+    std::string path = join_path(work, "a");
+    bpe.save_as(TokenizerFormat::tiktoken, path);
+    put(out, "tokenizer_ranks", read_file(path));
+    bpe.save_as(TokenizerFormat::llmc, path);
+    put(out, "tokenizer_llmc", read_file(path));
+}
+
+void text_seeds(const std::string& out) {
+    for (const char* text :
+         {"The cat's 12345 hats\r\n\n  WE'LL go", "  \t\n x\n", "\303\251t\303\251\314\201 \346\227\245",
+          "\360\237\221\251\342\200\215\360\237\222\273\302\240\342\200\203", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+          "<|endoftext|>a<|endoftext", "\377\300\200\355\240\200", "\331\243\331\2441\302\262"})
+        for (int pattern = 0; pattern < 4; pattern++)
+            put(out, "encode", std::string(1, char(16 + pattern)) + text);
+    put(out, "decode", std::string("\x54\0\0\1\x10\1\x2b\1", 8));
+    put(out, "decode", std::string("\x54\0\xff\xff", 4));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -164,6 +201,8 @@ int main(int argc, char** argv) {
         with_folder(checkpoint_seeds);
         with_folder(npy_seeds);
         with_folder(shard_seeds);
+        with_folder(tokenizer_seeds);
+        text_seeds(out);
         index_seeds(out);
         hellaswag_seeds(out);
     } catch (const Error& error) {
