@@ -29,7 +29,7 @@ struct SampleOptions {
 };
 
 struct EvaluateOptions {
-    std::string model, tokenizer, hellaswag, out;
+    std::string model, tokenizer, hellaswag, out, raw_tokens = "no";
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
@@ -38,7 +38,7 @@ struct EvaluateOptions {
 
 struct TokenizerOptions {
     std::string tokenizer, in, out, pattern = "gpt2", file_pattern, format = "json";
-    std::string special = "text";
+    std::string special = "text", raw_tokens = "no";
     bool stats = false;
     std::vector<std::string> data, documents;
     int vocab_size = 1024, threads = 0;
@@ -238,6 +238,11 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
         ->default_str("");
 }
 
+inline void add_raw_tokens(CLI::App* app, std::string& raw) {
+    add_choice(app, "--raw-tokens", raw, {"no", "uint16", "uint32"},
+               "what .bin files without a header hold, such as nanoGPT's");
+}
+
 inline void add_train_options(CLI::App* app, TrainOptions& o) {
     app->option_defaults()->group("Data");
     add_paths(app, "--data", o.data, "text (files, folders) or token shards (.bin, .npy, a glob)");
@@ -253,6 +258,7 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     app->add_flag("--separate-documents", o.separate_documents,
                   "leave the first token after each <|endoftext|> out of the loss, in training and "
                   "validation");
+    add_raw_tokens(app, o.raw_tokens);
     add_model_options(app, o.model);
     add_length_options(app, o);
     add_optimizer_options(app, o);
@@ -293,6 +299,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
              "lowest loss; its JSON lines, or llm.c's .bin of them");
     add_text(app, "--out", o.out, "FILE.jsonl",
              "with --hellaswag: gets the losses and predictions of every example, a line each");
+    add_raw_tokens(app, o.raw_tokens);
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
                "tokens in a window")
@@ -329,7 +336,8 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_paths(encode, "--in", o.documents,
               "text: a file, or several and folders, with <|endoftext|> between them")
         ->default_str("standard input");
-    add_text(encode, "--out", o.out, "FILE", "IDS.npy (int32) or SHARD.bin (uint16)")
+    add_text(encode, "--out", o.out, "FILE",
+             "IDS.npy (int32) or SHARD.bin (uint16; uint32 for more than 65,536 tokens)")
         ->default_str("standard output, ids with spaces between");
     add_text(encode, "--special", o.special, "text|forbid|allow|NAME,...",
              "special tokens that the text spells: text, an error, or tokens; with names, these "
@@ -341,6 +349,7 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_tokenizer_file(decode, o);
     add_text(decode, "--in", o.in, "FILE", "ids: .npy, .bin, or numbers with spaces between")
         ->default_str("standard input");
+    add_raw_tokens(decode, o.raw_tokens);
     add_text(decode, "--out", o.out, "FILE", "text")->default_str("standard output");
     CLI::App* convert = app->add_subcommand("convert", "from any known format to another");
     add_tokenizer_file(convert, o);
@@ -752,7 +761,8 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     std::vector<Shard> shards;
     if (!paths.empty() && is_shard(paths[0])) {
         for (const std::string& path : paths)
-            shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size);
+            shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size,
+                                raw_tokens(o.raw_tokens));
         return shards;
     }
     if (!loaded.tokenizer)
@@ -1025,7 +1035,8 @@ inline int encode_command(const TokenizerOptions& o) {
         print_token_stats(ids, corpus.text.size(), tokenizer);
         return 0;
     }
-    if (o.out.ends_with(".bin")) write_shard(o.out, ids);
+    if (o.out.ends_with(".bin"))
+        write_shard(o.out, ids, false, shard_width(tokenizer.vocab_size()));
     else if (!o.out.empty()) write_npy(o.out, ids, {ids.size()});
     if (!o.out.empty()) return 0;
     std::string line;
@@ -1098,8 +1109,9 @@ inline int decode_command(const TokenizerOptions& o) {
     }
     std::vector<int> ids;
     if (fs::path(o.in).extension() == ".bin") {
-        Shard shard(o.in, tokenizer.vocab_size());
-        for (size_t i = 0; i < shard.size(); i++) ids.push_back(int(shard[i]));
+        Shard shard(o.in, tokenizer.vocab_size(), raw_tokens(o.raw_tokens));
+        ids.resize(shard.size());
+        shard.copy(0, ids.size(), ids.data());
     } else {
         ids = parse_ids(read_input(o.in), o.in);
     }

@@ -901,11 +901,20 @@ inline std::string describe_llmc_tokenizer(const MappedFile& file) {
         version, tokens);
 }
 
+// Reads all of it: every id, and the hash of a shard that has one in its header.
 inline std::string describe_shard(const std::string& path) {
+    constexpr size_t kBlock = 1 << 16;
     Shard shard(path, INT_MAX);
+    std::vector<int> ids(kBlock);
     int largest = 0;
-    for (size_t i = 0; i < shard.size(); i++) largest = std::max(largest, shard[i]);
-    return format("token shard, %zu tokens, largest id %d", shard.size(), largest);
+    for (size_t begin = 0; begin < shard.size(); begin += kBlock) {
+        size_t count = std::min(kBlock, shard.size() - begin);
+        shard.copy(begin, count, ids.data());
+        largest = std::max(largest, *std::max_element(ids.begin(), ids.begin() + ptrdiff_t(count)));
+    }
+    shard.verify();
+    return format("token shard, %s, %zu tokens, largest id %d%s", shard.format_name(), shard.size(),
+                  largest, shard.checksum() != 0 ? ", as its hash says" : "");
 }
 
 inline std::string describe_choices(const MappedFile& file) {
@@ -917,7 +926,6 @@ inline std::string describe_choices(const MappedFile& file) {
 // Files that begin with a number or a mark of their own; "" for any other.
 inline std::string describe_marked_file(const MappedFile& file) {
     const std::string& path = file.path();
-    constexpr int32_t kLlamaShard = 20240801;
     switch (first_word(file)) {
         case kLlmcModel:
             return "model of llm.c: " + describe_model(path);
@@ -927,9 +935,8 @@ inline std::string describe_marked_file(const MappedFile& file) {
             return describe_llmc_tokenizer(file);
         case kLlmcDebugState:
             return "debug state of llm.c: a batch, its logits and gradients";
-        case kLlamaShard:
-            return "token shard of llm.c for Llama 3, which this program does not read";
         case kShardMagic:
+        case kWideShardMagic:
             return describe_shard(path);
         case kChoiceMagic:
             return describe_choices(file);

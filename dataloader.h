@@ -21,6 +21,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -49,6 +50,7 @@ struct NpyArray {
 struct NpyHeader {
     std::vector<size_t> shape;
     size_t width = 0, count = 1, offset = 0;
+    bool is_signed = false;
 };
 
 // Reads the Python dictionary at the head of a .npy file: {'descr': '<i4', 'fortran_order': False,
@@ -66,7 +68,7 @@ class NpyHeaderParser {
         while (!accept('}')) {
             std::string_view key = quoted();
             expect(':');
-            if (key == "descr") keys_seen += 1, header.width = item_width(quoted());
+            if (key == "descr") keys_seen += 1, item_type(quoted(), &header);
             else if (key == "fortran_order") keys_seen += 10, c_order();
             else if (key == "shape") keys_seen += 100, read_shape(&header);
             else fail("an unknown key");
@@ -102,14 +104,16 @@ class NpyHeaderParser {
         if (at_ == text_.size()) fail("a string without an end");
         return text_.substr(begin, at_++ - begin);
     }
-    size_t item_width(std::string_view type) {
-        if (type == "<u2") return 2;
-        if (type == "<i4") return 4;
-        if (type == "<i8") return 8;
-        fail_input(
-            "%s: byte %zu: items are neither <i4 nor <i8 nor <u2; save the array with "
-            ".astype('<i4')",
-            path_.c_str(), base_ + at_);
+    void item_type(std::string_view type, NpyHeader* header) {
+        header->is_signed = type == "<i4" || type == "<i8";
+        if (type == "<u2") header->width = 2;
+        else if (type == "<i4" || type == "<u4") header->width = 4;
+        else if (type == "<i8") header->width = 8;
+        else
+            fail_input(
+                "%s: byte %zu: items are neither <i4 nor <i8 nor <u2 nor <u4; save the array with "
+                ".astype('<i4')",
+                path_.c_str(), base_ + at_);
     }
     void c_order() {
         peek();
@@ -173,8 +177,8 @@ inline NpyHeader read_npy_header(const MappedFile& file) {
     return header;
 }
 
-// Reads integers of type <i4, <i8 or <u2; a value that is no int32 is fail_input, as is a damaged
-// file.
+// Reads integers of type <i4, <i8, <u2 or <u4; a value that is no int32 is fail_input, as is a
+// damaged file.
 inline NpyArray read_npy(const std::string& path) {
     MappedFile file(path);
     NpyHeader header = read_npy_header(file);
@@ -183,7 +187,7 @@ inline NpyArray read_npy(const std::string& path) {
     for (size_t i = 0; i < header.count; i++) {
         int64_t value = 0;
         memcpy(&value, items + i * header.width, header.width);
-        if (header.width == 4) value = int32_t(value);
+        if (header.width == 4 && header.is_signed) value = int32_t(value);
         if (value < INT_MIN || value > INT_MAX)
             fail_input("%s: byte %zu: %lld is not a 32-bit integer", path.c_str(),
                        header.offset + i * header.width, static_cast<long long>(value));
@@ -220,71 +224,350 @@ inline void write_npy(const std::string& path, const std::vector<int>& values,
     file.commit();
 }
 
+// ==== nanoGPT's meta.pkl =========================================================================
+
+// What meta.pkl says that nanoGPT's character data sets have beside their tokens.
+struct NanoMeta {
+    int vocab_size = 0;
+    std::vector<std::string> tokens;  // the text of each id, if the file has itos
+};
+
+// Reads the pickle of {'vocab_size': 65, 'itos': {0: '\n', ...}, 'stoi': {'\n': 0, ...}}, protocols
+// 2 to 5 (Python's pickletools describes the opcodes). Only what builds dictionaries of strings
+// and integers is known: nothing in it can be called, and whatever else stands there is fail_input.
+class NanoMetaReader {
+  public:
+    explicit NanoMetaReader(const std::string& path) : file_(path), text_(file_.view()) {}
+
+    NanoMeta read() {
+        constexpr size_t kMost = 1 << 24;
+        if (text_.size() > kMost) fail("larger than any vocabulary");
+        while (!done_) step();
+        if (at_ != text_.size()) fail("something follows the end of the pickle");
+        if (stack_.size() != 1 || stack_[0].kind != Value::dict) fail("it is no dictionary");
+        return meta_of(stack_[0].items);
+    }
+
+  private:
+    struct Value {
+        enum Kind { number, string, dict, mark } kind;
+        int64_t value = 0;
+        std::string text = {};
+        std::vector<Value> items = {};  // of a dictionary: key, value, key, value, ...
+        bool nested = false;            // a dictionary that holds one
+    };
+
+    [[noreturn]] void fail(const char* what) const {
+        fail_input(
+            "%s: byte %zu: not a meta.pkl of nanoGPT's: %s; remove it, and say what the "
+            "tokens are with --raw-tokens uint16",
+            file_.path().c_str(), begin_, what);
+    }
+    std::string_view take(size_t count) {
+        if (count > text_.size() - at_) fail("it is cut short");
+        at_ += count;
+        return text_.substr(at_ - count, count);
+    }
+    // A little-endian integer of so many bytes, at most 8.
+    uint64_t take_number(size_t bytes) {
+        uint64_t value = 0;
+        memcpy(&value, take(bytes).data(), bytes);
+        return value;
+    }
+    void push(Value value) {
+        constexpr size_t kMost = 1 << 19;  // of 65,536 tokens in two dictionaries, twice over
+        if (++pushed_ > kMost) fail("more than any vocabulary takes");
+        stack_.push_back(std::move(value));
+    }
+    void push_number(int64_t value) { push({Value::number, value}); }
+    void push_string(size_t size) {
+        if (size > 256) fail("a token longer than 256 bytes");
+        push({Value::string, 0, std::string(take(size))});
+    }
+
+    void remember(uint64_t slot) {
+        if (stack_.empty() || stack_.back().kind == Value::mark) fail("nothing to remember");
+        if (slot != memo_.size()) fail("its memory is out of order");
+        // A dictionary is not looked up again; it would not be the one that is filled meanwhile.
+        bool whole = stack_.back().kind == Value::string || stack_.back().kind == Value::number;
+        memo_.push_back(whole ? stack_.back() : Value{Value::mark});
+    }
+    void recall(uint64_t slot) {
+        if (slot >= memo_.size() || memo_[slot].kind == Value::mark) fail("nothing to recall");
+        push(memo_[slot]);
+    }
+    // Moves what stands from `begin` on into the dictionary below, which is `below` values deeper.
+    void set_items(size_t begin, size_t below) {
+        if (begin < below || (stack_.size() - begin) % 2 != 0) fail("a key without its value");
+        Value& to = stack_[begin - below];
+        if (to.kind != Value::dict) fail("items of no dictionary");
+        for (size_t i = begin; i < stack_.size(); i++) {
+            Value::Kind kind = stack_[i].kind;
+            bool is_key = (i - begin) % 2 == 0;
+            if (kind == Value::mark || (is_key && kind == Value::dict)) fail("no such key");
+            if (stack_[i].nested) fail("dictionaries three deep");
+            if (kind == Value::dict) to.nested = true;
+            to.items.push_back(std::move(stack_[i]));
+        }
+        stack_.resize(begin - below + 1);
+    }
+    void step() {
+        begin_ = at_;
+        switch (uint8_t(take(1)[0])) {
+            case 0x80: {  // PROTO
+                uint64_t protocol = take_number(1);
+                if (begin_ != 0 || protocol < 2 || protocol > 5) fail("its protocol is not 2 to 5");
+                return;
+            }
+            case 0x95:
+                return void(take(8));  // FRAME
+            case '}':
+                return push({Value::dict});  // EMPTY_DICT
+            case '(':
+                return push({Value::mark});  // MARK
+            case 'K':
+                return push_number(int64_t(take_number(1)));  // BININT1
+            case 'M':
+                return push_number(int64_t(take_number(2)));  // BININT2
+            case 'J':
+                return push_number(int32_t(take_number(4)));  // BININT
+            case 0x8c:
+                return push_string(take_number(1));  // SHORT_BINUNICODE
+            case 'X':
+                return push_string(take_number(4));  // BINUNICODE
+            case 0x94:
+                return remember(memo_.size());  // MEMOIZE
+            case 'q':
+                return remember(take_number(1));  // BINPUT
+            case 'r':
+                return remember(take_number(4));  // LONG_BINPUT
+            case 'h':
+                return recall(take_number(1));  // BINGET
+            case 'j':
+                return recall(take_number(4));  // LONG_BINGET
+            case 's':
+                return set_items(stack_.size() < 2 ? 0 : stack_.size() - 2, 1);  // SETITEM
+            case 'u': {                                                          // SETITEMS
+                size_t mark = stack_.size();
+                while (mark > 0 && stack_[mark - 1].kind != Value::mark) mark--;
+                if (mark == 0) fail("items without a mark");
+                return set_items(mark, 2);
+            }
+            case '.':
+                done_ = true;
+                return;  // STOP
+        }
+        fail("it holds more than strings, integers and dictionaries");
+    }
+
+    NanoMeta meta_of(const std::vector<Value>& items) {
+        NanoMeta meta;
+        const Value *size = nullptr, *itos = nullptr, *stoi = nullptr;
+        for (size_t i = 0; i < items.size(); i += 2) {
+            const Value*& to = items[i].text == "vocab_size" ? size
+                               : items[i].text == "itos"     ? itos
+                                                             : stoi;
+            if (items[i].kind != Value::string || (&to == &stoi && items[i].text != "stoi"))
+                fail("a key that is none of vocab_size, itos and stoi");
+            if (to != nullptr) fail("a key that is there twice");
+            to = &items[i + 1];
+        }
+        constexpr int kMost = 1 << 16;
+        if (size == nullptr || size->kind != Value::number || size->value < 1 ||
+            size->value > kMost)
+            fail("it has no vocab_size from 1 to 65536");
+        meta.vocab_size = int(size->value);
+        if (itos != nullptr) meta.tokens = tokens_of(*itos, meta.vocab_size);
+        if (stoi != nullptr) check_ids(*stoi, meta);
+        return meta;
+    }
+    std::vector<std::string> tokens_of(const Value& itos, int vocab_size) {
+        if (itos.kind != Value::dict || itos.items.size() != 2 * size_t(vocab_size))
+            fail("itos does not have vocab_size entries");
+        std::vector<std::string> tokens(static_cast<size_t>(vocab_size));
+        for (size_t i = 0; i < itos.items.size(); i += 2) {
+            const Value &id = itos.items[i], &text = itos.items[i + 1];
+            bool fits = id.kind == Value::number && id.value >= 0 && id.value < vocab_size &&
+                        text.kind == Value::string && !text.text.empty();
+            if (!fits || !tokens[size_t(id.value)].empty()) fail("itos has an entry that is wrong");
+            tokens[size_t(id.value)] = text.text;
+        }
+        return tokens;
+    }
+    void check_ids(const Value& stoi, const NanoMeta& meta) {
+        if (stoi.kind != Value::dict || stoi.items.size() != 2 * size_t(meta.vocab_size))
+            fail("stoi does not have vocab_size entries");
+        for (size_t i = 0; i < stoi.items.size(); i += 2) {
+            const Value &text = stoi.items[i], &id = stoi.items[i + 1];
+            bool fits = text.kind == Value::string && id.kind == Value::number && id.value >= 0 &&
+                        id.value < meta.vocab_size;
+            if (fits && !meta.tokens.empty()) fits = meta.tokens[size_t(id.value)] == text.text;
+            if (!fits) fail("stoi has an entry that does not fit itos or vocab_size");
+        }
+    }
+
+    MappedFile file_;
+    std::string_view text_;
+    size_t at_ = 0, begin_ = 0, pushed_ = 0;  // begin_: of the opcode
+    bool done_ = false;
+    std::vector<Value> stack_, memo_;
+};
+
 // ==== shards =====================================================================================
 
-constexpr int32_t kShardMagic = 20240520;  // the format of llm.c's GPT-2 data files
-constexpr int32_t kShardVersion = 1;
+// llm.c's data files: a header of 256 int32 (magic, version, number of ids, then zeros), and the
+// ids: of the first kind as uint16, as its GPT-2 data has them, of the second, which it has for the
+// larger vocabulary of Llama 3, as uint32.
+constexpr int32_t kShardMagic = 20240520, kWideShardMagic = 20240801;
+constexpr int32_t kShardVersion = 1, kWideShardVersion = 7;
 constexpr size_t kShardHeaderInts = 256;
 constexpr size_t kShardHeaderBytes = kShardHeaderInts * sizeof(int32_t);
 
-// Writes a shard: a header of 256 int32 (magic, version, number of ids, then zeros) and the ids as
-// uint16, atomically. No ids, an id outside 0..65535, and more ids than the header can count are
-// fail_input. With `checksummed`, words 3 and 4 of the header hold the xxHash of the ids, which
-// other readers of the format pass over; the token cache has it so.
-inline void write_shard(const std::string& path, const std::vector<int>& ids,
-                        bool checksummed = false) {
-    if (ids.empty()) fail_input("%s: there are no tokens to write", path.c_str());
-    if (ids.size() > size_t(INT32_MAX))
-        fail_input("%s: %zu tokens; a shard holds at most %d", path.c_str(), ids.size(), INT32_MAX);
-    std::vector<uint16_t> items(ids.size());
-    for (size_t i = 0; i < ids.size(); i++) {
-        if (ids[i] < 0 || ids[i] > UINT16_MAX)
-            fail_input("%s: token %zu has id %d; a shard holds ids from 0 to %d", path.c_str(), i,
-                       ids[i], UINT16_MAX);
-        items[i] = uint16_t(ids[i]);
+// Writes a shard id by id, so that it need not fit into memory. `width` is the bytes of an id: 2
+// writes the first format, 4 the second. commit() makes the file appear, whole, under its name; no
+// ids, an id that does not fit the width, and more ids than the header can count are fail_input.
+// With `checksummed`, words 3 and 4 of the header hold the xxHash of the ids, which other readers
+// of the format pass over.
+class ShardWriter {
+  public:
+    ShardWriter(const std::string& path, int width, bool checksummed)
+        : path_(path), width_(width), checksummed_(checksummed), file_(path) {
+        assert(width == 2 || width == 4);
+        char header[kShardHeaderBytes] = {};
+        file_.write(header, sizeof header);
     }
-    size_t size = items.size() * sizeof items[0];
-    int32_t header[kShardHeaderInts] = {kShardMagic, kShardVersion, int32_t(ids.size())};
-    uint64_t checksum = checksummed ? hash_bytes(items.data(), size) : 0;
-    memcpy(&header[3], &checksum, sizeof checksum);
 
-    AtomicFile file(path);
-    file.write(header, sizeof header);
-    file.write(items.data(), size);
-    file.commit();
+    void add(const int* ids, size_t count) {
+        if (count > size_t(INT32_MAX) - count_)
+            fail_input("%s: %zu tokens; a shard holds at most %d", path_.c_str(), count_ + count,
+                       INT32_MAX);
+        constexpr size_t kBlock = 1 << 14;
+        for (; count > 0; ids += std::min(count, kBlock), count -= std::min(count, kBlock)) {
+            if (width_ == 2) add_block<uint16_t>(ids, std::min(count, kBlock));
+            else add_block<uint32_t>(ids, std::min(count, kBlock));
+        }
+    }
+
+    size_t size() const { return count_; }
+    int largest() const { return largest_; }         // id; -1: there is none
+    uint64_t hash() const { return hash_.value(); }  // of the ids so far
+
+    void commit() {
+        if (count_ == 0) fail_input("%s: there are no tokens to write", path_.c_str());
+        int32_t header[5] = {width_ == 2 ? kShardMagic : kWideShardMagic,
+                             width_ == 2 ? kShardVersion : kWideShardVersion, int32_t(count_)};
+        uint64_t checksum = checksummed_ ? hash() : 0;
+        memcpy(&header[3], &checksum, sizeof checksum);
+        file_.rewrite(header, sizeof header, 0);
+        file_.commit();
+    }
+
+  private:
+    template <typename T>
+    void add_block(const int* ids, size_t count) {
+        constexpr int kLast = sizeof(T) == 2 ? UINT16_MAX : INT_MAX;
+        items_.resize(count * sizeof(T));
+        for (size_t i = 0; i < count; i++) {
+            if (ids[i] < 0 || ids[i] > kLast)
+                fail_input("%s: token %zu has id %d; a shard holds ids from 0 to %d", path_.c_str(),
+                           count_ + i, ids[i], kLast);
+            largest_ = std::max(largest_, ids[i]);
+            T item = T(ids[i]);
+            memcpy(items_.data() + i * sizeof(T), &item, sizeof(T));
+        }
+        hash_.add(items_.data(), items_.size());
+        file_.write(items_.data(), items_.size());
+        count_ += count;
+    }
+
+    std::string path_;
+    int width_;
+    bool checksummed_;
+    AtomicFile file_;
+    RunningHash hash_;
+    std::vector<char> items_;
+    size_t count_ = 0;
+    int largest_ = -1;
+};
+
+// The bytes of an id in a shard of so large a vocabulary.
+inline int shard_width(int vocab_size) { return vocab_size <= UINT16_MAX + 1 ? 2 : 4; }
+
+// Writes a shard of the ids in one go; see ShardWriter.
+inline void write_shard(const std::string& path, const std::vector<int>& ids,
+                        bool checksummed = false, int width = 2) {
+    if (ids.empty()) fail_input("%s: there are no tokens to write", path.c_str());
+    ShardWriter writer(path, width, checksummed);
+    writer.add(ids.data(), ids.size());
+    writer.commit();
 }
 
-// A file of token ids, memory-mapped: a shard as write_shard makes it, or a .npy file of one
-// dimension. Everything is checked when it is opened, and fail_input says what is wrong: magic,
-// version, that the size is exactly what the header says, and that every id is below the
-// vocabulary. Copies and slices share the mapping.
+// How to read a .bin file that begins with no magic number: no such file is read unless something
+// says that it is one.
+enum class RawTokens { no, uint16, uint32 };
+inline RawTokens raw_tokens(const std::string& name) {
+    return name == "uint16"   ? RawTokens::uint16
+           : name == "uint32" ? RawTokens::uint32
+                              : RawTokens::no;
+}
+
+// A file of token ids, memory-mapped. What it is follows from its content:
+//
+// - a shard of llm.c's, with ids of 16 or 32 bits, as ShardWriter writes it;
+// - a .npy file of one dimension (uint16, uint32, int32 or int64), as FineWeb-Edu is cut into;
+// - a `.bin` of ids and nothing else, as nanoGPT writes it. Nothing in such a file says so: it is
+//   read as that only with `raw`, or where a meta.pkl of nanoGPT's lies beside it, whose vocabulary
+//   then bounds the ids. One whose third word counts its ids is refused all the same: it is a shard
+//   whose magic is damaged.
+//
+// Magic, version, that the size is exactly what the header says, the ids, and their hash where the
+// header has one are checked when it is opened, and fail_input says what is wrong: file, byte,
+// remedy. Of a file with more than kReadWhole ids, which would take long to read, parts that are
+// spread over it are looked at, so that what another tokenizer made is found at once; copy() looks
+// at every id again and fails with the same line, before a model can see it, and verify() reads
+// all. Copies and slices share the mapping.
 class Shard {
   public:
-    Shard(const std::string& path, int vocab_size)
-        : file_(std::make_shared<const MappedFile>(path)) {
+    static constexpr size_t kReadWhole = 1 << 24;
+
+    Shard(const std::string& path, int vocab_size, RawTokens raw = RawTokens::no)
+        : file_(std::make_shared<const MappedFile>(path)), vocab_size_(vocab_size) {
+        assert(vocab_size > 0);
         if (file_->view().substr(0, kNpyMagic.size()) == kNpyMagic) open_npy();
+        else if (is_raw(&raw)) open_raw(raw);
         else open_shard();
         if (count_ == 0) fail_input("%s: holds no tokens", path.c_str());
-        if (width_ == 2) check_ids<uint16_t>(vocab_size);
-        else if (width_ == 4) check_ids<uint32_t>(vocab_size);
-        else check_ids<uint64_t>(vocab_size);
+        // Windows come in any order: what is read around them would push out what was read before
+        // where memory cannot hold the file.
+        constexpr size_t kLarge = 1 << 28;
+        if (file_->size() > kLarge && file_->size() > machine_memory_free() / 2)
+            file_->advise(0, file_->size(), MADV_RANDOM);
+        check_ids();
     }
 
     size_t size() const { return count_; }
     const std::string& path() const { return file_->path(); }
     const MappedFile& file() const { return *file_; }
+    const char* format_name() const { return format_name_; }
     int operator[](size_t i) const {
         int id;
         copy(i, 1, &id);
         return id;
     }
 
-    // Writes ids [begin, begin + count) to out (count).
+    // Writes ids [begin, begin + count) to out (count). One that is not below the vocabulary is
+    // fail_input.
     void copy(size_t begin, size_t count, int* out) const {
         assert(begin <= count_ && count <= count_ - begin);
         if (width_ == 2) copy_as<uint16_t>(begin, count, out);
         else if (width_ == 4) copy_as<uint32_t>(begin, count, out);
         else copy_as<uint64_t>(begin, count, out);
+    }
+
+    // Asks the kernel to read ids [begin, begin + count) ahead; returns at once.
+    void will_need(size_t begin, size_t count) const {
+        assert(begin <= count_ && count <= count_ - begin);
+        file_->advise(size_t(ids_ - file_->data()) + begin * width_, count * width_, MADV_WILLNEED);
     }
 
     // Ids [begin, end) as a shard of their own; end - begin is at least 1.
@@ -300,20 +583,112 @@ class Shard {
     // xxHash of the ids as the file holds them; reads the whole file.
     uint64_t hash() const { return hash_bytes(ids_, count_ * width_); }
 
+    // Reads everything that opening a large file left out, and fails as opening does.
+    void verify() const {
+        for (size_t begin = 0; begin < count_; begin += kBlock) check_block(begin);
+        check_hash();
+    }
+
     // What a checksummed shard says that hash() is; 0 in others.
     uint64_t checksum() const { return checksum_; }
 
+    // What tells the shard from others: what it says that its hash is, or else its hash.
+    uint64_t identity() const { return checksum_ != 0 ? checksum_ : hash(); }
+
   private:
+    static constexpr size_t kBlock = 4096;
+
     template <typename T>
     static T load(const char* at) {
         T value;  // a .npy file may hold its items at any address
         memcpy(&value, at, sizeof value);
         return value;
     }
+    // T is unsigned, so that a negative id is past every vocabulary too. The maximum comes first: a
+    // loop without branches, which compilers vectorise.
     template <typename T>
     void copy_as(size_t begin, size_t count, int* out) const {
         const char* from = ids_ + begin * sizeof(T);
-        for (size_t i = 0; i < count; i++) out[i] = int(load<T>(from + i * sizeof(T)));
+        T largest = 0;
+        for (size_t i = 0; i < count; i++) {
+            T item = load<T>(from + i * sizeof(T));
+            largest = std::max(largest, item);
+            out[i] = int(item);
+        }
+        if (uint64_t(largest) >= uint64_t(vocab_size_)) fail_id<T>(begin);
+    }
+    template <typename T>
+    void check_block(size_t begin, size_t count) const {
+        T largest = 0;
+        for (size_t i = begin; i < begin + count; i++)
+            largest = std::max(largest, load<T>(ids_ + i * sizeof(T)));
+        if (uint64_t(largest) >= uint64_t(vocab_size_)) fail_id<T>(begin);
+    }
+    // The first id from `begin` on that is past the vocabulary; there is one.
+    template <typename T>
+    [[noreturn]] void fail_id(size_t begin) const {
+        size_t i = begin;
+        while (uint64_t(load<T>(ids_ + i * sizeof(T))) < uint64_t(vocab_size_)) i++;
+        T item = load<T>(ids_ + i * sizeof(T));
+        auto id = is_signed_ ? int64_t(std::make_signed_t<T>(item)) : int64_t(item);
+        fail_input(
+            "%s: byte %zu: token id %lld, the vocabulary has %d; was it made with another "
+            "tokenizer?",
+            path().c_str(), size_t(ids_ - file_->data()) + i * sizeof(T),
+            static_cast<long long>(id), vocab_size_);
+    }
+    void check_block(size_t begin) const {
+        size_t count = std::min(kBlock, count_ - begin);
+        if (width_ == 2) check_block<uint16_t>(begin, count);
+        else if (width_ == 4) check_block<uint32_t>(begin, count);
+        else check_block<uint64_t>(begin, count);
+    }
+    void check_ids() const {
+        constexpr size_t kProbes = 64;
+        if (count_ <= kReadWhole) return verify();
+        size_t last = count_ - kBlock;
+        for (size_t i = 0; i < kProbes; i++) check_block(last * i / (kProbes - 1));
+    }
+    void check_hash() const {
+        if (checksum_ != 0 && checksum_ != hash())
+            fail_input(
+                "%s: byte 12: the ids do not match the hash in the header; make or fetch it "
+                "again",
+                path().c_str());
+    }
+
+    int32_t word(size_t i) const { return load<int32_t>(file_->data() + i * sizeof(int32_t)); }
+
+    // Whether this is to be read as ids and nothing else; *raw then says of what width.
+    bool is_raw(RawTokens* raw) {
+        size_t size = file_->size();
+        if (size >= 4 && (word(0) == kShardMagic || word(0) == kWideShardMagic)) return false;
+        fs::path meta = fs::path(path()).parent_path() / "meta.pkl";
+        std::error_code ignored;
+        bool beside = fs::path(path()).extension() == ".bin" && fs::exists(meta, ignored);
+        if (*raw == RawTokens::no && !beside) return false;
+        if (size >= kShardHeaderBytes && word(2) > 0) {
+            size_t held = size - kShardHeaderBytes, count = size_t(word(2));
+            if (held == 2 * count || held == 4 * count) return false;
+        }
+        if (*raw != RawTokens::no) return true;
+        *raw = RawTokens::uint16;
+        int vocab_size = NanoMetaReader(meta.string()).read().vocab_size;
+        if (vocab_size > vocab_size_)
+            fail_input("%s: a vocabulary of %d for the tokens beside it, the model's has %d",
+                       meta.c_str(), vocab_size, vocab_size_);
+        vocab_size_ = vocab_size;
+        return true;
+    }
+
+    void open_raw(RawTokens raw) {
+        width_ = raw == RawTokens::uint16 ? 2 : 4;
+        format_name_ = width_ == 2 ? "raw uint16" : "raw uint32";
+        if (file_->size() % width_ != 0)
+            fail_input("%s: %zu bytes are no whole number of ids of %zu bytes; fetch it again",
+                       path().c_str(), file_->size(), width_);
+        ids_ = file_->data();
+        count_ = file_->size() / width_;
     }
 
     void open_shard() {
@@ -321,60 +696,55 @@ class Shard {
         if (file_->size() < kShardHeaderBytes)
             fail_input("%s: %zu bytes; a token shard begins with a header of %zu", path,
                        file_->size(), kShardHeaderBytes);
-        int32_t magic = load<int32_t>(file_->data());
-        int32_t version = load<int32_t>(file_->data() + 4);
-        int32_t count = load<int32_t>(file_->data() + 8);
-        if (magic != kShardMagic)
-            fail_input("%s: byte 0: magic is %d; a token shard has %d", path, magic, kShardMagic);
-        if (version != kShardVersion)
-            fail_input("%s: byte 4: version %d; only %d is known", path, version, kShardVersion);
-        size_t held = file_->size() - kShardHeaderBytes;
-        if (count < 0 || held % 2 != 0 || held / 2 != size_t(count))
-            fail_input("%s: byte 8: header says %d tokens, the file holds %zu%s", path, count,
-                       held / 2, held % 2 == 0 ? "" : " and one byte");
+        int32_t magic = word(0), version = word(1), count = word(2);
+        if (magic != kShardMagic && magic != kWideShardMagic)
+            fail_input(
+                "%s: byte 0: magic is %d; a token shard has %d or %d; for ids without a "
+                "header use --raw-tokens",
+                path, magic, kShardMagic, kWideShardMagic);
+        bool wide = magic == kWideShardMagic;
+        int32_t known = wide ? kWideShardVersion : kShardVersion;
+        if (version != known)
+            fail_input("%s: byte 4: version %d; with magic %d only %d is known; fetch it again",
+                       path, version, magic, known);
+        width_ = wide ? 4 : 2;
+        size_t held = file_->size() - kShardHeaderBytes, rest = held % width_;
+        if (count < 0 || rest != 0 || held / width_ != size_t(count))
+            fail_input(
+                "%s: byte 8: header says %d tokens, the file holds %zu%s; fetch it again", path,
+                count, held / width_,
+                rest == 0 ? "" : format(" and %zu byte%s", rest, rest > 1 ? "s" : "").c_str());
+        for (size_t i = 5; i < kShardHeaderInts; i++)
+            if (word(i) != 0)
+                fail_input("%s: byte %zu: %d where the header has 0; fetch it again", path, 4 * i,
+                           word(i));
         checksum_ = load<uint64_t>(file_->data() + 12);
         ids_ = file_->data() + kShardHeaderBytes;
         count_ = size_t(count);
-        width_ = sizeof(uint16_t);
+        format_name_ = wide ? "uint32" : "uint16";
     }
 
     void open_npy() {
         NpyHeader header = read_npy_header(*file_);
         if (header.shape.size() != 1)
-            fail_input("%s: an array of %zu dimensions; token ids have one", path().c_str(),
-                       header.shape.size());
+            fail_input("%s: an array of %zu dimensions; token ids have one: save its .ravel()",
+                       path().c_str(), header.shape.size());
         ids_ = file_->data() + header.offset;
         count_ = header.count;
         width_ = header.width;
-    }
-
-    // T is unsigned, so that a negative id is past every vocabulary too. The maximum of a block
-    // comes first, a loop without branches that compilers vectorise.
-    template <typename T>
-    void check_ids(int vocab_size) const {
-        assert(vocab_size > 0);
-        constexpr size_t kBlock = 4096;
-        for (size_t begin = 0; begin < count_; begin += kBlock) {
-            size_t end = std::min(begin + kBlock, count_);
-            T largest = 0;
-            for (size_t i = begin; i < end; i++)
-                largest = std::max(largest, load<T>(ids_ + i * sizeof(T)));
-            if (uint64_t(largest) < uint64_t(vocab_size)) continue;
-            size_t i = begin;
-            while (uint64_t(load<T>(ids_ + i * sizeof(T))) < uint64_t(vocab_size)) i++;
-            T item = load<T>(ids_ + i * sizeof(T));
-            auto id = sizeof(T) == 2 ? int64_t(item) : int64_t(std::make_signed_t<T>(item));
-            fail_input(
-                "%s: byte %zu: token id %lld, the vocabulary has %d; was it made with another "
-                "tokenizer?",
-                path().c_str(), size_t(ids_ - file_->data()) + i * sizeof(T),
-                static_cast<long long>(id), vocab_size);
-        }
+        is_signed_ = header.is_signed;
+        format_name_ = width_ == 2   ? ".npy of uint16"
+                       : width_ == 8 ? ".npy of int64"
+                       : is_signed_  ? ".npy of int32"
+                                     : ".npy of uint32";
     }
 
     std::shared_ptr<const MappedFile> file_;
+    const char* format_name_ = "";
     const char* ids_ = nullptr;  // inside the mapping
     size_t count_ = 0, width_ = 2;
+    int vocab_size_;
+    bool is_signed_ = false;
     uint64_t checksum_ = 0;
 };
 
@@ -384,8 +754,26 @@ inline bool is_shard(const std::string& path) {
     std::string extension = fs::path(path).extension().string();
     if (extension == ".bin" || extension == ".npy") return true;
     MappedFile file(path);
-    std::string_view magic(reinterpret_cast<const char*>(&kShardMagic), sizeof kShardMagic);
-    return file.view().starts_with(magic) || file.view().starts_with(kNpyMagic);
+    for (const int32_t& magic : {kShardMagic, kWideShardMagic})
+        if (file.view().starts_with(std::string_view(reinterpret_cast<const char*>(&magic), 4)))
+            return true;
+    return file.view().starts_with(kNpyMagic);
+}
+
+// The tokenizer of nanoGPT's character data: from the meta.pkl beside one of its files, where its
+// tokens are characters in the order of our own; <|endoftext|> comes behind them.
+inline std::optional<Tokenizer> tokenizer_beside(const std::string& path) {
+    std::string meta = (fs::path(path).parent_path() / "meta.pkl").string(), text;
+    std::error_code ignored;
+    if (fs::path(path).extension() != ".bin" || !fs::exists(meta, ignored)) return {};
+    std::vector<std::string> tokens = NanoMetaReader(meta).read().tokens;
+    for (const std::string& token : tokens) text += token;
+    if (text.empty()) return {};
+    Tokenizer tokenizer = Tokenizer::chars(text);
+    if (size_t(tokenizer.vocab_size()) != tokens.size() + 1) return {};
+    for (size_t id = 0; id < tokens.size(); id++)
+        if (tokenizer.token_bytes(int(id)) != tokens[id]) return {};
+    return tokenizer;
 }
 
 // ==== paths ======================================================================================

@@ -124,6 +124,20 @@ struct FileIdentity {
     bool operator==(const FileIdentity&) const = default;
 };
 
+// hash_bytes of bytes that come in parts. Move-only.
+class RunningHash {
+  public:
+    RunningHash() : state_(XXH3_createState(), XXH3_freeState) {
+        if (!state_) throw std::bad_alloc();
+        XXH3_64bits_reset(state_.get());
+    }
+    void add(const void* data, size_t size) { XXH3_64bits_update(state_.get(), data, size); }
+    uint64_t value() const { return XXH3_64bits_digest(state_.get()); }
+
+  private:
+    std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state_;
+};
+
 // A whole file, read-only, mapped into memory; an empty file has size 0. Move-only.
 class MappedFile {
   public:
@@ -162,6 +176,15 @@ class MappedFile {
     std::string_view view() const { return {data_, size_}; }
     const std::string& path() const { return path_; }
     const FileIdentity& identity() const { return identity_; }  // as it was when it was mapped
+
+    // Tells the kernel how `count` bytes from `begin` on will be read (MADV_WILLNEED, ...). It is
+    // free not to listen, so that nothing can fail.
+    void advise(size_t begin, size_t count, int advice) const {
+        if (begin >= size_ || count == 0) return;
+        size_t page = size_t(sysconf(_SC_PAGESIZE)), from = begin / page * page;
+        size_t end = std::min(count, size_ - begin) + begin;
+        madvise(const_cast<char*>(data_) + from, end - from, advice);
+    }
 
   private:
     void swap(MappedFile& other) {
@@ -290,6 +313,19 @@ class AtomicFile {
             if (buffered_ < kBufferSize) return;
             go_direct(fd_, true);  // whole blocks so far
             flush();
+        }
+    }
+
+    // Overwrites bytes [offset, offset + size) of what was written so far.
+    void rewrite(const void* data, size_t size, size_t offset) {
+        go_direct(fd_, false);
+        flush();
+        const char* from = static_cast<const char*>(data);
+        while (size > 0) {
+            ssize_t written = pwrite(fd_, from, size, off_t(offset));
+            if (written < 0 && errno == EINTR) continue;
+            if (written < 0) fail("write");
+            from += written, offset += size_t(written), size -= size_t(written);
         }
     }
 

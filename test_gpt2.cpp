@@ -3456,7 +3456,7 @@ TEST(Info, KnowsTheFilesOfLlmc) {
     files.expect("llama.bin", head, "for Llama 3");
     write_shard(files.folder + "/s.bin", {1, 2, 700});
     std::string shard = read_file(files.folder + "/s.bin");
-    files.expect("s.bin", shard, "token shard, 3 tokens, largest id 700");
+    files.expect("s.bin", shard, "token shard, uint16, 3 tokens, largest id 700");
     files.expect("s.bin", shard.substr(0, 1027), "header says 3 tokens", false);
 }
 
@@ -3467,7 +3467,7 @@ TEST(Info, KnowsFilesOfOtherKinds) {
     files.expect("a.npy", array, "NumPy array of integers, 4 bytes each, shape (2, 3)");
     files.expect("a.npy", array.substr(0, 130), "the shape needs", false);
     write_npy(files.folder + "/b.npy", {1, 2}, {2});
-    files.expect("b.npy", read_file(files.folder + "/b.npy"), "token shard, 2 tokens");
+    files.expect("b.npy", read_file(files.folder + "/b.npy"), "token shard, .npy of int32, 2 tokens");
     files.expect("pytorch_model.bin", "PK\x03\x04....", "zip archive");
     files.expect("m.gguf", "GGUF....", "llama.cpp");
     files.expect("x.gz", "\x1f\x8b....", "gzip");

@@ -92,10 +92,10 @@ inline GPT2Config default_config() {
 
 struct TrainOptions {
     std::vector<std::string> data, val;
-    std::string tokenizer = "auto";
     std::string windows = "shuffled";
     int stride = 0;  // tokens between sliding windows; 0: the sequence length
     bool separate_documents = false;
+    std::string tokenizer = "auto", raw_tokens = "no";
     ModelOptions model;
 
     int batch_size = 16;            // sequences a rank
@@ -505,14 +505,17 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
     TrainingData data;
     if (o.tokenizer != "auto") data.tokenizer = load_tokenizer(o.tokenizer);
     else data.tokenizer = tokenizer_of(model.folder, model.config);
+    if (!data.tokenizer && model.folder.empty() && o.raw_tokens == "no")
+        data.tokenizer = tokenizer_beside(paths[0]);
     if (data.tokenizer) data.token_bytes = bytes_per_token(*data.tokenizer);
     int vocab_size = model.config.vocab_size;
     if (!model.fixed_vocab && data.tokenizer) vocab_size = data.tokenizer->vocab_size();
-    for (const std::string& path : paths) data.train.emplace_back(path, vocab_size);
+    RawTokens raw = raw_tokens(o.raw_tokens);
+    for (const std::string& path : paths) data.train.emplace_back(path, vocab_size, raw);
     for (const std::string& path : o.val.empty() ? o.val : expand_paths(o.val)) {
         if (!is_shard(path))
             fail_input("%s: text among token shards; give shards for --val too", path.c_str());
-        data.val.emplace_back(path, vocab_size);
+        data.val.emplace_back(path, vocab_size, raw);
     }
     if (!o.val.empty()) return data;
     size_t tokens = 0;

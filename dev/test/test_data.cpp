@@ -128,8 +128,7 @@ TEST(Npy, ReadsOtherTypesVersionsAndSpellings) {
     for (int64_t large : {int64_t(INT_MAX) + 1, int64_t(INT_MIN) - 1, INT64_MAX, INT64_MIN}) {
         int64_t values[] = {0, large};
         std::string bytes = data_npy(i8, {reinterpret_cast<char*>(values), sizeof values});
-        expect_refused(data_npy_error(bytes),
-                            std::to_string(large) + " is not a 32-bit integer");
+        expect_refused(data_npy_error(bytes), std::to_string(large) + " is not a 32-bit integer");
     }
 }
 
@@ -254,14 +253,12 @@ TEST(Shards, AreRefusedCutAtAnyByte) {
         std::string error = error_of([&] { Shard(path, 9); });
         ASSERT_EQ(error.substr(0, 2 + path.size()), "2 " + path) << size;
     }
-    expect_refused(error_of([&] { Shard(path, 9); }),
-                        "says 9 tokens, the file holds 8 and one byte");
+    expect_refused(error_of([&] { Shard(path, 9); }), "says 9 tokens, the file holds 8 and 1 byte");
     data_put(path, whole + "x");
-    expect_refused(error_of([&] { Shard(path, 9); }),
-                        "says 9 tokens, the file holds 9 and one byte");
+    expect_refused(error_of([&] { Shard(path, 9); }), "says 9 tokens, the file holds 9 and 1 byte");
     data_put(path, whole + "xy");
     expect_refused(error_of([&] { Shard(path, 9); }),
-                        "byte 8: header says 9 tokens, the file holds 10");
+                   "byte 8: header says 9 tokens, the file holds 10");
     data_put(path, whole);
     EXPECT_EQ(error_of([&] { Shard(path, 9); }), "");
 }
@@ -273,15 +270,193 @@ TEST(Shards, AreRefusedWithAWrongHeader) {
         data_put(path, data_with_int32(whole, at, value));
         return error_of([&] { Shard(path, 9); });
     };
-    expect_refused(error(0, 20240801),
-                        "byte 0: magic is 20240801; a token shard has 20240520");
-    expect_refused(error(4, 2), "byte 4: version 2");
+    expect_refused(error(0, 20240522), "byte 0: magic is 20240522; a token shard has 20240520");
+    expect_refused(error(0, 20240801), "byte 4: version 1; with magic 20240801 only 7");
+    expect_refused(error(4, 2), "byte 4: version 2; with magic 20240520 only 1");
+    for (size_t i = 3; i < 256; i++)
+        expect_refused(error(4 * i, 1), format("byte %zu: ", i < 5 ? 12 : 4 * i));
     for (int32_t count : {0, 8, 10, -1, -9, INT32_MAX, INT32_MIN, INT32_MIN + 9, 9 << 16})
         expect_refused(error(8, count), format("byte 8: header says %d tokens", count));
     data_put(path, data_with_int32(whole, 8, 0).substr(0, 1024));
     expect_refused(error_of([&] { Shard(path, 9); }), "holds no tokens");
     expect_refused(error_of([&] { Shard(path + "x", 9); }), "No such file");
     expect_refused(error_of([&] { Shard(test_folder(), 9); }), "not a regular file");
+}
+
+TEST(Shards, HaveEveryByteOfAChecksummedFileChecked) {
+    std::string path = test_folder() + "/a.bin";
+    for (int width : {2, 4}) {
+        write_shard(path, {3, 1, 2}, true, width);
+        std::string whole = read_file(path);
+        for (size_t at = 0; at < whole.size(); at++) {
+            std::string other = whole;
+            other[at] = char(other[at] ^ 1 << at % 8);
+            data_put(path, other);
+            ASSERT_EQ(error_of([&] { Shard(path, 65536); }).substr(0, 2), "2 ") << at;
+        }
+        data_put(path, whole);
+        EXPECT_EQ(Shard(path, 4)[0], 3);
+    }
+}
+
+TEST(Shards, OfLargeVocabulariesHaveWiderIds) {
+    std::string path = test_folder() + "/a.bin";
+    std::vector<int> ids = {0, 65536, 128255, INT_MAX - 1};
+    write_shard(path, ids, false, 4);
+    std::string expected(1024, '\0'), whole = read_file(path);
+    expected = data_with_int32(expected, 0, 20240801);
+    expected = data_with_int32(expected, 4, 7);
+    expected = data_with_int32(expected, 8, 4);
+    expected.append(reinterpret_cast<const char*>(ids.data()), 16);
+    EXPECT_EQ(whole, expected);
+    Shard shard(path, INT_MAX);
+    EXPECT_STREQ(shard.format_name(), "uint32");
+    for (size_t i = 0; i < ids.size(); i++) EXPECT_EQ(shard[i], ids[i]);
+    expect_refused(error_of([&] { Shard(path, 128255); }), "byte 1032: token id 128255,");
+    for (size_t size = 0; size < whole.size(); size++) {
+        data_put(path, whole.substr(0, size));
+        ASSERT_EQ(error_of([&] { Shard(path, INT_MAX); }).substr(0, 2), "2 ") << size;
+    }
+    data_put(path, whole.substr(0, 1039));
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "holds 3 and 3 bytes");
+    data_put(path, whole + "x");
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "holds 4 and 1 byte;");
+    data_put(path, data_with_int32(whole, 4, 1));
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "byte 4: version 1");
+    data_put(path, data_with_int32(data_with_int32(whole, 0, 20240520), 4, 1));
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "says 4 tokens, the file holds 8");
+    data_put(path, data_with_int32(whole, 1028, -2));
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "token id 4294967294,");
+    EXPECT_TRUE(is_shard(path));
+}
+
+// 10 GB of tokens without the disk for them: a file of holes, whose ids are 0 but for those that
+// are put at both sides of 2^31 and 2^32.
+TEST(Shards, OfTenGigabytesOpenAtOnceAndReadAtAnyPlace) {
+    std::string path = test_folder() + "/large.npy";
+    constexpr size_t kTokens = 5000000000;
+    std::string header = "{'descr': '<u2', 'fortran_order': False, 'shape': (5000000000,), }";
+    header.resize(117, ' ');
+    data_put(path, data_npy(header + '\n', ""));
+    std::error_code error;
+    fs::resize_file(path, 128 + 2 * kTokens, error);
+    if (error) GTEST_SKIP() << "no sparse file of 10 GB here: " << error.message();
+    const size_t places[] = {
+        0,          (size_t(1) << 31) - 1, size_t(1) << 31, (size_t(1) << 32) - 1, size_t(1) << 32,
+        kTokens - 1};
+    int fd = open(path.c_str(), O_WRONLY);
+    for (size_t i = 0; i < std::size(places); i++) {
+        uint16_t id = uint16_t(100 + i);
+        ASSERT_EQ(pwrite(fd, &id, 2, off_t(128 + 2 * places[i])), 2);
+    }
+    close(fd);
+    Shard shard(path, 50257);
+    ASSERT_EQ(shard.size(), kTokens);
+    for (size_t i = 0; i < std::size(places); i++) EXPECT_EQ(shard[places[i]], 100 + int(i));
+    std::vector<int> window(3, -1);
+    shard.will_need((size_t(1) << 32) - 1, 3);
+    shard.copy((size_t(1) << 32) - 1, 3, window.data());
+    EXPECT_EQ(window, (std::vector<int>{103, 104, 0}));
+    EXPECT_EQ(shard.slice(size_t(1) << 32, kTokens)[0], 104);
+    // Opening looks at both ends; the window that holds the others is refused when it is copied.
+    expect_refused(error_of([&] { Shard(path, 105); }), "byte 10000000126: token id 105,");
+    expect_refused(error_of([&] { Shard(path, 100); }), "byte 128: token id 100,");
+    Shard part = shard.slice(0, kTokens);
+    uint16_t past = 60000;
+    fd = open(path.c_str(), O_WRONLY);
+    ASSERT_EQ(pwrite(fd, &past, 2, off_t(128 + 2 * ((size_t(1) << 32) + 12345))), 2);
+    close(fd);
+    Shard again(path, 50257);
+    again.copy(size_t(1) << 32, 3, window.data());
+    expect_refused(error_of([&] { again.copy((size_t(1) << 32) + 12344, 3, window.data()); }),
+                   path + ": byte 8589959410: token id 60000, the vocabulary has 50257");
+}
+
+// ---- nanoGPT ----
+
+namespace {
+
+// What pickle.dump writes of {'vocab_size': 3, 'itos': {...}, 'stoi': {...}} of "ab\n", in
+// protocol 4; strings are remembered and taken up again.
+std::string nano_meta() {
+    std::string text = "\x80\x04\x95";
+    text += std::string("\x43\0\0\0\0\0\0\0", 8);
+    text += "}\x94(\x8c\x0avocab_size\x94K\x03\x8c\x04itos\x94}\x94(";
+    text += std::string("K\0", 2) +
+            "\x8c\x01\n\x94K\x01\x8c\x01"
+            "a\x94K\x02\x8c\x01"
+            "b\x94u";
+    text += "\x8c\x04stoi\x94}\x94(h\x04" + std::string("K\0", 2) + "h\x05K\x01h\x06K\x02uu.";
+    return text;
+}
+
+}  // namespace
+
+TEST(Shards, OfNanoGptAreReadWhereSomethingSaysThatTheyAre) {
+    std::string folder = test_folder(), path = folder + "/train.bin";
+    data_put(path, std::string("\1\0\2\0\0\0\1\0", 8));
+    expect_refused(error_of([&] { Shard(path, 3); }), "8 bytes; a token shard begins with");
+    EXPECT_EQ(Shard(path, 3, RawTokens::uint16)[1], 2);
+    EXPECT_EQ(Shard(path, INT_MAX, RawTokens::uint32)[0], 0x20001);
+    expect_refused(error_of([&] { Shard(path, 2, RawTokens::uint16); }), "byte 2: token id 2,");
+    data_put(path, std::string("\1\0\2", 3));
+    expect_refused(error_of([&] { Shard(path, 3, RawTokens::uint16); }), "3 bytes are no whole");
+    data_put(path, "");
+    expect_refused(error_of([&] { Shard(path, 3, RawTokens::uint16); }), "holds no tokens");
+
+    data_put(path, std::string("\1\0\2\0\0\0\1\0", 8));
+    data_put(folder + "/meta.pkl", nano_meta());
+    Shard shard(path, 50257);
+    EXPECT_EQ(shard.size(), 4u);
+    EXPECT_STREQ(shard.format_name(), "raw uint16");
+    expect_refused(error_of([&] { Shard(path, 2); }), "a vocabulary of 3 for the tokens beside it");
+    std::optional<Tokenizer> tokenizer = tokenizer_beside(path);
+    ASSERT_TRUE(tokenizer);
+    EXPECT_EQ(tokenizer->decode({1, 2, 0, 1}), "ab\na");
+    data_put(path, std::string("\1\0\3\0", 4));
+    expect_refused(error_of([&] { Shard(path, 50257); }),
+                   "byte 2: token id 3, the vocabulary has 3");
+    // A shard of llm.c's is one with any such file beside it, and so is what is left of one.
+    write_shard(path, {9, 8, 7});
+    EXPECT_EQ(Shard(path, 10)[0], 9);
+    std::string damaged = data_with_int32(read_file(path), 0, 1);
+    data_put(path, damaged);
+    expect_refused(error_of([&] { Shard(path, 10); }), "byte 0: magic is 1;");
+    expect_refused(error_of([&] { Shard(path, 10, RawTokens::uint16); }), "byte 0: magic is 1;");
+}
+
+TEST(Shards, TakeNoMetaThatIsNotOneOfNanoGpts) {
+    std::string path = test_folder() + "/meta.pkl", whole = nano_meta();
+    auto error = [&](const std::string& bytes) {
+        data_put(path, bytes);
+        return error_of([&] { NanoMetaReader(path).read(); });
+    };
+    ASSERT_EQ(error(whole), "");
+    for (size_t size = 0; size < whole.size(); size++)
+        expect_refused(error(whole.substr(0, size)), "it is cut short");
+    expect_refused(error(whole + "."), "something follows");
+    // os.system("id") as a pickle, which Python would run.
+    expect_refused(error("\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R."),
+                   "byte 14: not a meta.pkl of nanoGPT's: it holds more than");
+    expect_refused(error("cos\nsystem\n(S'id'\ntR."), "byte 0: not a meta.pkl");
+    expect_refused(error("\x80\x04}."), "no vocab_size");
+    expect_refused(error("\x80\x04K\x03."), "no dictionary");
+    expect_refused(error("\x80\x04}\x8c\x0avocab_sizeK" + std::string("\0s.", 3)), "no vocab_size");
+    expect_refused(error("\x80\x04}\x8c\x01xK\x03s."), "a key that is none of");
+    expect_refused(error("\x80\x04}u."), "without a mark");
+    expect_refused(error("\x80\x04}s."), "a key without its value");
+    expect_refused(error("\x80\x04(u."), "a key without its value");
+    std::string deep = "\x80\x04";
+    for (int i = 0; i < 100000; i++) deep += "}K\x01";
+    expect_refused(error(deep + "K\x01" + std::string(100000, 's') + "."), "three deep");
+    for (size_t at = 0; at < whole.size(); at++) {  // whatever a byte becomes, no crash
+        for (int change : {1, 2, 4, 8, 16, 32, 64, 128, 255}) {
+            std::string other = whole;
+            other[at] = char(other[at] ^ change);
+            std::string said = error(other);
+            ASSERT_TRUE(said.empty() || said.starts_with("2 ")) << at << said;
+        }
+    }
 }
 
 TEST(Shards, AreRefusedWithIdsPastTheVocabulary) {
@@ -291,9 +466,8 @@ TEST(Shards, AreRefusedWithIdsPastTheVocabulary) {
         ids[at] = 60000;
         write_shard(path, ids);
         EXPECT_EQ(error_of([&] { Shard(path, 60001); }), "");
-        expect_refused(
-            error_of([&] { Shard(path, 60000); }),
-            format("byte %zu: token id 60000, the vocabulary has 60000", 1024 + 2 * at));
+        expect_refused(error_of([&] { Shard(path, 60000); }),
+                       format("byte %zu: token id 60000, the vocabulary has 60000", 1024 + 2 * at));
         expect_refused(error_of([&] { Shard(path, 99); }), "byte 1024: token id");
     }
 }
@@ -318,6 +492,12 @@ TEST(Shards, CanBeNpyFiles) {
              data_npy(u2 + (u2.size() % 2 == 0 ? " " : ""), std::string_view("\1\0\xff\xff", 4)));
     EXPECT_EQ(Shard(path, 65536)[1], 65535);
     int64_t large[] = {7, int64_t(1) << 32};
+    std::string u4 = "{'descr': '<u4', 'fortran_order': False, 'shape': (2,)}";
+    data_put(path, data_npy(u4, std::string_view("\1\0\0\0\xff\xff\xff\xff", 8)));
+    expect_refused(error_of([&] { Shard(path, INT_MAX); }), "token id 4294967295,");
+    expect_refused(error_of([&] { read_npy(path); }), "4294967295 is not a 32-bit integer");
+    data_put(path, data_npy(u4, std::string_view("\1\0\0\0\xff\xff\1\0", 8)));
+    EXPECT_EQ(Shard(path, 1 << 17)[1], 0x1ffff);
     std::string i8 = "{'descr': '<i8', 'fortran_order': False, 'shape': (2,)}";
     data_put(path,
              data_npy(i8 + (i8.size() % 2 == 0 ? " " : ""), {reinterpret_cast<char*>(large), 16}));
@@ -573,8 +753,7 @@ TEST(TokenCache, CountsTheBytesThatAVocabularyLacks) {
     EXPECT_EQ(result.tokens, 4u);
     EXPECT_EQ(result.bytes, 5u);
     EXPECT_EQ(test.run().bytes, 5u) << "from the cache";
-    expect_refused(error_of([&] { test.run(5, 8); }),
-                        "bytes 5 to 8 of the text hold no tokens");
+    expect_refused(error_of([&] { test.run(5, 8); }), "bytes 5 to 8 of the text hold no tokens");
     expect_refused(error_of([&] { test.run(3, 3); }), "no tokens");
 }
 
@@ -757,9 +936,9 @@ TEST(DataLoader, RefusesAPositionThatTheDataDoesNotHave) {
     EXPECT_NEAR(loader.epoch_fraction(), 1 - 1.0 / double(loader.windows_per_epoch()), 1e-12);
     size_t past = loader.windows_in_epoch(3);
     expect_refused(error_of([&] {
-                            loader.seek({3, past});
-                        }),
-                        format("window %zu of epoch 3, which has only %zu here", past, past));
+                       loader.seek({3, past});
+                   }),
+                   format("window %zu of epoch 3, which has only %zu here", past, past));
     expect_refused(error_of([&] { loader.seek({0, UINT64_MAX}); }), "has the data");
     loader.seek({UINT64_MAX - 1, 0});
     EXPECT_EQ(loader.epoch(), UINT64_MAX - 1);
