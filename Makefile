@@ -52,7 +52,13 @@ NVCC := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc))
 # No -ffast-math: it would let the compiler assume that no number is NaN, and remove the checks.
 # -fno-math-errno: nobody reads errno after sqrt, and clang++ vectorises no loop that must set it.
 FLAGS := -std=c++20 $(OPT) $(ARCH) -fno-math-errno -fopenmp -pthread -Wall -Wextra -Werror
-LIBRARIES := -lutf8proc -lxxhash
+# What packs text is used where it is there; the program says so when it meets a file without.
+PACKING := $(if $(filter wish:zlib.h,$(MISSING)),,-DGPT2_ZLIB) \
+    $(if $(filter wish:zstd.h,$(MISSING)),,-DGPT2_ZSTD)
+FLAGS += $(PACKING)
+TEXT_LIBRARIES := -lutf8proc -lxxhash $(if $(findstring ZLIB,$(PACKING)),-lz) \
+    $(if $(findstring ZSTD,$(PACKING)),-lzstd)
+LIBRARIES := $(TEXT_LIBRARIES)
 
 # The variants that the tests build beside the program itself. Central differences need double;
 # oneDNN has no double product, and the thread sanitizer cannot see into a library that it did not
@@ -74,7 +80,7 @@ endif
 # Under clang++ the program is linked with libomp, while a distribution's oneDNN asks for libgomp.
 # No flag is needed for that: libomp exports libgomp's functions too, and as the program's own
 # dependency it is searched before a library's, so one runtime serves both and no cores are shared.
-ONEDNN ?= $(if $(filter wish:%,$(MISSING)),no,yes)
+ONEDNN ?= $(if $(filter wish:%/dnnl.h,$(MISSING)),no,yes)
 ifeq ($(ONEDNN),yes)
     FLAGS += -DGPT2_ONEDNN
     LIBRARIES += -ldnnl
@@ -110,7 +116,7 @@ INCOMPLETE := cannot build without $(MISSING_HERE:run:%=%): scripts/install_deps
 
 $(FOLDER)/%.o: %.cpp $(FOLDER)/flags
 	$(if $(MISSING_HERE),@echo "$(INCOMPLETE)" >&2; exit 1)
-	$(if $(filter wish:%,$(MISSING)),$(if $(filter train_gpt2.cpp,$<),@echo "$(PLAIN_MATMUL)"))
+	$(if $(filter wish:%/dnnl.h,$(MISSING)),$(if $(filter train_gpt2.cpp,$<),@echo "$(PLAIN_MATMUL)"))
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $(OWN_FLAGS) -MMD -MP -c $< -o $@
 
@@ -134,7 +140,7 @@ $(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o $(FOLDER)/vers
 
 # What needs no twin: text to tokens to batches.
 $(FOLDER)/test_data: $(patsubst %.cpp,$(FOLDER)/%.o,$(wildcard dev/test/*.cpp))
-	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest -lutf8proc -lxxhash
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(TEXT_LIBRARIES)
 
 $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o \
     $(FOLDER)/version.o
@@ -279,7 +285,8 @@ empty :=
 space := $(empty) $(empty)
 NVCC_FLAGS = -std=c++20 -O3 --expt-relaxed-constexpr --threads 0 $(CUDA_CODE) -I. \
     -Werror all-warnings -Xptxas -v \
-    -Xcompiler $(subst $(space),$(comma),$(strip $(ARCH) -fopenmp -Wall -Wextra)) $(CPPFLAGS)
+    -Xcompiler $(subst $(space),$(comma),$(strip $(ARCH) -fopenmp -Wall -Wextra)) $(CPPFLAGS) \
+    $(if $(findstring portable,$(CUDA_FOLDER)),,$(PACKING))
 CUDA_FOLDER ?= build/cuda
 
 # A program of a layer's takes all layers, and does not call all.
@@ -311,7 +318,7 @@ SECTIONS := -ffunction-sections -fdata-sections
 PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static \
     -Xcompiler -static-libstdc++,-static-libgcc -Xlinker --gc-sections,--strip-all \
     -lcublasLt -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread -ldl
-PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN,$(FLAGS)) -march=x86-64-v3 $(SECTIONS)
+PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN $(PACKING),$(FLAGS)) -march=x86-64-v3 $(SECTIONS)
 
 gpu-portable:
 	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \

@@ -40,16 +40,16 @@ struct TokenizerOptions {
     std::string tokenizer, in, out, pattern = "gpt2", file_pattern, format = "json";
     std::string special = "text", raw_tokens = "no";
     bool stats = false;
+    std::string jsonl_field = kJsonlField;
     std::vector<std::string> data, documents;
     int vocab_size = 1024, threads = 0;
     uint64_t min_frequency = 1;
 };
 
 struct ShardOptions {
-    std::vector<std::string> data;
-    std::string tokenizer = "gpt2", out;
-    size_t shard_tokens = 100000000;
-    double val_fraction = 0.1;
+    ShardRequest request;
+    std::string tokenizer = "gpt2";
+    bool stats = false;
 };
 
 struct DumpOptions {
@@ -238,6 +238,11 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
         ->default_str("");
 }
 
+inline void add_jsonl_field(CLI::App* app, std::string& field) {
+    add_text(app, "--jsonl-field", field, "NAME",
+             "of the text in lines of JSON; empty: .jsonl files are plain text");
+}
+
 inline void add_raw_tokens(CLI::App* app, std::string& raw) {
     add_choice(app, "--raw-tokens", raw, {"no", "uint16", "uint32"},
                "what .bin files without a header hold, such as nanoGPT's");
@@ -259,6 +264,7 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
                   "leave the first token after each <|endoftext|> out of the loss, in training and "
                   "validation");
     add_raw_tokens(app, o.raw_tokens);
+    add_jsonl_field(app, o.jsonl_field);
     add_model_options(app, o.model);
     add_length_options(app, o);
     add_optimizer_options(app, o);
@@ -323,6 +329,7 @@ inline void add_tokenizer_file(CLI::App* app, TokenizerOptions& o) {
 inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     CLI::App* train = app->add_subcommand("train", "trains a byte-level BPE");
     add_paths(train, "--data", o.data, "text to train on");
+    add_jsonl_field(train, o.jsonl_field);
     add_number(train, "--vocab-size", o.vocab_size, 257, 65536, "N", "tokens of the vocabulary");
     add_choice(train, "--pattern", o.pattern, {"gpt2", "cl100k", "o200k"},
                "how text is split before it is merged: as by GPT-2, GPT-4 or GPT-4o");
@@ -360,12 +367,25 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
 }
 
 inline void add_shard_options(CLI::App* app, ShardOptions& o) {
-    add_paths(app, "--data", o.data, "text: files or folders");
+    ShardRequest& r = o.request;
+    add_paths(
+        app, "--data", r.data,
+        "text: plain files (a document each), .jsonl (a document a line), both also as .gz or "
+        ".zst; folders of them");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "made before");
-    add_text(app, "--out", o.out, "FOLDER", "gets train_NNNNNN.bin and val.bin");
-    add_number(app, "--shard-tokens", o.shard_tokens, 1, INT_MAX, "TOKENS", "tokens in a shard");
-    add_number(app, "--val-fraction", o.val_fraction, 0, 0.999, "X",
+    add_text(app, "--out", r.out, "FOLDER",
+             "gets train_NNNNNN.bin, val.bin and manifest.json; the same command goes on with what "
+             "was interrupted");
+    add_number(app, "--shard-tokens", r.shard_tokens, 1, INT_MAX, "TOKENS", "tokens in a shard");
+    add_number(app, "--val-fraction", r.val_fraction, 0, 0.999, "X",
                "part of the tokens, at the end, that goes to val.bin");
+    add_jsonl_field(app, r.jsonl_field);
+    app->add_flag("--clean", r.clean,
+                  "remove licences of Project Gutenberg, lines repeated more than 8 times, control "
+                  "characters, and documents that were there before; compose characters (NFC)");
+    app->add_flag("--stats", o.stats, "how long the documents are");
+    add_number(app, "--threads", r.threads, 1, 4096, "N", "that read and encode")
+        ->default_str("all cores");
 }
 
 inline void add_dump_options(CLI::App* app, DumpOptions& o) {
@@ -921,7 +941,7 @@ inline std::function<void(int, int)> training_bar(FILE* file) {
 inline int tokenizer_train_command(const TokenizerOptions& o) {
     require("--data", !o.data.empty());
     require("--out", !o.out.empty());
-    TextCorpus corpus = read_text(o.data);
+    TextCorpus corpus = read_text(o.data, o.jsonl_field);
     double start_s = now_s();
     BpeTraining training;
     training.pattern = pattern_of(o.pattern);
@@ -991,36 +1011,37 @@ inline void print_token_stats(const std::vector<int>& ids, size_t bytes,
            with_commas(count.size()).c_str());
     std::vector<int> order(count.size());
     std::iota(order.begin(), order.end(), 0);
-    size_t most = std::min<size_t>(order.size() - unused, 10);
-    std::partial_sort(order.begin(), order.begin() + ptrdiff_t(most), order.end(),
+    size_t shown = std::min<size_t>(order.size() - unused, 10);
+    std::partial_sort(order.begin(), order.begin() + ptrdiff_t(shown), order.end(),
                       [&](int a, int b) {
                           return std::pair(count[size_t(b)], a) < std::pair(count[size_t(a)], b);
                       });
-    for (size_t i = 0; i < most; i++)
+    for (size_t i = 0; i < shown; i++)
         printf("  %8d   %5.2f%%  %s\n", order[i], 100 * double(count[size_t(order[i])]) / total,
                json(std::string(tokenizer.token_bytes(order[i])))
                    .dump(-1, ' ', true, json::error_handler_t::replace)
                    .c_str());
     if (lengths.size() > 1 && lengths.back() == 0) lengths.pop_back();  // ids end on one
-    std::sort(lengths.begin(), lengths.end());
-    auto part = [&](double p) {  // what so many documents do not exceed
-        return lengths[size_t(std::ceil(p * double(lengths.size()))) - 1];
-    };
-    size_t context = std::clamp<size_t>(std::bit_ceil(part(0.9) + 1), 16, 1 << 16);
-    printf("documents    %s, of %s to %s tokens; half have at most %s, nine in ten %s\n",
-           with_commas(lengths.size()).c_str(), with_commas(lengths.front()).c_str(),
-           with_commas(lengths.back()).c_str(), with_commas(part(0.5)).c_str(),
-           with_commas(part(0.9)).c_str());
+    Lengths documents;
+    for (size_t length : lengths) documents.add(length);
+    size_t context = documents.suggested_context(), most = documents.quantile(0.9);
+    printf(
+        "documents    %s, of %s to %s tokens; half have at most %s, nine in ten %s, 99 in 100 "
+        "%s\n",
+        with_commas(documents.documents()).c_str(), with_commas(documents.least()).c_str(),
+        with_commas(documents.most()).c_str(), with_commas(documents.quantile(0.5)).c_str(),
+        with_commas(most).c_str(), with_commas(documents.quantile(0.99)).c_str());
     printf("context      %s holds nine in ten documents whole%s\n", with_commas(context).c_str(),
-           part(0.9) >= context ? ", or as much as is supported" : "");
+           most >= context ? ", or as much as is supported" : "");
 }
 
 inline int encode_command(const TokenizerOptions& o) {
     Tokenizer tokenizer = given_tokenizer(o);
     TextCorpus corpus;
     std::error_code ignored;
-    if (o.documents.empty() ||
-        (o.documents.size() == 1 && fs::is_regular_file(o.documents[0], ignored))) {
+    bool one = o.documents.size() == 1 && fs::is_regular_file(o.documents[0], ignored) &&
+               !is_json_lines(o.documents[0]) && packing_of(o.documents[0]) == Packing::none;
+    if (o.documents.empty() || one) {
         corpus.text = read_input(o.documents.empty() ? "" : o.documents[0]);
         corpus.document_ends = {corpus.text.size()};
     } else {
@@ -1138,26 +1159,52 @@ inline int convert_command(const TokenizerOptions& o) {
     return 0;
 }
 
-inline int shard_command(const ShardOptions& o) {
-    require("--data", !o.data.empty());
-    require("--out", !o.out.empty());
+// What `shard` did: what was taken away, how long documents are, and how much there is.
+inline void print_shard_report(const ShardOptions& o, const ShardReport& report) {
+    const CorpusTotals& totals = report.totals;
+    const char* out = o.request.out.c_str();
+    for (size_t kind = 0; o.request.clean && kind < kRemovedKinds; kind++)
+        if (totals.removed.count[kind] > 0)
+            printf("cleaned    %s %s, %lld bytes\n",
+                   with_commas(size_t(totals.removed.count[kind])).c_str(),
+                   kRemovedNames[kind].text, static_cast<long long>(totals.removed.bytes[kind]));
+    if (totals.lost_bytes > 0)
+        fprintf(stderr, "note: %s bytes are characters that the vocabulary lacks; dropped\n",
+                with_commas(totals.lost_bytes).c_str());
+    if (o.stats) {
+        auto length = [&](const char* key) {
+            return with_commas(report.document_tokens.value(key, size_t(0)));
+        };
+        printf(
+            "documents  %s, of %s to %s tokens; half have at most %s, nine in ten %s, 99 in 100 "
+            "%s\n",
+            with_commas(totals.documents).c_str(), length("min").c_str(), length("max").c_str(),
+            length("median").c_str(), length("p90").c_str(), length("p99").c_str());
+        printf("context    %s holds nine in ten documents whole\n", length("context").c_str());
+    }
+    printf("%s: %s training and %s validation tokens in %s files, of %s documents, %s bytes%s\n",
+           out, with_commas(report.train_tokens).c_str(), with_commas(report.val_tokens).c_str(),
+           with_commas(report.files).c_str(), with_commas(totals.documents).c_str(),
+           with_commas(totals.bytes).c_str(), report.was_complete ? "; it was ready already" : "");
+}
+
+inline int shard_command(ShardOptions o) {
+    require("--data", !o.request.data.empty());
+    require("--out", !o.request.out.empty());
     Tokenizer tokenizer = load_tokenizer(o.tokenizer);
-    TextCorpus corpus = read_text(o.data);
-    std::vector<int> ids = encode_documents(corpus, 0, corpus.text.size(), tokenizer);
-    size_t val_tokens = size_t(double(ids.size()) * o.val_fraction), end = ids.size() - val_tokens;
-    if (end == 0) fail_input("%s: no tokens to train on; give more text", o.data[0].c_str());
-    make_folder(o.out);
-    auto write_part = [&](const std::string& name, size_t from, size_t to) {
-        std::string path = join_path(o.out, name);
-        write_shard(path,
-                    std::vector<int>(ids.begin() + ptrdiff_t(from), ids.begin() + ptrdiff_t(to)));
-        printf("%s: %s tokens\n", path.c_str(), with_commas(to - from).c_str());
+    o.request.tokenizer_name = o.tokenizer;
+    double start_s = now_s();
+    size_t first = SIZE_MAX;
+    o.request.on_file = [&](const std::string& path, size_t tokens, size_t so_far) {
+        if (first == SIZE_MAX) first = so_far - tokens;
+        printf("%s: %s tokens, %s a second\n", path.c_str(), with_commas(tokens).c_str(),
+               with_commas(size_t(double(so_far - first) / (now_s() - start_s))).c_str());
+        fflush(stdout);
     };
-    int number = 0;
-    for (size_t begin = 0; begin < end; begin += o.shard_tokens)
-        write_part(format("train_%06d.bin", number++), begin,
-                   std::min<size_t>(end, begin + o.shard_tokens));
-    if (val_tokens > 0) write_part("val.bin", end, ids.size());
+    ShardReport report = build_shards(o.request, tokenizer);
+    if (report.resumed_tokens > 0 && !report.was_complete)
+        printf("resumed    %s tokens were there\n", with_commas(report.resumed_tokens).c_str());
+    print_shard_report(o, report);
     return 0;
 }
 

@@ -778,8 +778,16 @@ inline std::optional<Tokenizer> tokenizer_beside(const std::string& path) {
 
 // ==== paths ======================================================================================
 
+// Whether the name is that of text which is packed; of archives of many files it is not.
+inline bool is_packed_text(const fs::path& path) {
+    std::string extension = path.extension().string();
+    if (extension == ".parquet") return true;  // to be refused by name, and not to be passed over
+    return (extension == ".gz" || extension == ".zst") && path.stem().extension() != ".tar";
+}
+
 // Adds the files of a folder and of the folders in it, sorted by path. Hidden ones are left out,
-// and so are binaries: files that are no shards and have a zero byte near their beginning.
+// and so are binaries: files that are no shards, nor packed text, and have a zero byte near their
+// beginning.
 inline void expand_folder(const std::string& folder, std::vector<std::string>* files) {
     constexpr size_t kLookAt = 8192;
     std::vector<std::string> found;
@@ -797,8 +805,9 @@ inline void expand_folder(const std::string& folder, std::vector<std::string>* f
     std::sort(found.begin(), found.end());
     size_t before = files->size();
     for (std::string& path : found) {
-        bool binary = !is_shard(path) && MappedFile(path).view().substr(0, kLookAt).find('\0') !=
-                                             std::string_view::npos;
+        bool binary =
+            !is_shard(path) && !is_packed_text(path) &&
+            MappedFile(path).view().substr(0, kLookAt).find('\0') != std::string_view::npos;
         if (binary) binaries++;
         else files->push_back(std::move(path));
     }
@@ -839,41 +848,12 @@ inline std::vector<std::string> expand_paths(const std::vector<std::string>& pat
 
 // ==== text =======================================================================================
 
-// The bytes of text files, joined; document i ends before byte document_ends[i]. No document is
-// empty.
+// The bytes of documents, joined (see read_text); document i ends before byte document_ends[i]. No
+// document is empty.
 struct TextCorpus {
     std::string text;
     std::vector<size_t> document_ends;
 };
-
-// Reads text files (paths as expand_paths takes them), a document each, byte for byte: nothing is
-// decoded, converted or left out. No files, only empty ones, and token shards among them are
-// fail_input.
-inline TextCorpus read_text(const std::vector<std::string>& paths) {
-    std::vector<std::string> names = expand_paths(paths);
-    if (names.empty()) fail_input("no text files were given");
-    std::vector<MappedFile> files;
-    size_t size = 0;
-    for (const std::string& name : names) {
-        if (is_shard(name))
-            fail_input("%s: a token shard among text files; give shards or text, not both",
-                       name.c_str());
-        files.emplace_back(name);
-        size += files.back().size();
-    }
-    if (size == 0 && names.size() > 1)
-        fail_input("%s: empty, and so are the other %zu files", names[0].c_str(), names.size() - 1);
-    if (size == 0) fail_input("%s: empty", names[0].c_str());
-
-    TextCorpus corpus;
-    corpus.text.reserve(size);
-    for (const MappedFile& file : files) {
-        if (file.size() == 0) continue;
-        corpus.text.append(file.view());
-        corpus.document_ends.push_back(corpus.text.size());
-    }
-    return corpus;
-}
 
 // Where the last tenth of a text begins: floor(0.9 * size), moved forward to the beginning of a
 // UTF-8 character.

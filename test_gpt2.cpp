@@ -3452,8 +3452,11 @@ TEST(Info, KnowsTheFilesOfLlmc) {
     files.expect("tok.bin", head + std::string("\1a\0", 3), "token 1 of 2 is cut", false);
     set_word(&head, 0, 20240327);
     files.expect("debug.bin", head, "debug state of llm.c");
-    set_word(&head, 0, 20240801);
-    files.expect("llama.bin", head, "for Llama 3");
+    write_shard(files.folder + "/l.bin", {1, 128000}, true, 4);
+    std::string llama = read_file(files.folder + "/l.bin");
+    files.expect("l.bin", llama, "token shard, uint32, 2 tokens, largest id 128000, as its hash");
+    llama.back() ^= 1;
+    files.expect("l.bin", llama, "byte 12: the ids do not match the hash", false);
     write_shard(files.folder + "/s.bin", {1, 2, 700});
     std::string shard = read_file(files.folder + "/s.bin");
     files.expect("s.bin", shard, "token shard, uint16, 3 tokens, largest id 700");
@@ -5410,13 +5413,23 @@ TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
 }
 
 TEST_F(Cli, ShardsMadeFromTextTrain) {
-    Outcome made = call({"shard", "--data", "text.txt", "--tokenizer", "bytes", "--out", "shards",
-                         "--shard-tokens", "500"});
+    std::vector<std::string> words = {"shard",    "--data", "text.txt",       "--tokenizer", "bytes",
+                                      "--out",    "shards", "--shard-tokens", "500",         "--stats",
+                                      "--clean"};
+    Outcome made = call(words);
     ASSERT_EQ(made.code, 0) << made.err;
-    size_t tokens = 0;
-    for (const std::string& name : expand_paths({path("shards")}))
-        tokens += Shard(name, 257).size();
+    EXPECT_NE(made.out.find("shards/val.bin: "), std::string::npos) << made.out;
+    EXPECT_NE(made.out.find("documents  1, of "), std::string::npos) << made.out;
+    size_t tokens = 0, files = 0;
+    for (const auto& entry : fs::directory_iterator(path("shards"))) {
+        if (entry.path().extension() != ".bin") continue;
+        tokens += Shard(entry.path().string(), 257).size(), files++;
+    }
     EXPECT_EQ(tokens, read_file(path("text.txt")).size());
+    EXPECT_EQ(json::parse(read_file(path("shards/manifest.json"))).at("tokens"), tokens);
+    EXPECT_NE(call(words).out.find("it was ready already"), std::string::npos);
+    words[8] = "501";
+    expect_error(call(words), 2, "was begun with --shard-tokens 500, and this is 501");
     Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
                                         "--tokenizer", "bytes", "--steps", "2", "--out", "run"}));
     EXPECT_EQ(trained.code, 0) << trained.err;
@@ -5522,6 +5535,25 @@ TEST_F(Cli, HellaSwagIsScored) {
     error({"--hellaswag", "hs.jsonl", "--data", "text.txt"}, "--data and --hellaswag");
     error({"--data", "text.txt", "--out", "x"}, "--out: is for --hellaswag");
     error({"--hellaswag", "none.jsonl"}, "none.jsonl: cannot open");
+}
+
+TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
+    std::string text = read_file(path("text.txt")), lines, ids;
+    for (size_t begin = 0; begin < text.size(); begin += 100)
+        lines += json{{"body", text.substr(begin, 100)}}.dump() + "\n";
+    write("text.jsonl", lines);
+    std::vector<std::string> more = {"--steps", "1", "--tokenizer", "bytes", "--out", "lines"};
+    more.insert(more.end(), {"--data", "text.jsonl", "--jsonl-field", "body"});
+    EXPECT_EQ(call(train_words(more)).code, 0);
+    expect_train_error({"--data", "text.jsonl", "--steps", "1"}, 2, "line 1: no field \"text\"");
+    for (char c : text) ids += c, ids += '\0';
+    write("raw.bin", ids);
+    Outcome raw = call(train_words({"--data", "raw.bin", "--raw-tokens", "uint16", "--tokenizer",
+                                    "bytes", "--steps", "1", "--out", "raw"}));
+    EXPECT_EQ(raw.code, 0) << raw.err;
+    expect_train_error({"--data", "raw.bin", "--steps", "1"}, 2, "use --raw-tokens");
+    EXPECT_EQ(call({"evaluate", "--model", "raw", "--data", "raw.bin", "--raw-tokens", "uint16"}).code,
+              0);
 }
 
 TEST_F(Cli, DumpRefusesIdsThatDoNotFit) {

@@ -23,6 +23,7 @@
 
 #include "checkpoint.h"
 #include "convert.h"
+#include "corpus.h"
 #include "dataloader.h"
 #include "gpt2.h"
 #include "sampler.h"
@@ -95,7 +96,7 @@ struct TrainOptions {
     std::string windows = "shuffled";
     int stride = 0;  // tokens between sliding windows; 0: the sequence length
     bool separate_documents = false;
-    std::string tokenizer = "auto", raw_tokens = "no";
+    std::string tokenizer = "auto", raw_tokens = "no", jsonl_field = kJsonlField;
     ModelOptions model;
 
     int batch_size = 16;            // sequences a rank
@@ -472,7 +473,7 @@ inline Shard text_shard(const TextCorpus& corpus, size_t begin, size_t end,
 // Text: the tokenizer is learned from the training part alone.
 inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& model,
                                    const std::string& cache_folder) {
-    TextCorpus corpus = read_text(o.data);
+    TextCorpus corpus = read_text(o.data, o.jsonl_field);
     size_t size = corpus.text.size(), begin = o.val.empty() ? validation_start(corpus.text) : size;
     if (begin == 0)
         fail_input("%s: %zu bytes are too few to train on; give more text", o.data[0].c_str(),
@@ -493,7 +494,7 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
             data.val.push_back(text_shard(corpus, begin, size, *data.tokenizer, cache_folder));
         return data;
     }
-    TextCorpus val = read_text(o.val);
+    TextCorpus val = read_text(o.val, o.jsonl_field);
     data.val_bytes = val.text.size();
     data.val.push_back(text_shard(val, 0, val.text.size(), *data.tokenizer, cache_folder));
     return data;

@@ -25,8 +25,8 @@ fail() {
 }
 
 # A row: who needs it (`wish`: nobody, but without oneDNN the program falls back on a slower matrix
-# product of its own, and without clang++'s sanitizers `make sanitize` skips a part), the header by
-# which it is known, and its package under apt, dnf, pacman and brew.
+# product of its own, without zlib and zstd it reads no .gz and .zst, and without clang++'s
+# sanitizers `make sanitize` skips a part), the header by which it is known, and its package under apt, dnf, pacman and brew.
 table() {
     case $CXX in
     *clang*)
@@ -46,6 +46,8 @@ run   CLI/CLI.hpp            libcli11-dev       cli11-devel            cli11    
 run   utf8proc.h             libutf8proc-dev    utf8proc-devel         libutf8proc   utf8proc
 run   xxhash.h               libxxhash-dev      xxhash-devel           xxhash        xxhash
 wish  oneapi/dnnl/dnnl.h     libdnnl-dev        onednn-devel           onednn        onednn
+wish  zlib.h                 zlib1g-dev         zlib-devel             zlib          zlib
+wish  zstd.h                 libzstd-dev        libzstd-devel          zstd          zstd
 test  gtest/gtest.h          libgtest-dev       gtest-devel            gtest         googletest
 bench benchmark/benchmark.h  libbenchmark-dev   google-benchmark-devel benchmark google-benchmark
 END

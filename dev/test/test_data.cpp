@@ -12,6 +12,7 @@
 #include <random>
 #include <set>
 
+#include "../../corpus.h"
 #include "tools.h"
 
 namespace {
