@@ -1172,10 +1172,11 @@ class ShardBuilder {
         result.number = unit.number, result.digest = unit.digest, result.source = unit.source;
         bool again = unit.number < first_unit_;  // its tokens are in shards already
         if (again && !request_.clean) return result;
+        std::string joined, cleaned;  // joined: the documents, one behind the other
+        std::vector<size_t> ends, id_ends;
+        bool copied = unit.json_lines || request_.clean;
         auto take = [&](std::string_view text) {
-            std::string cleaned;
-            Piece piece{0, 0, 0, true, true, {}};
-            if (!unit.json_lines) piece.begins = unit.begins, piece.ends = unit.ends;
+            Piece piece{0, 0, 0, unit.json_lines || unit.begins, unit.json_lines || unit.ends, {}};
             if (request_.clean) {
                 cleaned = clean_document(text, &result.removed);
                 text = cleaned;
@@ -1185,18 +1186,29 @@ class ShardBuilder {
                 }
                 piece.hash = XXH3_128bits(text.data(), text.size());
             }
-            size_t before = result.ids.size();
-            if (!again) tokenizer_.encode(text, result.ids, 1);
-            piece.ids = result.ids.size() - before, piece.bytes = text.size();
-            if (!token_bytes_.empty()) {
-                piece.lost_bytes = text.size();
-                for (size_t i = before; i < result.ids.size(); i++)
-                    piece.lost_bytes -= size_t(token_bytes_[size_t(result.ids[i])]);
-            }
+            piece.bytes = text.size();
+            ends.push_back((ends.empty() ? 0 : ends.back()) + text.size());
             result.pieces.push_back(piece);
+            if (copied && !again) joined += text;
+            else if (!again) tokenizer_.encode_each(text, ends, result.ids, id_ends);
         };
         for_each_document(unit, files_[unit.source], request_.jsonl_field, take);
+        if (again) return result;
+        if (copied) tokenizer_.encode_each(joined, ends, result.ids, id_ends);
+        count_ids(id_ends, &result);
         return result;
+    }
+    // Of each piece the number of ids, and the bytes that are in none.
+    void count_ids(const std::vector<size_t>& id_ends, EncodedUnit* unit) const {
+        size_t begin = 0;
+        for (size_t i = 0; i < id_ends.size(); begin = id_ends[i++]) {
+            Piece& piece = unit->pieces[i];
+            piece.ids = id_ends[i] - begin;
+            if (token_bytes_.empty()) continue;
+            piece.lost_bytes = piece.bytes;
+            for (size_t j = begin; j < id_ends[i]; j++)
+                piece.lost_bytes -= size_t(token_bytes_[size_t(unit->ids[j])]);
+        }
     }
 
     void encode_all() {

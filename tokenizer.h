@@ -651,6 +651,12 @@ struct Tokenizer {
     void encode(std::string_view text, std::vector<int>& ids, std::string* missing,
                 int threads = 0) const;
 
+    // The same for texts that lie one behind the other and end before the bytes ends[i], on one
+    // thread: ids.size() behind those of text i is appended to id_ends. What was found out about a
+    // word of one text is remembered for the next, which makes short texts several times as fast.
+    void encode_each(std::string_view texts, const std::vector<size_t>& ends, std::vector<int>& ids,
+                     std::vector<size_t>& id_ends) const;
+
     // The ids of the special tokens with these names, ascending; of all where the only name is
     // "all". Fails on a name that is none of them, and lists those that are known.
     std::vector<int> special_tokens(const std::vector<std::string>& names) const;
@@ -1082,7 +1088,7 @@ class Tokenizer::Encoder {
         word_shift_ = 64 - std::bit_width(words - 1);
     }
 
-    // Appends the ids of bytes [begin, end) of the text, where each is a safe_cut or an end of it.
+    // Appends the ids of bytes [begin, end) of the text, as if there were no others.
     template <Pattern pattern>
     void encode(size_t begin, size_t end, std::vector<int>& ids) {
         IdWriter out(ids);
@@ -1205,6 +1211,20 @@ inline void Tokenizer::encode_bpe(std::string_view text, std::vector<int>& ids, 
         for (auto [worker, begin, end] : parts)
             ids.insert(ids.end(), outputs[worker].begin() + ptrdiff_t(begin),
                        outputs[worker].begin() + ptrdiff_t(end));
+    });
+}
+
+inline void Tokenizer::encode_each(std::string_view texts, const std::vector<size_t>& ends,
+                                   std::vector<int>& ids, std::vector<size_t>& id_ends) const {
+    with_pattern(pattern_, [&](auto pattern) {
+        Encoder encoder(*this, texts, texts.size());
+        size_t begin = 0;
+        for (size_t end : ends) {
+            if (kind_ == Kind::bpe) encoder.encode<pattern()>(begin, end, ids);
+            else encode(texts.substr(begin, end - begin), ids, 1);
+            id_ends.push_back(ids.size());
+            begin = end;
+        }
     });
 }
 

@@ -294,6 +294,29 @@ TEST(Corpus, UnitsOfADocumentHaveTheTokensOfTheWhole) {
     }
 }
 
+// Texts that are encoded together have the ids that each has alone, wherever they end: inside
+// words, characters and runs of spaces.
+TEST(Corpus, DocumentsThatAreEncodedTogetherDoNotKnowOfEachOther) {
+    std::string text = corpus_text(300000, 9);
+    std::mt19937 generator(4);
+    for (const Tokenizer& tokenizer :
+         {Tokenizer::train_bpe(text.substr(0, 50000), 500), Tokenizer::bytes(),
+          Tokenizer::chars(text.substr(0, 1000))}) {
+        std::vector<size_t> ends, id_ends;
+        for (size_t end = 0; end < text.size();)
+            ends.push_back(end = std::min(end + generator() % 300, text.size()));
+        std::vector<int> ids, expected;
+        tokenizer.encode_each(text, ends, ids, id_ends);
+        ASSERT_EQ(id_ends.size(), ends.size());
+        size_t begin = 0;
+        for (size_t i = 0; i < ends.size(); begin = ends[i++]) {
+            tokenizer.encode(std::string_view(text).substr(begin, ends[i] - begin), expected, 1);
+            ASSERT_EQ(id_ends[i], expected.size()) << i;
+        }
+        EXPECT_EQ(ids, expected);
+    }
+}
+
 // ---- cleaning ----
 
 namespace {
