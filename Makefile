@@ -258,16 +258,16 @@ faults: $(addprefix $(FOLDER)/,faults.so run_faults train_gpt2)
 # twin. A new target is a new file, and seeds for it in make_seeds.cpp.
 FUZZ := build/fuzz
 FUZZ_FLAGS = -std=c++20 -O1 -g -fno-omit-frame-pointer -fopenmp -Wall -Wextra -Werror \
-    -Wno-pass-failed -Wno-unused-function $(CPPFLAGS)
+    -Wno-pass-failed -Wno-unused-function $(PACKING) $(CPPFLAGS)
 FUZZ_SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_PROGRAMS := $(patsubst dev/fuzz/%.cpp,$(FUZZ)/%,$(wildcard dev/fuzz/fuzz_*.cpp))
 
 $(FUZZ)/fuzz_%: dev/fuzz/fuzz_%.cpp Makefile
 	@mkdir -p $(@D)
-	clang++ $(FUZZ_FLAGS) $(FUZZ_SANITIZERS) -fsanitize=fuzzer -MMD -MP $< -o $@ $(LDFLAGS) -lutf8proc -lxxhash
+	clang++ $(FUZZ_FLAGS) $(FUZZ_SANITIZERS) -fsanitize=fuzzer -MMD -MP $< -o $@ $(LDFLAGS) $(TEXT_LIBRARIES)
 $(FUZZ)/make_seeds: dev/fuzz/make_seeds.cpp Makefile
 	@mkdir -p $(@D)
-	clang++ $(FUZZ_FLAGS) -MMD -MP $< -o $@ $(LDFLAGS) -lutf8proc -lxxhash
+	clang++ $(FUZZ_FLAGS) -MMD -MP $< -o $@ $(LDFLAGS) $(TEXT_LIBRARIES)
 
 fuzz-programs: $(FUZZ_PROGRAMS) $(FUZZ)/make_seeds
 

@@ -250,7 +250,9 @@ inline void add_raw_tokens(CLI::App* app, std::string& raw) {
 
 inline void add_train_options(CLI::App* app, TrainOptions& o) {
     app->option_defaults()->group("Data");
-    add_paths(app, "--data", o.data, "text (files, folders) or token shards (.bin, .npy, a glob)");
+    add_paths(
+        app, "--data", o.data,
+        "text (files, folders) or token shards (.bin, .npy, a glob, a folder that `shard` made)");
     add_paths(app, "--val", o.val, "validation data; without it, the last tenth of --data");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|bpe:SIZE|FILE",
              "for text; auto: that of a model FOLDER, else a bpe of a size that suits the text");
@@ -299,7 +301,9 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
 
 inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     add_text(app, "--model", o.model, "FOLDER|FILE.bin", kModelHelp);
-    add_paths(app, "--data", o.data, "text or token shards; all of it is evaluated");
+    add_paths(app, "--data", o.data,
+              "text or token shards; all of it is evaluated, of a folder that "
+              "`shard` made the validation part");
     add_text(app, "--hellaswag", o.hellaswag, "FILE",
              "in place of --data: the share of HellaSwag's examples whose right ending has the "
              "lowest loss; its JSON lines, or llm.c's .bin of them");
@@ -777,7 +781,7 @@ inline int sample_command(const SampleOptions& o) {
 
 // --data of `evaluate`, all of it.
 inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const LoadedModel& loaded) {
-    std::vector<std::string> paths = expand_paths(o.data);
+    std::vector<std::string> paths = expand_paths(o.data, ShardPart::val);
     std::vector<Shard> shards;
     if (!paths.empty() && is_shard(paths[0])) {
         for (const std::string& path : paths)

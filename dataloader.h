@@ -785,6 +785,38 @@ inline bool is_packed_text(const fs::path& path) {
     return (extension == ".gz" || extension == ".zst") && path.stem().extension() != ".tar";
 }
 
+// A folder that `shard` made holds a training and a validation part.
+enum class ShardPart { train, val };
+
+// Adds the shards of one part that the manifest of a folder lists, which `shard` has written there.
+// False where it has no such manifest; a folder that is not finished is fail_input.
+inline bool add_manifest_shards(const std::string& folder, ShardPart part,
+                                std::vector<std::string>* files) {
+    std::error_code ignored;
+    std::string manifest = (fs::path(folder) / "manifest.json").string();
+    const char* name = folder.c_str();
+    bool there = fs::exists(manifest, ignored);
+    if (!there && fs::exists(fs::path(folder) / "progress.json", ignored) &&
+        fs::exists(fs::path(folder) / "train_000000.bin", ignored))
+        fail_input("%s: these shards are not finished; give the command that makes them again",
+                   name);
+    if (!there) return false;
+    json root = json::parse(read_file(manifest), nullptr, false);
+    if (!root.is_object() || root.value("format", json()) != "llm.c token shards") return false;
+    json list = root.value(part == ShardPart::train ? "train" : "val", json());
+    if (!list.is_array()) fail_input("%s: lists no shards; make them again", manifest.c_str());
+    for (const json& entry : list) {
+        json file = entry.is_object() ? entry.value("file", json()) : json();
+        bool plain = file.is_string() && file.get<std::string>().find('/') == std::string::npos;
+        if (!plain) fail_input("%s: lists what is no file; make it again", manifest.c_str());
+        files->push_back((fs::path(folder) / file.get<std::string>()).string());
+    }
+    if (list.empty())
+        fail_input("%s: has no %s part; make it with another --val-fraction", name,
+                   part == ShardPart::train ? "training" : "validation");
+    return true;
+}
+
 // Adds the files of a folder and of the folders in it, sorted by path. Hidden ones are left out,
 // and so are binaries: files that are no shards, nor packed text, and have a zero byte near their
 // beginning.
@@ -817,10 +849,12 @@ inline void expand_folder(const std::string& folder, std::vector<std::string>* f
     if (files->size() == before) fail_input("%s: no files in this folder", folder.c_str());
 }
 
-// The files that `paths` stand for: a file for itself, a folder for what expand_folder finds in it,
-// a pattern (*.bin) for its matches, sorted. What exists under the very name of a pattern is taken
-// as it is. A path or pattern that stands for nothing is fail_input.
-inline std::vector<std::string> expand_paths(const std::vector<std::string>& paths) {
+// The files that `paths` stand for: a file for itself, a folder that `shard` made for a part of its
+// shards, any other for what expand_folder finds in it, a pattern (*.bin) for its matches, sorted.
+// What exists under the very name of a pattern is taken as it is. A path or pattern that stands for
+// nothing is fail_input.
+inline std::vector<std::string> expand_paths(const std::vector<std::string>& paths,
+                                             ShardPart part = ShardPart::train) {
     std::vector<std::string> files;
     for (const std::string& path : paths) {
         std::vector<std::string> matches = {path};
@@ -838,7 +872,9 @@ inline std::vector<std::string> expand_paths(const std::vector<std::string>& pat
             if (error == std::errc::permission_denied)
                 fail_machine("%s: cannot read: %s", match.c_str(), error.message().c_str());
             if (!fs::exists(status)) fail_input("%s: no such file or folder", match.c_str());
-            if (fs::is_directory(status)) expand_folder(match, &files);
+            bool folder = fs::is_directory(status);
+            if (folder && add_manifest_shards(match, part, &files)) continue;
+            if (folder) expand_folder(match, &files);
             else if (fs::is_regular_file(status)) files.push_back(match);
             else fail_input("%s: neither a file nor a folder", match.c_str());
         }

@@ -5433,6 +5433,16 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
                                         "--tokenizer", "bytes", "--steps", "2", "--out", "run"}));
     EXPECT_EQ(trained.code, 0) << trained.err;
+    trained = call(train_words({"--data", "shards", "--tokenizer", "bytes", "--steps", "2", "--out",
+                                "parts"}));
+    EXPECT_EQ(trained.code, 0) << trained.err;
+    EXPECT_EQ(losses_by_step(path("run")), losses_by_step(path("parts")));
+    Outcome part = call({"evaluate", "--model", "run", "--data", "shards"});
+    EXPECT_EQ(part.out.substr(0, 30),
+              call({"evaluate", "--model", "run", "--data", "shards/val.bin"}).out.substr(0, 30));
+    call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
+    expect_train_error({"--data", "shards", "--tokenizer", "tok"}, 2,
+                       "made with another tokenizer, \"bytes\"");
     EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
     expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
                  "--tokenizer chars");

@@ -500,7 +500,36 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
     return data;
 }
 
-// Shards: where no validation data is given, the last tenth of all their tokens, in their order.
+// Of the folders among `paths` those that `shard` made with a validation part.
+inline std::vector<std::string> manifest_val(const std::vector<std::string>& paths) {
+    std::vector<std::string> folders;
+    for (const std::string& path : paths) {
+        json root = json::parse(path_exists(join_path(path, "manifest.json"))
+                                    ? read_file(join_path(path, "manifest.json"))
+                                    : "",
+                                nullptr, false);
+        if (root.is_object() && root.value("val_tokens", json(0)) != 0) folders.push_back(path);
+    }
+    return folders;
+}
+
+// Shards that `shard` made with another tokenizer than this would train a model on nonsense.
+inline void check_manifest_tokenizer(const std::vector<std::string>& paths,
+                                     const Tokenizer& tokenizer) {
+    for (const std::string& path : paths) {
+        std::string manifest = (fs::path(path).parent_path() / "manifest.json").string();
+        if (!path_exists(manifest)) continue;
+        json root = json::parse(read_file(manifest), nullptr, false);
+        if (!root.is_object() || root.value("format", json()) != "llm.c token shards") continue;
+        json facts = root.value("tokenizer", json::object());
+        if (facts.is_object() && facts.value("hash", json()) != hash_text(tokenizer.fingerprint()))
+            fail_input("%s: made with another tokenizer, %s; give it with --tokenizer",
+                       path.c_str(), facts.value("name", json("unknown")).dump().c_str());
+    }
+}
+
+// Shards: where no validation data is given, that of the folders that `shard` made, or else the
+// last tenth of all tokens, in their order.
 inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& model,
                                     const std::vector<std::string>& paths) {
     TrainingData data;
@@ -509,16 +538,19 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
     if (!data.tokenizer && model.folder.empty() && o.raw_tokens == "no")
         data.tokenizer = tokenizer_beside(paths[0]);
     if (data.tokenizer) data.token_bytes = bytes_per_token(*data.tokenizer);
+    if (data.tokenizer) check_manifest_tokenizer(paths, *data.tokenizer);
     int vocab_size = model.config.vocab_size;
     if (!model.fixed_vocab && data.tokenizer) vocab_size = data.tokenizer->vocab_size();
     RawTokens raw = raw_tokens(o.raw_tokens);
     for (const std::string& path : paths) data.train.emplace_back(path, vocab_size, raw);
-    for (const std::string& path : o.val.empty() ? o.val : expand_paths(o.val)) {
+    std::vector<std::string> val = o.val.empty() ? manifest_val(o.data) : o.val;
+    if (!val.empty()) val = expand_paths(val, ShardPart::val);
+    for (const std::string& path : val) {
         if (!is_shard(path))
             fail_input("%s: text among token shards; give shards for --val too", path.c_str());
         data.val.emplace_back(path, vocab_size, raw);
     }
-    if (!o.val.empty()) return data;
+    if (!val.empty()) return data;
     size_t tokens = 0;
     for (const Shard& shard : data.train) tokens += shard.size();
     size_t val_tokens = tokens - (tokens / 10 * 9 + tokens % 10 * 9 / 10);

@@ -114,13 +114,13 @@ void npy_seeds(const std::string& out, const std::string& work) {
     }
 }
 
-void shard_seeds(const std::string& out, const std::string& work) {
+void windows_seeds(const std::string& out, const std::string& work) {
     std::string path = join_path(work, "a.bin");
     for (size_t count : {1, 2, 9, 40}) {
         std::vector<int> ids(count);
         for (size_t i = 0; i < count; i++) ids[i] = int(i * 37 % 1000);
         write_shard(path, ids, count == 9);
-        put(out, "shard", read_file(path));
+        put(out, "windows", read_file(path));
     }
 }
 
@@ -182,6 +182,54 @@ void text_seeds(const std::string& out) {
     put(out, "decode", std::string("\x54\0\xff\xff", 4));
 }
 
+// The first byte says what the rest is; see the targets.
+void shard_seeds(const std::string& out, const std::string& work) {
+    std::string path = join_path(work, "ids.bin"), npy = join_path(work, "ids.npy");
+    for (bool wide : {false, true}) {
+        write_shard(path, {1, 2, 50000}, true, wide ? 4 : 2);
+        put(out, "shard", std::string(1, '\0') + read_file(path));
+    }
+    write_npy(npy, {1, 2, 50000}, {3});
+    put(out, "shard", "\3" + read_file(npy));
+    for (int kind : {1, 2, 4, 5})
+        put(out, "shard", char(kind) + std::string("\1\0\2\0\0\0\0\0", 8));
+    const std::string_view kMetas[] = {
+        // pickles of protocols 4 and 2
+        {"\200\004\225\110\000\000\000\000\000\000\000\175\224\050\214\012\166\157\143\141"
+         "\142\137\163\151\172\145\224\113\003\214\004\151\164\157\163\224\175\224\050\113"
+         "\000\214\001\012\224\113\001\214\001\141\224\113\002\214\001\142\224\165\214\004"
+         "\163\164\157\151\224\175\224\050\150\004\113\000\150\005\113\001\150\006\113\002"
+         "\165\165\056",
+         83},
+        {"\200\002\175\161\000\050\130\012\000\000\000\166\157\143\141\142\137\163\151\172"
+         "\145\161\001\113\003\130\004\000\000\000\151\164\157\163\161\002\175\161\003\050"
+         "\113\000\130\001\000\000\000\012\161\004\113\001\130\001\000\000\000\141\161\005"
+         "\113\002\130\001\000\000\000\142\161\006\165\130\004\000\000\000\163\164\157\151"
+         "\161\007\175\161\010\050\150\004\113\000\150\005\113\001\150\006\113\002\165\165"
+         "\056",
+         101}};
+    for (std::string_view meta : kMetas) put(out, "shard", "\6" + std::string(meta));
+}
+
+void corpus_seeds(const std::string& out) {
+    const std::string_view kGzip = {
+        "\037\213\010\000\000\000\000\000\002\003\163\124\050\111\255\050\321\121\050\110"
+        "\114\316\116\115\321\343\162\044\300\007\000\373\265\114\122\060\000\000\000",
+        39};
+    const std::string_view kZstd = {
+        "\050\265\057\375\004\130\335\000\000\250\173\042\164\145\170\164\042\072\042\157"
+        "\156\145\042\175\012\164\167\157\042\175\012\001\000\122\314\072\220\342\337\356",
+        40};
+    put(out, "corpus",
+        std::string(1, '\0') + R"({"id":1.5,"text":"a\n\u00e9","list":[{"text":2},null]})");
+    put(out, "corpus",
+        "\1Header\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\nVerse\r\n\n"
+        "*** END OF THE PROJECT GUTENBERG EBOOK X ***\nLicence\n");
+    put(out, "corpus", "\1e\xcc\x81\n\n1\n1\n1\n1\n1\n1\n1\n1\n1\n1\n\xef\xbb\xbf\f");
+    put(out, "corpus", "\2" + std::string(kGzip));
+    put(out, "corpus", "\3" + std::string(kZstd));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -201,9 +249,11 @@ int main(int argc, char** argv) {
         with_folder(checkpoint_seeds);
         with_folder(npy_seeds);
         with_folder(shard_seeds);
+        with_folder(windows_seeds);
         with_folder(tokenizer_seeds);
         text_seeds(out);
         index_seeds(out);
+        corpus_seeds(out);
         hellaswag_seeds(out);
     } catch (const Error& error) {
         fprintf(stderr, "make_seeds: error: %s\n", error.what());

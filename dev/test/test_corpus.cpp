@@ -489,6 +489,28 @@ TEST(ShardFolder, HoldsTheTokensOfTheText) {
             << name << " was left behind";
 }
 
+TEST(ShardFolder, StandsForItsPartsAmongPaths) {
+    CorpusFiles files;
+    files.build("out");
+    std::string out = files.folder + "/out", manifest = out + "/manifest.json";
+    std::vector<std::string> train = expand_paths({out});
+    EXPECT_EQ(train.front(), out + "/train_000000.bin");
+    EXPECT_EQ(train.size(), files.files("out").size() - 2);
+    EXPECT_EQ(expand_paths({out}, ShardPart::val), std::vector<std::string>{out + "/val.bin"});
+    json root = json::parse(read_file(manifest));
+    root["val"] = json::array();
+    root["train"][0]["file"] = "../x.bin";
+    corpus_put(manifest, root.dump());
+    expect_refused(error_of([&] { expand_paths({out}); }), "lists what is no file");
+    expect_refused(error_of([&] { expand_paths({out}, ShardPart::val); }), "no validation part");
+    fs::rename(manifest, out + "/progress.json");
+    expect_refused(error_of([&] { expand_paths({out}); }), "these shards are not finished");
+    // Any other manifest.json is a file of a folder.
+    std::string folder = test_folder();
+    corpus_put(folder + "/manifest.json", "{\"name\": 1}");
+    EXPECT_EQ(expand_paths({folder}), std::vector<std::string>{folder + "/manifest.json"});
+}
+
 TEST(ShardFolder, IsTheSameForAnyNumberOfThreads) {
     CorpusFiles files(3);
     for (bool clean : {false, true}) {
@@ -539,7 +561,7 @@ TEST(ShardFolder, IsTheSameAfterBeingCutOffAtAnyFile) {
                     std::string mark = seen + fs::path(path).filename().string();
                     if (fs::exists(mark)) return;
                     corpus_put(mark, "");
-                    _exit(9);
+                    kill(getpid(), SIGKILL);
                 };
                 files.request.threads = 1 + runs % 3;
                 _exit(files.error(cut).empty() ? 0 : 1);
@@ -547,11 +569,27 @@ TEST(ShardFolder, IsTheSameAfterBeingCutOffAtAnyFile) {
             int status = 0;
             waitpid(child, &status, 0);
             done = status == 0;
-            ASSERT_TRUE(done || WEXITSTATUS(status) == 9) << files.error(cut);
+            ASSERT_TRUE(done || WIFSIGNALED(status)) << files.error(cut);
         }
         EXPECT_GE(runs, 5);
         EXPECT_EQ(files.files(cut), files.files(whole));
     }
+}
+
+// The last shard is cut and those behind it are gone when the manifest cannot be written.
+TEST(ShardFolder, IsTheSameAfterAFailureAtItsVeryEnd) {
+    CorpusFiles files;
+    files.request.val_fraction = 0.35;
+    files.build("whole");
+    std::string in_the_way = files.folder + "/out/manifest.json";
+    files.request.on_file = [&](const std::string& path, size_t, size_t) {
+        if (path.ends_with("val.bin")) fs::create_directories(in_the_way + "/x");
+    };
+    EXPECT_EQ(files.error("out").substr(0, 2), "1 ");
+    fs::remove_all(in_the_way);
+    files.request.on_file = nullptr;
+    EXPECT_EQ(files.error("out"), "");
+    EXPECT_EQ(files.files("out"), files.files("whole"));
 }
 
 TEST(ShardFolder, IsTheSameAfterKillsAtAnyMoment) {
@@ -592,12 +630,12 @@ TEST(ShardFolder, GoesOnOnlyWithWhatItWasBegunWith) {
     CorpusFiles files;
     pid_t child = fork();
     if (child == 0) {
-        files.request.on_file = [](const std::string&, size_t, size_t) { _exit(9); };
+        files.request.on_file = [](const std::string&, size_t, size_t) { kill(getpid(), SIGKILL); };
         _exit(files.error("out").empty() ? 0 : 1);
     }
     int status = 0;
     waitpid(child, &status, 0);
-    ASSERT_EQ(WEXITSTATUS(status), 9);
+    ASSERT_TRUE(WIFSIGNALED(status));
     ASSERT_TRUE(fs::exists(files.folder + "/out/progress.json"));
     auto refuse_all = [&](const std::string& file) {
         CorpusFiles other = files;
@@ -655,7 +693,7 @@ TEST(ShardFolder, TakesNoDamagedProgress) {
     CorpusFiles files;
     pid_t child = fork();
     if (child == 0) {
-        files.request.on_file = [](const std::string&, size_t, size_t) { _exit(9); };
+        files.request.on_file = [](const std::string&, size_t, size_t) { kill(getpid(), SIGKILL); };
         _exit(files.error("out").empty() ? 0 : 1);
     }
     int status = 0;
@@ -708,7 +746,7 @@ TEST(ShardFolder, KeepsOutOfFoldersThatAreInUse) {
         r.out = place;
         EXPECT_EQ(error_of([&] { build_shards(r, files.tokenizer); }).substr(0, 2), "1 ");
     }
-    files.request.data = {files.folder + "/out"};
+    files.request.data = {files.folder + "/out/val.bin"};
     expect_refused(files.error("x"), "a token shard among text files");
     files.request.data = {corpus_put(files.folder + "/empty.txt", "")};
     expect_refused(files.error("y"), "empty.txt: no tokens of this vocabulary");
