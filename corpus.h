@@ -910,6 +910,8 @@ class ShardBuilder {
         reader_.emplace(files_, request_.jsonl_field, request_.clean);
         make_folder(request_.out);
         lock_folder();
+        remove_leftovers();
+        origin_ = origin(true);
         totals_.source_documents.resize(files_.size());
         if (exists("manifest.json")) return complete_report();
         if (exists("progress.json")) resume();
@@ -983,6 +985,16 @@ class ShardBuilder {
         }
     }
 
+    // What a kill left of files that were being written.
+    void remove_leftovers() const {
+        for (const auto& entry : fs::directory_iterator(request_.out)) {
+            std::string name = entry.path().filename().string();
+            bool ours = name.starts_with("train_") || name.starts_with("val") ||
+                        name.starts_with("manifest.json.") || name.starts_with("progress.json.");
+            if (ours && name.ends_with(".tmp")) fs::remove(entry.path());
+        }
+    }
+
     ordered_json options() const {
         return {{"--shard-tokens", request_.shard_tokens},
                 {"--val-fraction", request_.val_fraction},
@@ -1021,7 +1033,7 @@ class ShardBuilder {
     // Refuses to go on in a folder that is made otherwise, naming what differs.
     void check_origin(const json& there, const std::string& file, bool modified) const {
         const char* name = file.c_str();
-        json here = json::parse(text_of(origin(modified)));
+        json here = json::parse(text_of(origin_));
         for (const auto& [option, value] : here.at("options").items()) {
             std::string was = there.at("options").at(option).dump();
             if (was != value.dump())
@@ -1080,7 +1092,7 @@ class ShardBuilder {
     }
 
     void write_progress(const CorpusTotals& totals, uint64_t unit, uint64_t digest, size_t skip) {
-        ordered_json root = origin(true), removed = ordered_json::array();
+        ordered_json root = origin_, removed = ordered_json::array();
         for (size_t kind = 0; kind < kRemovedKinds; kind++)
             removed.push_back({totals.removed.count[kind], totals.removed.bytes[kind]});
         root["shards"] = ordered_json::array();
@@ -1130,8 +1142,6 @@ class ShardBuilder {
         }
         if (!finishing_)
             for (const Entry& entry : entries_) check_entry(entry);
-        for (const auto& entry : fs::directory_iterator(request_.out))
-            if (entry.path().extension() == ".tmp") fs::remove(entry.path());
     }
 
     void read_progress(const json& root) {
@@ -1421,6 +1431,7 @@ class ShardBuilder {
     std::vector<int> token_bytes_;  // of a vocabulary that may lack characters
     std::vector<std::string> files_;
     std::optional<CorpusReader> reader_;
+    ordered_json origin_;  // when this began
     struct Lock {
         int fd = -1;
         std::string path;  // to be removed

@@ -202,6 +202,17 @@ TEST(Packed, TextThatIsDamagedIsRefused) {
     }
 }
 
+TEST(Packed, TextIsRefusedWhereNothingUnpacksIt) {
+    const std::pair<CorpusPacker, const char*> kinds[] = {
+        {kCorpusPackers[0], "built without zlib (zlib1g-dev); unpack the file (gzip -d)"},
+        {kCorpusPackers[1], "built without zstd (libzstd-dev); unpack the file (zstd -d)"}};
+    for (const auto& [packer, line] : kinds) {
+        if (!packer.pack("x").empty()) continue;  // it does
+        std::string path = corpus_put(test_folder() + "/a.txt" + packer.extension, "x");
+        expect_refused(corpus_read_error(path), line);
+    }
+}
+
 TEST(Packed, TextOfAKindThatIsNotReadIsRefusedByName) {
     std::string path = corpus_put(test_folder() + "/a.parquet", "PAR1....PAR1");
     expect_refused(corpus_read_error(path),
@@ -402,6 +413,7 @@ TEST(Clean, TakesControlCharactersAwayAndComposes) {
     // A nukta, Hangul by letters, and one whose form C is longer.
     EXPECT_EQ(corpus_clean("\u1112\u1161\u11ab"), "\ud55c");
     EXPECT_EQ(corpus_clean("\u0958"), "\u0915\u093c");
+    EXPECT_EQ(corpus_clean("\u05d0\u05b1\u05b0"), "\u05d0\u05b0\u05b1") << "only put in order";
     for (const char* text : {"日本語 ｶﾅ ﬁ ½ 🙂👨‍👩‍👧 ế Ω\n", "ﷺ ﻻ\n",
                              "\u200f\u202e\ufeff\n"})
         EXPECT_EQ(corpus_clean(text), text);

@@ -440,6 +440,14 @@ TEST(Shards, TakeNoMetaThatIsNotOneOfNanoGpts) {
     expect_refused(error("\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R."),
                    "byte 14: not a meta.pkl of nanoGPT's: it holds more than");
     expect_refused(error("cos\nsystem\n(S'id'\ntR."), "byte 0: not a meta.pkl");
+    std::string wrong = whole;
+    wrong.replace(wrong.find("h\x05K\x01"), 4, "h\x05K\x02");
+    expect_refused(error(wrong), "stoi has an entry that does not fit");
+    wrong = whole;
+    wrong.replace(wrong.find("K\x01\x8c"), 2, "K\x02");
+    expect_refused(error(wrong), "itos has an entry that is wrong");
+    expect_refused(error("\x80\x04\x80\x04" + whole.substr(2)), "its protocol is not");
+    expect_refused(error("\x80\x01" + whole.substr(2)), "its protocol is not");
     expect_refused(error("\x80\x04}."), "no vocab_size");
     expect_refused(error("\x80\x04K\x03."), "no dictionary");
     expect_refused(error("\x80\x04}\x8c\x0avocab_sizeK" + std::string("\0s.", 3)), "no vocab_size");
