@@ -253,9 +253,13 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_paths(
         app, "--data", o.data,
         "text (files, folders) or token shards (.bin, .npy, a glob, a folder that `shard` made)");
-    add_paths(app, "--val", o.val, "validation data; without it, the last tenth of --data");
+    add_paths(
+        app, "--val", o.val,
+        "validation data; without it, that of a folder that `shard` made, or the last tenth of "
+        "--data");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|bpe:SIZE|FILE",
-             "for text; auto: that of a model FOLDER, else a bpe of a size that suits the text");
+             "for text; auto: that of a model FOLDER or of shards, else a bpe of a size that suits "
+             "the text");
     add_choice(app, "--windows", o.windows, {"shuffled", "sliding", "random"},
                "what an epoch is made of: windows that follow one another, from another offset in "
                "each; one at every --stride; or as many at random places")
@@ -378,8 +382,8 @@ inline void add_shard_options(CLI::App* app, ShardOptions& o) {
         ".zst; folders of them");
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "made before");
     add_text(app, "--out", r.out, "FOLDER",
-             "gets train_NNNNNN.bin, val.bin and manifest.json; the same command goes on with what "
-             "was interrupted");
+             "gets train_NNNNNN.bin, val.bin, the tokenizer and manifest.json; the same command "
+             "goes on with what was interrupted");
     add_number(app, "--shard-tokens", r.shard_tokens, 1, INT_MAX, "TOKENS", "tokens in a shard");
     add_number(app, "--val-fraction", r.val_fraction, 0, 0.999, "X",
                "part of the tokens, at the end, that goes to val.bin");

@@ -990,7 +990,8 @@ class ShardBuilder {
         for (const auto& entry : fs::directory_iterator(request_.out)) {
             std::string name = entry.path().filename().string();
             bool ours = name.starts_with("train_") || name.starts_with("val") ||
-                        name.starts_with("manifest.json.") || name.starts_with("progress.json.");
+                        name.starts_with("manifest.json.") || name.starts_with("progress.json.") ||
+                        name.starts_with("tokenizer");
             if (ours && name.ends_with(".tmp")) fs::remove(entry.path());
         }
     }
@@ -1364,6 +1365,7 @@ class ShardBuilder {
         for (const Entry& entry : entries_) check_entry(entry);
         report_.train_tokens = end, report_.val_tokens = total - end;
         report_.files = entries_.size() + val_.size();
+        tokenizer_.save(request_.out);
         write_manifest();
         fs::remove(path("progress.json"), ignored);
     }

@@ -5433,8 +5433,7 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
                                         "--tokenizer", "bytes", "--steps", "2", "--out", "run"}));
     EXPECT_EQ(trained.code, 0) << trained.err;
-    trained = call(train_words({"--data", "shards", "--tokenizer", "bytes", "--steps", "2", "--out",
-                                "parts"}));
+    trained = call(train_words({"--data", "shards", "--steps", "2", "--out", "parts"}));
     EXPECT_EQ(trained.code, 0) << trained.err;
     EXPECT_EQ(losses_by_step(path("run")), losses_by_step(path("parts")));
     Outcome part = call({"evaluate", "--model", "run", "--data", "shards"});

@@ -535,8 +535,11 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
     TrainingData data;
     if (o.tokenizer != "auto") data.tokenizer = load_tokenizer(o.tokenizer);
     else data.tokenizer = tokenizer_of(model.folder, model.config);
-    if (!data.tokenizer && model.folder.empty() && o.raw_tokens == "no")
-        data.tokenizer = tokenizer_beside(paths[0]);
+    std::string folder = fs::path(paths[0]).parent_path().string();
+    bool ask = !data.tokenizer && model.folder.empty();  // the data for it
+    if (ask && path_exists(join_path(folder, "manifest.json")) && holds_tokenizer(folder))
+        data.tokenizer = Tokenizer::load(folder);
+    else if (ask && o.raw_tokens == "no") data.tokenizer = tokenizer_beside(paths[0]);
     if (data.tokenizer) data.token_bytes = bytes_per_token(*data.tokenizer);
     if (data.tokenizer) check_manifest_tokenizer(paths, *data.tokenizer);
     int vocab_size = model.config.vocab_size;

@@ -497,8 +497,10 @@ TEST(ShardFolder, HoldsTheTokensOfTheText) {
     EXPECT_EQ(manifest.at("train")[0].at("xxh3"), hex_text(first.hash()));
     EXPECT_EQ(manifest.at("tokenizer").at("hash"), hex_text(files.tokenizer.fingerprint()));
     for (const auto& [name, content] : files.files("out"))
-        EXPECT_TRUE(name == "manifest.json" || name.ends_with(".bin"))
+        EXPECT_TRUE(name == "manifest.json" || name.starts_with("tokenizer") ||
+                    name.ends_with(".bin"))
             << name << " was left behind";
+    EXPECT_EQ(Tokenizer::load(out).fingerprint(), files.tokenizer.fingerprint());
 }
 
 TEST(ShardFolder, StandsForItsPartsAmongPaths) {
@@ -507,7 +509,7 @@ TEST(ShardFolder, StandsForItsPartsAmongPaths) {
     std::string out = files.folder + "/out", manifest = out + "/manifest.json";
     std::vector<std::string> train = expand_paths({out});
     EXPECT_EQ(train.front(), out + "/train_000000.bin");
-    EXPECT_EQ(train.size(), files.files("out").size() - 2);
+    EXPECT_EQ(train.size(), files.files("out").size() - 4);
     EXPECT_EQ(expand_paths({out}, ShardPart::val), std::vector<std::string>{out + "/val.bin"});
     json root = json::parse(read_file(manifest));
     root["val"] = json::array();
