@@ -349,31 +349,6 @@ class SafetensorsFile {
 
 // ==== safetensors: writing =======================================================================
 
-struct FileDigest {
-    size_t bytes = 0;
-    uint64_t hash = 0;  // XXH3, 64 bits, of the whole file
-
-    bool operator==(const FileDigest&) const = default;
-};
-
-// An XXH3 that is fed in parts.
-class StreamingHash {
-  public:
-    StreamingHash() : state_(XXH3_createState(), XXH3_freeState) {
-        if (state_ == nullptr) throw std::bad_alloc();
-        XXH3_64bits_reset(state_.get());
-    }
-    void add(const void* data, size_t size) {
-        XXH3_64bits_update(state_.get(), data, size);
-        bytes_ += size;
-    }
-    FileDigest digest() const { return {bytes_, XXH3_64bits_digest(state_.get())}; }
-
-  private:
-    std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state_;
-    size_t bytes_ = 0;
-};
-
 // Writes a safetensors file. Tensors are announced with add(), and commit() writes the header and
 // then asks each source for its numbers in turn, so that no more than one tensor is in memory
 // twice. As in the reference implementation, the data starts at a multiple of 8 bytes (spaces

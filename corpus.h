@@ -140,7 +140,7 @@ class TextFile {
     Packing packing() const { return packing_; }
 
     // xxHash of the bytes of the file that were used so far: at the end, of the file.
-    uint64_t hash() const { return hash_.value(); }
+    uint64_t hash() const { return hash_.digest().hash; }
 
   private:
     void unpack() {
@@ -170,7 +170,7 @@ class TextFile {
     size_t at_ = 0;  // in the file
     bool between_ = true, ended_ = false;
     std::string buffer_;
-    RunningHash hash_;
+    StreamingHash hash_;
 };
 
 // ==== documents ==================================================================================

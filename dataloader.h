@@ -450,7 +450,7 @@ class ShardWriter {
 
     size_t size() const { return count_; }
     int largest() const { return largest_; }         // id; -1: there is none
-    uint64_t hash() const { return hash_.value(); }  // of the ids so far
+    uint64_t hash() const { return hash_.digest().hash; }  // of the ids so far
 
     void commit() {
         if (count_ == 0) fail_input("%s: there are no tokens to write", path_.c_str());
@@ -484,7 +484,7 @@ class ShardWriter {
     int width_;
     bool checksummed_;
     AtomicFile file_;
-    RunningHash hash_;
+    StreamingHash hash_;
     std::vector<char> items_;
     size_t count_ = 0;
     int largest_ = -1;
@@ -1180,11 +1180,11 @@ class DataLoader {
         return tokens;
     }
 
-    // A hash of each shard's tokens; reads all of them. It also lets a shard that was touched be
-    // told from one that was changed.
+    // A hash of each shard's tokens; reads those that do not say what it is. It also lets a shard
+    // that was touched be told from one that was changed.
     const std::vector<uint64_t>& shard_hashes() {
         if (!hashes_.empty()) return hashes_;
-        for (const Shard& shard : shards_) hashes_.push_back(shard.hash());
+        for (const Shard& shard : shards_) hashes_.push_back(shard.identity());
         return hashes_;
     }
 
@@ -1357,7 +1357,7 @@ class PrefetchLoader {
         ask();
     }
 
-    // Reads everything; what the thread has made is dropped.
+    // As above; what the thread has made is dropped.
     const std::vector<uint64_t>& shard_hashes() {
         wait();
         error_ = nullptr;

@@ -124,18 +124,29 @@ struct FileIdentity {
     bool operator==(const FileIdentity&) const = default;
 };
 
+struct FileDigest {
+    size_t bytes = 0;
+    uint64_t hash = 0;  // XXH3, 64 bits, of the whole file
+
+    bool operator==(const FileDigest&) const = default;
+};
+
 // hash_bytes of bytes that come in parts. Move-only.
-class RunningHash {
+class StreamingHash {
   public:
-    RunningHash() : state_(XXH3_createState(), XXH3_freeState) {
-        if (!state_) throw std::bad_alloc();
+    StreamingHash() : state_(XXH3_createState(), XXH3_freeState) {
+        if (state_ == nullptr) throw std::bad_alloc();
         XXH3_64bits_reset(state_.get());
     }
-    void add(const void* data, size_t size) { XXH3_64bits_update(state_.get(), data, size); }
-    uint64_t value() const { return XXH3_64bits_digest(state_.get()); }
+    void add(const void* data, size_t size) {
+        XXH3_64bits_update(state_.get(), data, size);
+        bytes_ += size;
+    }
+    FileDigest digest() const { return {bytes_, XXH3_64bits_digest(state_.get())}; }
 
   private:
     std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state_;
+    size_t bytes_ = 0;
 };
 
 // A whole file, read-only, mapped into memory; an empty file has size 0. Move-only.
