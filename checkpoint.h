@@ -1031,8 +1031,8 @@ inline std::string hash_text(uint64_t hash) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
-// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy, and a large
-// file is read past it. Read in parts, so that verifying a large model takes no memory.
+// Size and hash of a file as the disk has it: the kernel is first asked to drop its copy, and a
+// large file is read past it. Read in parts, so that verifying a large model takes no memory.
 inline FileDigest digest_file(const std::string& path) {
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) fail_errno(path, "open");

@@ -257,7 +257,7 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
         app, "--val", o.val,
         "validation data; without it, that of a folder that `shard` made, or the last tenth of "
         "--data");
-    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|bpe:SIZE|FILE",
+    add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|chars|words|words:unk|bpe:SIZE|FILE",
              "for text; auto: that of a model FOLDER or of shards, else a bpe of a size that suits "
              "the text");
     add_choice(app, "--windows", o.windows, {"shuffled", "sliding", "random"},
@@ -1105,10 +1105,12 @@ inline std::vector<int> parse_ids(const std::string& text, const std::string& pa
 inline void decode_stream(const Tokenizer& tokenizer) {
     std::string word, held;
     size_t at = 0;
+    bool first = true;
     auto take_word = [&] {
         if (word.empty()) return;
         std::vector<int> id = parse_ids(word, "", at - word.size());
-        held += tokenizer.decode(id);
+        held += tokenizer.decode_next(id.at(0), first);
+        first = false;
         word.clear();
         size_t whole = held.size() - unfinished_bytes(held);
         fwrite(held.data(), 1, whole, stdout);

@@ -449,7 +449,7 @@ class ShardWriter {
     }
 
     size_t size() const { return count_; }
-    int largest() const { return largest_; }         // id; -1: there is none
+    int largest() const { return largest_; }               // id; -1: there is none
     uint64_t hash() const { return hash_.digest().hash; }  // of the ids so far
 
     void commit() {

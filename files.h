@@ -217,8 +217,8 @@ inline std::string read_file(const std::string& path) {
 // Memory for reads and writes past the kernel's copy of a file, which ask for whole blocks of it.
 inline std::unique_ptr<char, decltype(&free)> aligned_memory(size_t size) {
     constexpr size_t kBlock = 4096;
-    std::unique_ptr<char, decltype(&free)> memory(
-        static_cast<char*>(aligned_alloc(kBlock, size)), free);
+    std::unique_ptr<char, decltype(&free)> memory(static_cast<char*>(aligned_alloc(kBlock, size)),
+                                                  free);
     if (memory == nullptr) throw std::bad_alloc();
     return memory;
 }

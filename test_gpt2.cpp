@@ -2284,8 +2284,15 @@ void flip_byte(const std::string& path, size_t at) {
 }
 
 TEST(Checkpoint, TransposesAnyShape) {
-    for (auto [rows, cols] : {std::pair(1, 1), {3, 5}, {8, 8}, {16, 9}, {7, 24}, {257, 65}, {264, 72},
-                              {300, 130}, {64, 512}}) {
+    for (auto [rows, cols] : {std::pair(1, 1),
+                              {3, 5},
+                              {8, 8},
+                              {16, 9},
+                              {7, 24},
+                              {257, 65},
+                              {264, 72},
+                              {300, 130},
+                              {64, 512}}) {
         size_t N = size_t(rows) * size_t(cols);
         Buffer inp(N), out(N);
         inp.normal(1);
@@ -2303,8 +2310,7 @@ TEST(Checkpoint, KeepsEveryBitOfParametersMomentsAndState) {
         GPT2Ptr model = filled_model(config, 21), other = filled_model(config, 22);
         ordered_json state = {{"step", 7}, {"rate", 0.1 + 0.2}, {"loader", {{"window", 3}}}};
         Tokenizer tokenizer = Tokenizer::bytes();
-        Checkpoint checkpoint{1234567890123, config, view_of(model.get()),
-                              &tokenizer,    state,  true};
+        Checkpoint checkpoint{1234567890123, config, view_of(model.get()), &tokenizer, state, true};
         save_checkpoint(out, checkpoint, {1});
         std::string folder = latest_checkpoint(out);
         EXPECT_EQ(folder, join_path(out, "step_1234567890123"));
@@ -3470,7 +3476,8 @@ TEST(Info, KnowsFilesOfOtherKinds) {
     files.expect("a.npy", array, "NumPy array of integers, 4 bytes each, shape (2, 3)");
     files.expect("a.npy", array.substr(0, 130), "the shape needs", false);
     write_npy(files.folder + "/b.npy", {1, 2}, {2});
-    files.expect("b.npy", read_file(files.folder + "/b.npy"), "token shard, .npy of int32, 2 tokens");
+    files.expect("b.npy", read_file(files.folder + "/b.npy"),
+                 "token shard, .npy of int32, 2 tokens");
     files.expect("pytorch_model.bin", "PK\x03\x04....", "zip archive");
     files.expect("m.gguf", "GGUF....", "llama.cpp");
     files.expect("x.gz", "\x1f\x8b....", "gzip");
@@ -5413,9 +5420,9 @@ TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
 }
 
 TEST_F(Cli, ShardsMadeFromTextTrain) {
-    std::vector<std::string> words = {"shard",    "--data", "text.txt",       "--tokenizer", "bytes",
-                                      "--out",    "shards", "--shard-tokens", "500",         "--stats",
-                                      "--clean"};
+    std::vector<std::string> words = {"shard", "--data",  "text.txt", "--tokenizer",
+                                      "bytes", "--out",   "shards",   "--shard-tokens",
+                                      "500",   "--stats", "--clean"};
     Outcome made = call(words);
     ASSERT_EQ(made.code, 0) << made.err;
     EXPECT_NE(made.out.find("shards/val.bin: "), std::string::npos) << made.out;
@@ -5561,8 +5568,9 @@ TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
                                     "bytes", "--steps", "1", "--out", "raw"}));
     EXPECT_EQ(raw.code, 0) << raw.err;
     expect_train_error({"--data", "raw.bin", "--steps", "1"}, 2, "use --raw-tokens");
-    EXPECT_EQ(call({"evaluate", "--model", "raw", "--data", "raw.bin", "--raw-tokens", "uint16"}).code,
-              0);
+    EXPECT_EQ(
+        call({"evaluate", "--model", "raw", "--data", "raw.bin", "--raw-tokens", "uint16"}).code,
+        0);
 }
 
 TEST_F(Cli, DumpRefusesIdsThatDoNotFit) {

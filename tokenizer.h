@@ -22,8 +22,10 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <optional>
 #include <queue>
+#include <set>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -37,6 +39,7 @@
 constexpr int kMaxVocabulary = 65536;      // of what is made here: shards hold ids as uint16
 constexpr int kMaxTokens = (1 << 20) - 1;  // of what files bring along
 constexpr std::string_view kEndOfText = "<|endoftext|>";
+constexpr std::string_view kUnknown = "<|unk|>";
 
 // ==== characters =================================================================================
 
@@ -414,6 +417,42 @@ inline size_t safe_cut(std::string_view text, size_t from) {
     return text.size();
 }
 
+// ==== words ======================================================================================
+
+// Whether no space comes before a word when words are written: s/\s+([,.:;?!"()'])/\1/.
+inline bool is_word_punctuation(std::string_view word) {
+    return word.size() == 1 && std::string_view(",.:;?!\"()'").find(word[0]) != word.npos;
+}
+
+// Calls f with each word of a text, split by ([,.:;?_!"()']|--|\s) as the book does of whose small
+// tokenizers these are [Raschka 2024, Build a Large Language Model (From Scratch), chapter 2]:
+// punctuation and double hyphens are words of their own, and so is what stands between them and
+// white space, which is dropped. As in Python, U+001C to U+001F are white space too.
+template <typename F>
+void for_each_word(std::string_view text, F f) {
+    auto length_of_space = [&](size_t i) -> size_t {
+        if (text[i] >= 0x1c && text[i] <= 0x1f) return 1;
+        ClassifiedCharacter c = classify_at(text, i);
+        return c.kind == kSpace ? c.length : 0;
+    };
+    auto alone = [&](size_t i) -> size_t {
+        if (text.substr(i, 2) == "--") return 2;
+        return text[i] == '_' || is_word_punctuation(text.substr(i, 1)) ? 1 : 0;
+    };
+    for (size_t i = 0; i < text.size();) {
+        if (size_t space = length_of_space(i); space > 0) {
+            i += space;
+            continue;
+        }
+        size_t end = i + alone(i);
+        if (end == i)
+            while (end < text.size() && alone(end) == 0 && length_of_space(end) == 0)
+                end += character_at(text, end).length;
+        f(text.substr(i, end - i));
+        i = end;
+    }
+}
+
 // ==== bytes as printable characters ==============================================================
 
 // Byte-level files spell each byte as one printable character: bytes that are printable in Latin-1
@@ -589,7 +628,7 @@ enum class TokenizerFormat {
 // A vocabulary and what turns text into its ids. A value: copies are independent. Its const
 // functions share nothing that they change, so several threads may use one Tokenizer at once.
 struct Tokenizer {
-    enum class Kind { bpe, bytes, chars };
+    enum class Kind { bpe, bytes, chars, words };
 
     // 256 bytes, each with its own value as id, and <|endoftext|> with id 256.
     static Tokenizer bytes();
@@ -597,6 +636,12 @@ struct Tokenizer {
     // The distinct characters of `text` in the order of their code points, then its bytes that are
     // not UTF-8, then <|endoftext|>. Fails on an empty text and on more than kMaxVocabulary tokens.
     static Tokenizer chars(std::string_view text);
+
+    // The distinct words of `text` (see for_each_word) in the order of their bytes. With `unknown`
+    // also <|endoftext|> and <|unk|>, which stands for all other words; without, encode fails on
+    // one. Text comes back with one space between words and none before punctuation. Fails on text
+    // that is empty or not UTF-8, and on more than kMaxVocabulary tokens.
+    static Tokenizer words(std::string_view text, bool unknown);
 
     // Byte-level BPE learned from `text`: the 256 bytes in GPT-2's order, merges in the order they
     // were learned, <|endoftext|> last. Each merge takes the most frequent pair of adjacent tokens,
@@ -633,7 +678,8 @@ struct Tokenizer {
 
     // Appends the ids of `text`. Special tokens spelt out in the text are plain text. Characters
     // that a character vocabulary lacks are dropped, unless it holds their bytes as invalid bytes;
-    // then it is those.
+    // then it is those. A vocabulary of words fails on one that it lacks, naming it, unless it has
+    // <|unk|>; <|endoftext|> is a word of it.
     // Large texts are encoded on `threads` threads (0: as many as there are cores), with the same
     // ids for any number.
     void encode(std::string_view text, std::vector<int>& ids, int threads = 0) const {
@@ -667,12 +713,17 @@ struct Tokenizer {
     void encode_specials(std::string_view text, const std::vector<int>& specials, bool forbidden,
                          std::vector<int>& ids, std::string* missing = nullptr) const;
 
-    // The bytes that a token stands for; a special token gives its text. Fails on an id outside the
-    // vocabulary. The view is valid while the Tokenizer is neither changed nor destroyed.
+    // The bytes that a token stands for, a word with the space before it; a special token gives its
+    // text. Fails on an id outside the vocabulary. The view is valid while the Tokenizer is neither
+    // changed nor destroyed.
     std::string_view token_bytes(int id) const;
 
-    // The bytes of all tokens in a row. Fails on an id outside the vocabulary.
+    // The bytes of all tokens in a row; words without a space before the first. Fails on an id
+    // outside the vocabulary.
     std::string decode(const std::vector<int>& ids) const;
+
+    // What a token adds to the text of those before it; `first`: there are none.
+    std::string decode_next(int id, bool first) const;
 
     // A hash of everything that decides what encode returns, and of end_of_text(): equal for equal
     // tokenizers, also after save and load. It keys the cache of tokenized text.
@@ -693,6 +744,8 @@ struct Tokenizer {
     void index_bytes();
     void index_character(int symbol, int id);
     int id_of_character(int symbol) const;
+    void add_word(std::string_view word);
+    void encode_words(std::string_view text, std::vector<int>& ids) const;
     void encode_chars(std::string_view text, std::vector<int>& ids, std::string* missing) const;
     void encode_bpe(std::string_view text, std::vector<int>& ids, int threads) const;
     std::string spell(int id, const ByteAlphabet& alphabet) const;
@@ -718,6 +771,7 @@ struct Tokenizer {
     // bpe: of the tokens of the bytes 256 * left + right
     std::vector<uint32_t> byte_pair_ranks_ = std::vector<uint32_t>(1 << 16, MergeTable::kNone);
     std::vector<int> id_of_character_;  // chars: by Character::symbol, -1: there is none
+    std::map<std::string, int, std::less<>> id_of_word_;  // words
 };
 
 inline int Tokenizer::add_token(std::string_view bytes) {
@@ -779,6 +833,10 @@ inline std::string_view Tokenizer::token_bytes(int id) const {
 inline std::string Tokenizer::decode(const std::vector<int>& ids) const {
     constexpr size_t kStep = 16, kBlock = 4096;
     std::string text;
+    if (kind_ == Kind::words) {
+        for (int id : ids) text += decode_next(id, text.empty());
+        return text;
+    }
     const char *source = token_bytes_.data(), *source_end = source + token_bytes_.size();
     for (size_t first = 0; first < ids.size(); first += kBlock) {
         size_t last = std::min(ids.size(), first + kBlock), size = 0, old_size = text.size();
@@ -798,6 +856,13 @@ inline std::string Tokenizer::decode(const std::vector<int>& ids) const {
         }
     }
     return text;
+}
+
+inline std::string Tokenizer::decode_next(int id, bool first) const {
+    std::string bytes(token_bytes(id));
+    if (kind_ != Kind::words) return bytes;
+    if (is_special(id)) bytes.insert(0, 1, ' ');
+    return first && bytes.starts_with(' ') ? bytes.substr(1) : bytes;
 }
 
 inline uint64_t Tokenizer::fingerprint() const {
@@ -853,6 +918,39 @@ inline Tokenizer Tokenizer::chars(std::string_view text) {
     return tokenizer;
 }
 
+inline void Tokenizer::add_word(std::string_view word) {
+    std::string bytes = is_word_punctuation(word) ? "" : " ";
+    id_of_word_[std::string(word)] = add_token(bytes.append(word));
+}
+
+inline Tokenizer Tokenizer::words(std::string_view text, bool unknown) {
+    for (size_t i = 0; i < text.size();) {
+        auto [symbol, length] = character_at(text, i);
+        if (symbol >= kInvalidByte)
+            fail_input("byte %zu: the text is not UTF-8, of which words are made; use a BPE", i);
+        i += length;
+    }
+    std::set<std::string_view> distinct;
+    for_each_word(text, [&](std::string_view word) { distinct.insert(word); });
+    for (std::string_view special : {kEndOfText, kUnknown})
+        if (unknown) distinct.erase(special);
+    if (distinct.empty()) fail_input("the text has no words: a vocabulary needs at least one");
+    if (distinct.size() + 2 > size_t(kMaxVocabulary))
+        fail_input("the text has %zu distinct words, a vocabulary at most %d tokens; use a BPE",
+                   distinct.size(), kMaxVocabulary);
+    Tokenizer tokenizer;
+    tokenizer.kind_ = Kind::words;
+    for (std::string_view word : distinct) tokenizer.add_word(word);
+    if (auto end = tokenizer.id_of_word_.find(kEndOfText); end != tokenizer.id_of_word_.end())
+        tokenizer.end_of_text_ = end->second;  // a word as others: unless `unknown`
+    if (!unknown) return tokenizer;
+    tokenizer.add_end_of_text();
+    tokenizer.specials_.push_back(tokenizer.add_token(kUnknown));
+    for (int id : tokenizer.specials_)
+        tokenizer.id_of_word_[std::string(tokenizer.token_bytes(id))] = id;
+    return tokenizer;
+}
+
 // ==== encoding ===================================================================================
 
 inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids, std::string* missing,
@@ -867,10 +965,30 @@ inline void Tokenizer::encode(std::string_view text, std::vector<int>& ids, std:
         case Kind::chars:
             encode_chars(text, ids, missing);
             break;
+        case Kind::words:
+            encode_words(text, ids);
+            break;
         case Kind::bpe:
             encode_bpe(text, ids, threads);
             break;
     }
+}
+
+inline void Tokenizer::encode_words(std::string_view text, std::vector<int>& ids) const {
+    auto unknown = id_of_word_.find(kUnknown);
+    for_each_word(text, [&](std::string_view word) {
+        auto known = id_of_word_.find(word);
+        if (known == id_of_word_.end()) known = unknown;
+        if (known == id_of_word_.end())
+            fail_input(
+                "byte %zu: the vocabulary lacks the word %s, and has no <|unk|> for such; one of "
+                "--tokenizer words:unk has",
+                size_t(word.data() - text.data()),
+                json(std::string(word.substr(0, 60)))
+                    .dump(-1, ' ', false, json::error_handler_t::replace)
+                    .c_str());
+        ids.push_back(known->second);
+    });
 }
 
 inline void Tokenizer::encode_chars(std::string_view text, std::vector<int>& ids,

@@ -46,10 +46,14 @@ inline bool from_base64(std::string_view text, std::string& bytes) {
 
 // ==== saving =====================================================================================
 
+// Of the split into words what tokenizer.json calls a pattern; WhitespaceSplit does the rest.
+constexpr const char* kWordsAlone = R"([,.:;?_!"()']|--)";
+
 // A token as tokenizer.json spells it.
 inline std::string Tokenizer::spell(int id, const ByteAlphabet& alphabet) const {
     std::string_view bytes = token_bytes(id);
     if (is_special(id)) return std::string(bytes);
+    if (kind_ == Kind::words) return std::string(bytes.substr(bytes.starts_with(' ') ? 1 : 0));
     if (kind_ != Kind::chars) return alphabet.spell(bytes);
     int symbol = character_at(bytes, 0).symbol;
     if (symbol < kInvalidByte) return std::string(bytes);
@@ -83,6 +87,13 @@ inline void Tokenizer::save(const std::string& folder, int context) const {
         if (has_bytes)
             decoder = {{"type", "Sequence"},
                        {"decoders", {{{"type", "ByteFallback"}}, {{"type", "Fuse"}}}}};
+    } else if (kind_ == Kind::words) {  // transformers joins words without a decoder by spaces
+        ordered_json split = {{"type", "Split"},
+                              {"pattern", {{"Regex", kWordsAlone}}},
+                              {"behavior", "Isolated"},
+                              {"invert", false}};
+        splitter = {{"type", "Sequence"},
+                    {"pretokenizers", {split, {{"type", "WhitespaceSplit"}}}}};
     } else {
         splitter = {{"type", "ByteLevel"},
                     {"add_prefix_space", false},
@@ -108,6 +119,9 @@ inline void Tokenizer::save(const std::string& folder, int context) const {
                           {"ignore_merges", false},
                           {"vocab", std::move(vocabulary)},
                           {"merges", std::move(merges)}};
+    if (kind_ == Kind::words)
+        model = {
+            {"type", "WordLevel"}, {"vocab", std::move(model["vocab"])}, {"unk_token", kUnknown}};
     ordered_json file = {{"version", "1.0"},          {"truncation", nullptr},
                          {"padding", nullptr},        {"added_tokens", std::move(specials)},
                          {"normalizer", nullptr},     {"pre_tokenizer", std::move(splitter)},
@@ -120,6 +134,7 @@ inline void Tokenizer::save(const std::string& folder, int context) const {
         config["bos_token"] = kEndOfText;
         config["eos_token"] = kEndOfText;
     }
+    if (kind_ == Kind::words && !specials_.empty()) config["unk_token"] = kUnknown;
     if (context > 0) config["model_max_length"] = context;
     make_folder(folder);
     write_file_atomic(folder + "/tokenizer.json", file.dump(2) + "\n");
@@ -308,6 +323,16 @@ inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root,
         byte_level = &list->back();
         split = list->size() == 2;
     }
+    if (split && type_of(*byte_level) == "WhitespaceSplit") {
+        const json& words = whole->at("pretokenizers").front();
+        const json* regex = field(words, "pattern");
+        if (type_of(words) != "Split" || regex == nullptr ||
+            *regex != json{{"Regex", kWordsAlone}} ||
+            words.value("behavior", json()) != "Isolated" ||
+            flag(words, place + ".pretokenizers[0]", "invert", false))
+            refuse(place, "is a WhitespaceSplit without the Split that belongs to words here");
+        return Tokenizer::Kind::words;
+    }
     if (split && !read_split(whole->at("pretokenizers").front(), pattern))
         refuse(place + ".pretokenizers[0]",
                "is not a Split by the pattern of GPT-2, cl100k or o200k");
@@ -323,6 +348,10 @@ inline Tokenizer::Kind TokenizerReader::read_pre_tokenizer(const json& root,
 inline void TokenizerReader::read_decoder(const json& root, Tokenizer::Kind kind) const {
     const json* decoder = field(root, "decoder");
     std::string type = decoder == nullptr ? "" : type_of(*decoder);
+    if (kind == Tokenizer::Kind::words) {
+        if (decoder != nullptr) refuse("decoder", "is not supported for words; null is");
+        return;
+    }
     if (kind != Tokenizer::Kind::chars) {
         if (type != "ByteLevel") refuse("decoder", "is not ByteLevel");
         return;
@@ -356,6 +385,9 @@ inline void TokenizerReader::check_model(const json& model, Tokenizer::Kind kind
             refuse(std::string("model.") + key, "is not supported; null is");
     if (flag(model, "model", "ignore_merges", false))
         refuse("model.ignore_merges", "true is not supported; false is");
+    if (kind == Tokenizer::Kind::words && field(model, "unk_token") != nullptr &&
+        *field(model, "unk_token") != kUnknown)
+        refuse("model.unk_token", "is not supported for words; <|unk|> is");
     // With a token for each byte nothing is ever unknown.
     if (kind == Tokenizer::Kind::chars && field(model, "unk_token") != nullptr)
         refuse("model.unk_token", "is not supported for characters; null is");
@@ -374,6 +406,13 @@ inline int TokenizerReader::read_id(const json& value, const std::string& place)
 inline std::string TokenizerReader::bytes_of(const std::string& spelling,
                                              bool byte_fallback) const {
     std::string bytes;
+    if (tokenizer.kind_ == Tokenizer::Kind::words) {
+        size_t words = 0, characters = 0;
+        for_each_word(spelling, [&](std::string_view word) { words++, characters = word.size(); });
+        return words == 1 && characters == spelling.size()
+                   ? (is_word_punctuation(spelling) ? "" : " ") + spelling
+                   : bytes;
+    }
     if (tokenizer.kind_ != Tokenizer::Kind::chars)
         return alphabet.read(spelling, bytes) ? bytes : std::string();
     if (!spelling.empty() && character_at(spelling, 0).length == spelling.size()) return spelling;
@@ -432,6 +471,7 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
             refuse("model.vocab",
                    "token " + quoted(spelling) + " is not of this kind of vocabulary");
         tokenizer.add_token(special ? spelling : bytes);
+        if (tokenizer.kind_ == Tokenizer::Kind::words) tokenizer.id_of_word_[spelling] = id;
         // A special token of one character is that character too, as in tokenizers.
         bool in_model = vocabulary->contains(spelling);
         bool encodable = special ? in_model && bytes == spelling : true;
@@ -496,12 +536,15 @@ inline void TokenizerReader::read_json(const json& root) {
         if (field(root, key) != nullptr) refuse(key, "is not supported; null is");
     const json* model = field(root, "model");
     if (model == nullptr || !model->is_object()) refuse("model", "is missing or not an object");
-    if (field(*model, "type") != nullptr && type_of(*model) != "BPE") refuse_type("model", *model);
     tokenizer.kind_ = read_pre_tokenizer(root, &tokenizer.pattern_);
+    bool words = tokenizer.kind_ == Tokenizer::Kind::words;
+    if (words || field(*model, "type") != nullptr)
+        if (type_of(*model) != (words ? "WordLevel" : "BPE")) refuse_type("model", *model);
     read_decoder(root, tokenizer.kind_);
     check_post_processor(root);
     check_model(*model, tokenizer.kind_);
     read_vocabulary(root, *model);
+    if (words) return;
     if (tokenizer.kind_ != Tokenizer::Kind::chars) {
         tokenizer.index_bytes();
         check_bytes();

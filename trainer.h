@@ -404,7 +404,8 @@ inline Tokenizer load_tokenizer(const std::string& name) {
     if (name == "gpt2" && !fs::is_directory(name, ignored)) return load_gpt2_tokenizer();
     if (name == "gpt2") return load_gpt2_tokenizer();
     if (name == "bytes") return Tokenizer::bytes();
-    if (name == "chars" || name == "auto" || name.starts_with("bpe:"))
+    if (name == "chars" || name == "words" || name == "words:unk" || name == "auto" ||
+        name.starts_with("bpe:"))
         fail_input("--tokenizer %s: is made from training text; give gpt2, bytes or a file here",
                    name.c_str());
     return Tokenizer::load(name);
@@ -432,6 +433,7 @@ inline Tokenizer train_bpe_cached(std::string_view text, int vocab_size,
 inline Tokenizer make_tokenizer(const std::string& name, std::string_view text,
                                 const std::string& cache_folder) {
     if (name == "chars") return Tokenizer::chars(text);
+    if (name == "words" || name == "words:unk") return Tokenizer::words(text, name != "words");
     if (name == "auto")
         return train_bpe_cached(text, default_vocab_size(text.size()), cache_folder);
     if (!name.starts_with("bpe:")) return load_tokenizer(name);
@@ -470,7 +472,8 @@ inline Shard text_shard(const TextCorpus& corpus, size_t begin, size_t end,
     return Shard(made.path, tokenizer.vocab_size());
 }
 
-// Text: the tokenizer is learned from the training part alone.
+// Text: the tokenizer is learned from the training part alone, but for words without one for those
+// that are unknown. Words are not cut.
 inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& model,
                                    const std::string& cache_folder) {
     TextCorpus corpus = read_text(o.data, o.jsonl_field);
@@ -478,8 +481,11 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
     if (begin == 0)
         fail_input("%s: %zu bytes are too few to train on; give more text", o.data[0].c_str(),
                    size);
+    if (o.tokenizer.starts_with("words"))
+        while (begin < size && strchr(" \n", corpus.text[begin]) == nullptr) begin++;
     TrainingData data;
-    std::string_view text = std::string_view(corpus.text).substr(0, begin);
+    std::string_view text =
+        std::string_view(corpus.text).substr(0, o.tokenizer == "words" ? size : begin);
     if (o.tokenizer == "auto") data.tokenizer = tokenizer_of(model.folder, model.config);
     if (!data.tokenizer && o.tokenizer == "auto" && !model.folder.empty())
         fail_input("%s: has no tokenizer; name the one it was trained with, with --tokenizer",
@@ -748,7 +754,7 @@ void generate_text(GPT2* model, const Tokenizer& tokenizer, std::vector<int> tok
         int token = sampler.sample(logits.data(), choices).token;
         if (token == tokenizer.end_of_text()) break;
         tokens.push_back(token);
-        held += tokenizer.token_bytes(token);
+        held += tokenizer.decode_next(token, false);
         size_t ready = held.size() - unfinished_bytes(held);
         if (ready > 0 && !emit(std::string_view(held).substr(0, ready))) return;
         held.erase(0, ready);

@@ -41,8 +41,10 @@ class Bench {
         begin = std::chrono::steady_clock::now();
         verify_checkpoint(join_path(out_, step_name(step_)));
         double verify_s = since(begin);
-        printf("a save that training waits for: %.2f s (%.2f GB/s), of which verifying %.2f s "
-               "(%.2f GB/s)\n", save_s, gigabytes() / save_s, verify_s, gigabytes() / verify_s);
+        printf(
+            "a save that training waits for: %.2f s (%.2f GB/s), of which verifying %.2f s "
+            "(%.2f GB/s)\n",
+            save_s, gigabytes() / save_s, verify_s, gigabytes() / verify_s);
         printf("%-22s %9s %8s %8s %13s %8s %10s\n", "saves in background", "a step, s", "steps",
                "save, s", "longest step", "lost, s", "of a save");
         for (int save = 0; save <= kSaves; save++) in_background(save);

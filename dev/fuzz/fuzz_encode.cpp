@@ -11,8 +11,10 @@ const Tokenizer& tokenizer_of(Pattern pattern) {
         std::vector<Tokenizer> made;
         std::string text;
         for (int i = 0; i < 200; i++)
-            text += "the cat's 12345 hats\r\n\n  WE'LL go -- \303\251t\303\251 \346\227\245\346\234"
-                    "\254 " + std::to_string(i * i) + "aaaaaaaaaaaaaaaa\t";
+            text +=
+                "the cat's 12345 hats\r\n\n  WE'LL go -- \303\251t\303\251 \346\227\245\346\234"
+                "\254 " +
+                std::to_string(i * i) + "aaaaaaaaaaaaaaaa\t";
         for (const PatternName& name : kPatterns) {
             BpeTraining training;
             training.pattern = name.pattern, training.threads = 1;

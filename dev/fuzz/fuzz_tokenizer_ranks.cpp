@@ -9,8 +9,12 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t lim
     size_t at = fuzz::below(random, text.size());
     const char* const kAlphabet = "ABCabc019+/= \n";
     switch (fuzz::below(random, 3)) {
-        case 0: text[at] = kAlphabet[fuzz::below(random, strlen(kAlphabet))]; break;
-        case 1: text.resize(at); break;
+        case 0:
+            text[at] = kAlphabet[fuzz::below(random, strlen(kAlphabet))];
+            break;
+        case 1:
+            text.resize(at);
+            break;
         default: {
             size_t begin = text.rfind('\n', at), end = text.find('\n', at);
             if (begin == text.npos || end == text.npos) break;

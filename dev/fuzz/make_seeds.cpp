@@ -155,7 +155,8 @@ void tokenizer_seeds(const std::string& out, const std::string& work) {
         Tokenizer::train_bpe("aab aab ab 12 12", 260, training).save(work);
         put(out, "tokenizer_json", read_file(join_path(work, "tokenizer.json")));
     }
-    for (const Tokenizer& tokenizer : {Tokenizer::bytes(), Tokenizer::chars("a\303\251b \n")}) {
+    for (const Tokenizer& tokenizer : {Tokenizer::bytes(), Tokenizer::chars("a\303\251b \n"),
+                                       Tokenizer::words("a, b -- c", true)}) {
         tokenizer.save(work);
         put(out, "tokenizer_json", read_file(join_path(work, "tokenizer.json")));
     }
@@ -172,10 +173,11 @@ void tokenizer_seeds(const std::string& out, const std::string& work) {
 }
 
 void text_seeds(const std::string& out) {
-    for (const char* text :
-         {"The cat's 12345 hats\r\n\n  WE'LL go", "  \t\n x\n", "\303\251t\303\251\314\201 \346\227\245",
-          "\360\237\221\251\342\200\215\360\237\222\273\302\240\342\200\203", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-          "<|endoftext|>a<|endoftext", "\377\300\200\355\240\200", "\331\243\331\2441\302\262"})
+    for (const char* text : {"The cat's 12345 hats\r\n\n  WE'LL go", "  \t\n x\n",
+                             "\303\251t\303\251\314\201 \346\227\245",
+                             "\360\237\221\251\342\200\215\360\237\222\273\302\240\342\200\203",
+                             "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "<|endoftext|>a<|endoftext",
+                             "\377\300\200\355\240\200", "\331\243\331\2441\302\262"})
         for (int pattern = 0; pattern < 4; pattern++)
             put(out, "encode", std::string(1, char(16 + pattern)) + text);
     put(out, "decode", std::string("\x54\0\0\1\x10\1\x2b\1", 8));

@@ -715,6 +715,66 @@ TEST(Tokenizer, CharactersAreSortedByCodePoint) {
     EXPECT_EQ(tokenizer.encode("ab\303\251\377"), (std::vector<int>{1, 2, 3, 6}));
 }
 
+TEST(Tokenizer, WordsAreThoseOfTheSplit) {
+    // Python: [w for w in re.split(r'([,.:;?_!"()\']|--|\s)', text) if w.strip()], ids in sorted
+    // order, and re.sub(r'\s+([,.:;?!"()\'])', r'\1', " ".join(words)).
+    const std::string text =
+        "Hello, do you like tea?\011In the \"sunlit_terraces\"  of--the---palace;\302\240it's "
+        "(caf\303\251)\034\346\227\245\346\234\254\343\200\200ok...";
+    const std::vector<int> expected = {10, 4, 14, 24, 16, 21, 9,  11, 23, 0, 20, 12, 22, 0, 17, 5,
+                                       23, 5, 6,  8,  15, 1,  19, 2,  13, 3, 25, 18, 7,  7, 7};
+    const std::string written =
+        "Hello, do you like tea? In the\" sunlit _ terraces\" of -- the -- -palace; it' s( "
+        "caf\303\251) \346\227\245\346\234\254 ok...";
+    Tokenizer known = Tokenizer::words(text, false), unknown = Tokenizer::words(text, true);
+    EXPECT_EQ(known.vocab_size(), 26);
+    EXPECT_EQ(known.encode(text), expected);
+    EXPECT_EQ(unknown.encode(text), expected);
+    EXPECT_EQ(known.decode(expected), written);
+    EXPECT_EQ(known.end_of_text(), -1);
+    EXPECT_EQ(unknown.vocab_size(), 28);
+    EXPECT_EQ(unknown.end_of_text(), 26);
+    std::vector<int> ids = unknown.encode("tea, milk <|endoftext|> tea");
+    EXPECT_EQ(unknown.decode(ids), "tea, <|unk|> <|endoftext|> tea");
+    EXPECT_EQ(error_of([&] {
+                  known.encode("tea, milk");
+              }).find("2 byte 5: the vocabulary lacks the word \"milk\""),
+              0u);
+}
+
+TEST(Tokenizer, WordsAreSavedAndLoaded) {
+    for (bool unknown : {false, true}) {
+        std::string folder = test_folder();
+        Tokenizer words = Tokenizer::words("a -- b, caf\303\251 _ 'c' <|endoftext|>", unknown);
+        words.save(folder);
+        Tokenizer again = Tokenizer::load(folder);
+        EXPECT_EQ(again.fingerprint(), words.fingerprint());
+        EXPECT_EQ(again.encode("b, a"), words.encode("b, a"));
+        EXPECT_EQ(again.kind(), Tokenizer::Kind::words);
+        expect_refused(error_of([&] { words.save_as(TokenizerFormat::merges, folder + "/x"); }),
+                       "holds byte-level BPE only");
+        std::string text = read_file(folder + "/tokenizer.json");
+        auto changed = [&](const std::string& from, const std::string& to) {
+            std::string hostile = text;
+            size_t at = hostile.find(from);
+            EXPECT_NE(at, std::string::npos) << from;
+            write_file_atomic(folder + "/tokenizer.json", hostile.replace(at, from.size(), to));
+            return error_of([&] { Tokenizer::load(folder); });
+        };
+        expect_refused(changed("WhitespaceSplit", "Whitespace"), "is not a Split by the pattern");
+        expect_refused(changed("|--", "|-"), "without the Split that belongs to words");
+        expect_refused(changed("WordLevel", "BPE"), "model: type \"BPE\" is not supported");
+        expect_refused(changed("\"a\": ", "\"a b\": "), "\"a b\" is not of this kind");
+        expect_refused(changed("\"decoder\": null", "\"decoder\": {\"type\": \"Fuse\"}"),
+                       "decoder:");
+        expect_refused(changed("\"unk_token\": \"<|unk|>\"", "\"unk_token\": \"b\""),
+                       "model.unk_token");
+    }
+    expect_refused(error_of([] { Tokenizer::words(" \n", true); }), "has no words");
+    expect_refused(error_of([] { Tokenizer::words("ab\377", true); }),
+                   "byte 2: the text is not UTF-8");
+}
+
 TEST(Tokenizer, CharactersThatAreLackingAreDroppedAndSaid) {
     Tokenizer tokenizer = Tokenizer::chars("abcd");
     std::string missing;
