@@ -366,7 +366,7 @@ help:
 	@echo "make test       runs every test, with every compiler that is here"
 	@echo "make soak       a fault at every call of a run, and a thousand kills; takes hours"
 	@echo "make fuzz       random damage to what is read from strangers, 20 s a kind: [FUZZ_TIME=300]"
-	@echo "make bench      times the layers, a step of GPT-2 124M beside plain loops, and its saving"
+	@echo "make bench      times the layers, a step of GPT-2 124M beside plain loops, its saving, the tokenizer"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"
 	@echo "make clean      removes what was built"
@@ -428,12 +428,19 @@ fuzz:
 	@scripts/install_deps.sh clang
 	@MAKE="$(MAKE_COMMAND)" FUZZ_TIME=$(FUZZ_TIME) dev/fuzz/run.sh
 
+# The tokenizer is timed beside the libraries that the Python has.
+PYTHON ?= $(firstword $(wildcard $(HOME)/.peers/bin/python) $(shell command -v python3))
+MERGES ?= $(firstword $(wildcard ../shared/data/gpt2_vocab.bpe dev/data/gpt2/vocab.bpe gpt2/vocab.bpe))
+TEXTS ?= ../shared/data/tinyshakespeare.txt
 BENCH ?= --benchmark_min_time=0.2
 bench:
 	@scripts/install_deps.sh bench
-	@$(MAKE) --no-print-directory $(FOLDER)/bench $(FOLDER)/save_bench
+	@$(MAKE) --no-print-directory $(addprefix $(FOLDER)/,bench save_bench tokenizer_bench)
 	$(FOLDER)/bench $(BENCH)
 	$(FOLDER)/save_bench
+	$(if $(and $(PYTHON),$(MERGES)),$(PYTHON) dev/bench/tokenizer_bench.py $(MERGES) \
+	    $(wildcard $(TEXTS)) --program $(FOLDER)/tokenizer_bench,@echo "-- skipped: the tokenizer's \
+	    speed: no python3, or no vocab.bpe of GPT-2 (scripts/data_gpt2.sh fetches it)")
 
 SOURCES = $(wildcard *.h *.cpp *.cu dev/*/*.h dev/*/*.cpp dev/*/*.cuh dev/*/*.cu)
 format:
