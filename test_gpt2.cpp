@@ -5454,6 +5454,15 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
                  "--tokenizer chars");
 }
 
+// The step of the last record.
+uint64_t newest_logged(const std::string& log) {
+    uint64_t step = 0;
+    std::stringstream lines(read_file(log));
+    for (std::string line; std::getline(lines, line);)
+        step = std::max(step, json::parse(line).value("step", uint64_t(0)));
+    return step;
+}
+
 TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     auto run_until = [&](const char* out, auto change) {
@@ -5470,6 +5479,7 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
     };
     expect_error(run_until("run1", [&] { fs::resize_file(path("a.bin"), 1100); }), 1,
                  "a.bin: had 11024 bytes and has 1100 since, while the program reads it");
+    EXPECT_EQ(verify_checkpoint(path("run1/last"))["step"], newest_logged(path("run1/log.jsonl")));
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     expect_error(run_until("run2", [&] { fs::remove(path("a.bin")); }), 1,
                  "a.bin: was removed while the program reads it");

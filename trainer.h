@@ -1811,9 +1811,12 @@ class Training {
             if (!save_again && !is_awaited(now)) continue;
             before.reset();
             ordered_json record = finish(now, gpt2_stats(model_.get()));
-            if (rolls_back_ && roll_back()) continue;
+            if (rolls_back_ && roll_back()) {
+                data_error_ = nullptr;
+                continue;
+            }
             last = is_over();
-            if (stop_signal() != 0 && !last) return stop(&record);
+            if ((stop_signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
             if (is_due(o_.eval_every, now.step) || last) best = evaluate(&record, &last);
             write_record(record);
@@ -1864,7 +1867,8 @@ class Training {
     // Whether the step that was launched last must be done before anything else happens: it may be
     // the last one, something is due after it, or nothing is known yet of how long a step takes.
     bool is_awaited(const LaunchedStep& now) const {
-        if (stop_signal() != 0 || step_s_ == 0 || now.step == goal_.steps) return true;
+        if (stop_signal() != 0 || data_error_) return true;
+        if (step_s_ == 0 || now.step == goal_.steps) return true;
         bool may_end = o_.max_bad_steps > 0 && state_.bad_steps + 1 >= o_.max_bad_steps;
         if (may_end || rolls_back_ || owes_save_) return true;
         if (is_due(o_.eval_every, now.step) || is_due(o_.sample_every, now.step) ||
@@ -1956,8 +1960,9 @@ class Training {
     RunFolder folder_;
     std::vector<std::string> notes_;  // for people
     GPT2Ptr model_;
-    RunState state_;       // after the last step that is known to be done
-    size_t launched_ = 0;  // steps, of which the last may not be done
+    RunState state_;                 // after the last step that is known to be done
+    size_t launched_ = 0;            // steps, of which the last may not be done
+    std::exception_ptr data_error_;  // what was thrown in place of the next step's batches
     std::optional<RunLog> log_;
     double stop_file_s_ = 0;   // when it was last looked for
     LaunchedStep spike_;       // the last one
@@ -2084,9 +2089,9 @@ inline void Training::fetch_batches() {
 }
 
 // Gives one step to the device: rate, zero, forward and backward of each micro-batch, clip and
-// update; then fetches the batches of the next one, while the device works. All batches of a step
-// are there before its first forward pass, because loss and gradient are means over the targets
-// that count in the whole step.
+// update; then fetches the batches of the next one, while the device works: an error of the data is
+// kept for when this step is done. All batches of a step are there before its first forward pass,
+// because loss and gradient are means over the targets that count in the whole step.
 inline LaunchedStep Training::launch() {
     double progress = run_progress(goal_, launched_, elapsed_s(), reserve_s());
     LaunchedStep now{launched_ + 1,
@@ -2111,7 +2116,9 @@ inline LaunchedStep Training::launch() {
     }
     gpt2_update(model_.get(), adamw);
     launched_++;
-    fetch_batches();
+    try {
+        fetch_batches();
+    } catch (const Error&) { data_error_ = std::current_exception(); }
     return now;
 }
 
@@ -2361,20 +2368,22 @@ inline void Training::save(bool best, bool last) {
                           data_.tokenizer ? &*data_.tokenizer : nullptr,
                           to_json(state_, identity_, settings_, o_.seed),
                           best};
-    if (last || stop_signal() != 0) saver_->finish(std::move(checkpoint));
+    if (last || stop_signal() != 0 || data_error_) saver_->finish(std::move(checkpoint));
     else saver_->begin(std::move(checkpoint));
 }
 
-// A signal came: this step is done, and an evaluation that was due is made, so that the run goes on
-// as if nothing had been.
+// A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
+// that was due is made, so that the run goes on as if nothing had been. Throws the data's error.
 inline int Training::stop(ordered_json* record) {
     int signal = stop_signal();
     bool last = false, best = false;
     if (is_due(o_.eval_every, state_.step)) best = evaluate(record, &last);
     write_record(*record);
     save(best, last);
-    screen_.line(format("stopped by signal %d at step %zu; saved %s", signal, state_.step,
+    std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal);
+    screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
+    if (data_error_) std::rethrow_exception(data_error_);
     screen_.line("go on with: " + how_to_go_on_ + " --out " + folder_.out);
     return 128 + signal;
 }
