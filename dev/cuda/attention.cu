@@ -222,6 +222,49 @@ static void check_cached(const HeadShape& shape, int n) {
     expect_equal("the cache of values", value_cache.download(), rounded<Float>(values));
 }
 
+// A weight whose word of Philox is the threshold itself stays.
+template <class Float>
+static void check_threshold() {
+    HeadShape shape = {1, 17, 1, 16};
+    Dropout dropout = dropout_of(0.5);
+    uint32_t groups = (uint32_t(shape.T) + 3) / 4, four = 2, row = 11;
+    Philox random = philox(dropout.seed, row * groups + four, uint32_t(dropout.first_sequence),
+                           random_stream(dropout.use, dropout.layer), uint32_t(dropout.step));
+    for (uint32_t word : random.word) check_forward<Float>(shape, word / 4294967296.0);
+}
+
+__global__ void place_kernel(int* places, AttentionShape shape, int tiles) {
+    AttentionPlace place = attention_place(shape, tiles);
+    if (threadIdx.x != 0) return;
+    int* mine = places + 3 * blockIdx.x;
+    mine[0] = place.b, mine[1] = place.h, mine[2] = place.tile;
+}
+
+// Every tile of every head has one block, in the order of the groups, however many heads go in one.
+// The batches above are too small for a second group; those that are trained on have many.
+static void check_places() {
+    for (int NH : {1, 3}) {
+        for (int heads : {NH, 2 * NH, 5 * NH}) {
+            for (int at_a_time = 1; at_a_time <= heads; at_a_time++) {
+                constexpr int kTiles = 3;
+                checks.label =
+                    format("attention_place of %d heads, %d at a time", heads, at_a_time);
+                AttentionShape shape = {1, NH, NH, 1, heads, at_a_time, false};
+                int blocks = heads * kTiles;
+                Device<int> places(size_t(3 * blocks));
+                launch("place", place_kernel, unsigned(blocks), unsigned(kWarp), 0, stream(),
+                       static_cast<int*>(places), shape, kTiles);
+                std::vector<int> got = places.copy_out(), expected;
+                for (int first = 0; first < heads; first += at_a_time)
+                    for (int tile = 0; tile < kTiles; tile++)
+                        for (int i = first; i < std::min(first + at_a_time, heads); i++)
+                            expected.insert(expected.end(), {i / NH, i % NH, tile});
+                checks.count(got == expected, "a group after the other, in it a tile of each head");
+            }
+        }
+    }
+}
+
 template <class Float>
 static void check_type() {
     constexpr HeadShape kShapes[] = {
@@ -237,9 +280,11 @@ static void check_type() {
         check_cached<Float>(shape, 1);
         if (shape.T >= 17) check_cached<Float>(shape, 17);
     }
+    check_threshold<Float>();
 }
 
 static void run_checks() {
+    check_places();
     check_type<float>();
     check_type<bf16>();
 }
