@@ -47,6 +47,9 @@ static void check_type() {
     // A sequence's number and the step use their lower 32 bits.
     check_forward<Float>(
         {0.5, 1, (1ull << 32) + 7, (1ull << 32) - 1, RandomUse::mlp_projection, 47}, 3, 17, 48);
+    // An element whose word of Philox is the threshold itself stays.
+    for (uint32_t word : philox(seed, 0, 0, random_stream(RandomUse::encoder, 0), 12).word)
+        check_forward<Float>({word / 4294967296.0, seed, 12, 0, RandomUse::encoder, 0}, 3, 17, 48);
 }
 
 static void run_checks() {
