@@ -58,6 +58,24 @@ static void check_update(size_t N, double weight_decay, double grad_scale, uint6
     if (has_copy) expect_equal("the copy", narrow.download(), rounded<Float>(master));
 }
 
+// What no gradient has reached yet, as the padding of a vocabulary: 0 / (0 + epsilon) moves
+// nothing.
+template <class Float>
+static void check_untouched() {
+    checks.label = format("adamw_update %s of zeros", type_name<Float>());
+    size_t N = kRowAlignment;
+    Numbers before = random_numbers<float>(N, 1, 0.1), zeros(N, 0);
+    AdamW adamw;
+    adamw.step = 1;
+    Device<float> params(before), m(zeros), v(zeros), grads(zeros);
+    Device<Float> narrow(random_numbers<bf16>(sizeof(Float) == 2 ? N : 0, 5));
+    adamw_update<Float>(params, narrow, m, v, grads, N, adamw, 0,
+                        Device<UpdateGate>(gate_of(1, true)), stream());
+    expect_equal("params", params.download(), before);
+    expect_equal("m", m.download(), zeros);
+    expect_equal("v", v.download(), zeros);
+}
+
 // Gradients shrink to the norm that clipping allows and never grow; nothing is applied where the
 // norm or the loss is not a number.
 static void check_gate(double loss, double norm, double grad_clip, bool apply, double scale) {
@@ -81,6 +99,8 @@ static void run_checks() {
         check_gate(bad, 4, 1, false, 0);
         check_gate(3, bad, 1, false, 0);
     }
+    check_untouched<float>();
+    check_untouched<bf16>();
     for (size_t rows : {1u, 3u, 16u, 157u}) {
         size_t N = rows * kRowAlignment;
         for (double weight_decay : {0., 0.1}) {
