@@ -242,6 +242,89 @@ static void check_bias_backward(const ProductShape& shape) {
     expect_equal("dbias, a second time", got[1], got[0]);
 }
 
+// What a product shares with GELU or with a bias's gradient: forward and backward of one layer.
+template <class Float>
+struct Joints {
+    ProductShape shape;
+    ProductInputs in;
+    ProductGradients before;
+    Device<Float> out, pre, dpre, inp, weight, bias, dout, pre_in;
+    Device<float> dweight, dbias, scratch;
+
+    explicit Joints(const ProductShape& s)
+        : shape(s),
+          in(inputs_of<Float>(s, true)),
+          before{{},
+                 random_numbers<float>(in.weight.size(), 6),
+                 random_numbers<float>(in.bias.size(), 7)},
+          out(in.dout.size()),
+          pre(in.dout.size()),
+          dpre(in.inp.size()),
+          inp(in.inp),
+          weight(in.weight),
+          bias(in.bias),
+          dout(in.dout),
+          pre_in(in.pre),
+          dweight(before.dweight),
+          dbias(before.dbias),
+          scratch(size_t(kReduceRows) * size_t(s.OC)) {}
+
+    void run(Products& settled) {
+        auto [BT, C, OC] = shape;
+        matmul_gelu_forward<Float>(out, pre, inp, weight, bias, BT, C, OC, settled);
+        gelu_matmul_backward<Float>(dpre, dweight, dbias, dout, inp, pre_in, weight, scratch, BT, C,
+                                    OC, settled);
+    }
+
+    void check_results(const char* way) {
+        auto forward = twin_forward<double>(in, shape, true);
+        auto twin_out = twin_forward<float>(in, shape, true);
+        auto reference = twin_backward<double>(before, in, shape, true);
+        auto twin = twin_backward<float>(before, in, shape, true);
+        if (sizeof(Float) == 2) twin.dinp = dpre_in_two_roundings<Float>(before, in, shape);
+        checks.label = label_of("joints", type_name<Float>(), shape, true) + ", " + way;
+        expect_close<Float>("out", out.download(), forward[0], twin_out[0]);
+        expect_close<Float>("pre", pre.download(), forward[1], twin_out[1]);
+        expect_close<Float>("dpre", dpre.download(), reference.dinp, twin.dinp);
+        expect_close<float>("dweight", dweight.download(), reference.dweight, twin.dweight,
+                            tensor_core_floor<Float>(shape.BT, reference.dweight));
+        expect_close<float>("dbias", dbias.download(), reference.dbias,
+                            sum_of_rows(before.dbias, in.dout));
+    }
+};
+
+// Which of the two ways is taken is a matter of timing, and so of chance here: each in turn, by a
+// file of winners that says so.
+template <class Float>
+static void check_both_ways(const ProductShape& shape) {
+    std::string pattern = (std::filesystem::temp_directory_path() / "matmul_XXXXXX").string();
+    if (mkdtemp(pattern.data()) == nullptr) fail_machine("no folder for a file of winners");
+    ProductOptions options;
+    options.cache_folder = pattern;
+    {
+        Products timed(options, stream());
+        timed.tune([&] { Joints<Float>(shape).run(timed); });
+    }
+    for (const char* way : {"first", "second"}) {
+        [[maybe_unused]] int decided = 0;
+        for (const auto& file : std::filesystem::directory_iterator(options.cache_folder)) {
+            std::string path = file.path().string();
+            json root = parse_json(read_file(path), path);
+            for (auto& [key, value] : root.at("winners").items())
+                if (value == "first" || value == "second") value = way, decided++;
+            write_file_atomic(path, root.dump());
+        }
+        Products settled(options, stream());
+        Joints<Float> joints(shape);
+        joints.run(settled);
+        joints.check_results(strcmp(way, "first") == 0 ? "by an epilogue" : "by a kernel");
+#ifndef __CUDACC__  // a card's library may lack an epilogue
+        checks.count(decided == 3, "the file has decided on three joints");
+#endif
+    }
+    std::filesystem::remove_all(options.cache_folder);
+}
+
 static Numbers twice(const Numbers& values) {
     Numbers both = values;
     both.insert(both.end(), values.begin(), values.end());
@@ -300,6 +383,7 @@ static void check_type() {
         check_bias_backward<Float>(shape);
         check_second_layer<Float>(shape);
     }
+    check_both_ways<Float>({51, 48, 144});
 }
 
 static void run_checks() {
