@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -103,6 +104,7 @@ unsigned char* shared_memory(size_t offset, size_t bytes);
 struct Argument {
     const void* pointer;  // null: not a pointer
     bool constant;        // a pointer to const: the kernel cannot write there
+    size_t bytes;         // 0, or those of a structure at `pointer`, which may hold pointers
 };
 struct Launch {
     const char* name;
@@ -550,8 +552,9 @@ namespace emu {
 template <class T>
 Argument describe(const T& value) {
     if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>)
-        return {static_cast<const void*>(value), std::is_const_v<std::remove_pointer_t<T>>};
-    else return {nullptr, true};
+        return {static_cast<const void*>(value), std::is_const_v<std::remove_pointer_t<T>>, 0};
+    else if constexpr (std::is_class_v<T>) return {&value, true, sizeof(T)};
+    else return {nullptr, true, 0};
 }
 
 // Runs kernel(arguments...) for every thread of every block before it returns. A launch that a GPU
@@ -563,14 +566,17 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
         void (*kernel)(P...);
         std::tuple<P...> arguments;
     } values{kernel, {static_cast<P>(arguments)...}};
-    Argument described[sizeof...(P) + 1] = {describe<std::decay_t<P>>(static_cast<P>(arguments))...,
-                                            Argument{nullptr, true}};
+    auto described = std::apply(
+        [](const auto&... a) {
+            return std::array<Argument, sizeof...(P)>{describe(a)...};
+        },
+        values.arguments);
     auto body = [](void* erased) {
         Values* v = static_cast<Values*>(erased);
         std::apply(v->kernel, v->arguments);
     };
     run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream, body,
-         &values, described, int(sizeof...(P))});
+         &values, described.data(), int(sizeof...(P))});
 }
 
 }  // namespace emu

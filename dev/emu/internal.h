@@ -79,6 +79,7 @@ struct Use {
     const char* begin;
     size_t bytes;
     bool writes;
+    bool hidden = false;  // perhaps a use: what comes after it waits for it, it waits for nothing
 };
 
 // An operation on a stream begins: it is ordered after all that the stream has waited for, and the

@@ -210,7 +210,8 @@ cudaError_t begin_operation(cudaStream_t handle, const char* name, const std::ve
     if (stream == nullptr) return remember(cudaErrorInvalidResourceHandle);
     DeviceAccess open;
     catch_up(stream);
-    for (const Use& use : uses) check_order(*stream, name, use);
+    for (const Use& use : uses)
+        if (!use.hidden) check_order(*stream, name, use);
     for (PendingCopy& copy : pending) {
         if (copy.done || entry(stream->seen, copy.stream) < copy.operation) continue;
         bool touched = all;
@@ -329,6 +330,16 @@ cudaError_t check_limits(const Launch& launch) {
     return cudaSuccess;
 }
 
+// Device memory that words of a structure name. It is taken to be read.
+void add_hidden_uses(std::vector<Use>* uses, const char* structure, size_t bytes) {
+    for (size_t at = 0; at + sizeof(void*) <= bytes; at += sizeof(void*)) {
+        const char* word;
+        memcpy(&word, structure + at, sizeof(word));
+        const Allocation* found = find(word);
+        if (found != nullptr && !found->pinned) uses->push_back({word, 1, false, true});
+    }
+}
+
 // A pointer that the kernel is given must be null, of the device, or of pinned memory, which a
 // card reaches too. Only device memory has an order to keep.
 std::vector<Use> uses_of(const Launch& launch) {
@@ -336,6 +347,10 @@ std::vector<Use> uses_of(const Launch& launch) {
     for (int i = 0; i < launch.argument_count; i++) {
         const Argument& argument = launch.arguments[i];
         if (argument.pointer == nullptr) continue;
+        if (argument.bytes != 0) {
+            add_hidden_uses(&uses, static_cast<const char*>(argument.pointer), argument.bytes);
+            continue;
+        }
         const Allocation* found = find(argument.pointer);
         if (found == nullptr) {
             // One past the last byte is where an empty range may begin.

@@ -723,6 +723,19 @@ TEST_F(Streams, WithoutTheEventAKernelSeesNoNumbers) {
     for (size_t i = 0; i < kCount; i++) EXPECT_EQ(in_.host()[i], float(i));
 }
 
+TEST_F(Streams, WhatAKernelReadsThroughAStructureIsNotOverwritten) {
+    upload();
+    cudaStreamSynchronize(copies_);
+    emu::launch("double", double_hidden_kernel, 1u, unsigned(kCount), 0, compute_,
+                Buffers{out_, in_});
+    EXPECT_DEATH(upload(), "a copy on stream .* writes memory that kernel double .* still reads");
+    cudaEventRecord(event_, compute_);
+    cudaStreamWaitEvent(copies_, event_, 0);
+    upload();
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (size_t i = 0; i < kCount; i++) EXPECT_EQ(out_.host()[i], 2 * float(i));
+}
+
 TEST_F(Streams, TheDefaultStreamWaitsForBlockingStreamsAlone) {
     cudaStream_t blocking;
     cudaStreamCreate(&blocking);
