@@ -853,6 +853,52 @@ TEST(Model, LargeBatchesAreCutWithoutASeam) {
     EXPECT_AT_MOST(largest_difference(together, apart, together.size()), bound);
 }
 
+// Passes that the classifier cuts give what passes give that it holds whole; so does generation.
+TEST(Model, RowsBeyondThoseOfTheClassifierAreCutWithoutASeam) {
+    GPT2Config config = odd_config();
+    config.layers = 1, config.heads = 1, config.channels = 8, config.context = 8;
+    constexpr int T = 8;
+    int held = int(gpt2_sizes(config, training_shape(1, T)).classifier_rows);
+    int B = (held + held / 4) / T;
+    Batch batch(B, T, config.vocab_size, 1, true);
+    auto V = size_t(config.vocab_size), rows = size_t(B * T);
+    Buffer together(rows * V), apart(rows * V);
+    std::vector<real> gradients[2];
+    double losses[2];
+    for (int parts : {1, 2}) {
+        GPT2Ptr model = random_model(config, training_shape(B, T));
+        gpt2_zero_gradients(model.get());
+        for (int part = 0; part < parts; part++) {
+            size_t first = rows / size_t(parts) * size_t(part);
+            GPT2Pass pass{true, batch.scale, 1, 2, first / T, nullptr};
+            pass.logits = (parts == 1 ? together : apart) + first * V;
+            gpt2_forward(model.get(), &batch.inputs[first], &batch.targets[first], B / parts, T,
+                         pass);
+            gpt2_backward(model.get());
+        }
+        gradients[parts - 1] = all_of_group(model.get(), Group::gradients);
+        losses[parts - 1] = gpt2_stats(model.get()).loss;
+    }
+    EXPECT_AT_MOST(largest_difference(together, apart, together.size()),
+                   tolerance(20, 2) * largest_magnitude(together, together.size()));
+    EXPECT_AT_MOST(std::abs(losses[0] - losses[1]), tolerance(20, 1) * losses[1]);
+    // sums over all rows, reordered
+    EXPECT_AT_MOST(
+        largest_difference(gradients[0].data(), gradients[1].data(), gradients[0].size()),
+        tolerance(1000, 4) * largest_magnitude(gradients[1].data(), gradients[1].size()));
+
+    // One new token for more sequences than that: the same token, the same logits.
+    int sequences = held + held / 4;
+    GPT2Ptr model = random_model(config, test_shape(sequences, 1, false, sequences));
+    std::vector<int> tokens(static_cast<size_t>(sequences));
+    for (size_t b = 0; b < tokens.size(); b++) tokens[b] = int(b % V);
+    Buffer logits(tokens.size() * V), first_ones(logits.size());
+    gpt2_generate(model.get(), tokens.data(), sequences, 1, 0, logits);
+    for (size_t i = 0; i < logits.size(); i++) first_ones[i] = logits[i % (V * V)];
+    EXPECT_AT_MOST(largest_difference(logits, first_ones, logits.size()),
+                   tolerance(20, 2) * largest_magnitude(logits, logits.size()));
+}
+
 // A token changes no logits before it.
 TEST(Model, AttentionIsCausal) {
     GPT2Config config = odd_config();
