@@ -1167,6 +1167,36 @@ TEST(Model, ASnapshotIsTheModelAsItWasWhenItBegan) {
     gpt2_snapshot_begin(model.get());
     gpt2_snapshot_wait(model.get());
     EXPECT_EQ(rows(snapshot), rows(gpt2_copy_out));
+    step(3);
+    gpt2_snapshot_begin(model.get());  // before the host has waited for the step
+    gpt2_snapshot_wait(model.get());
+    EXPECT_EQ(rows(snapshot), rows(gpt2_copy_out));
+}
+
+// What the host writes comes after the update that is under way, and after the snapshot of what it
+// replaces.
+TEST(Model, WhatIsWrittenWaitsForWhatIsUnderWay) {
+    GPT2Config config = odd_config();
+    GPT2Shape shape = training_shape(2, 8);
+    shape.snapshot = true;
+    GPT2Ptr model = random_model(config, shape);
+    Batch batch(2, 8, config.vocab_size, 4);
+    std::vector<real> before(parameter_table(config)[k_lnfw].file_size()), after(before.size());
+    gpt2_copy_out(model.get(), Group::parameters, k_lnfw, 0, before.data());
+    gpt2_snapshot_begin(model.get());
+    std::vector<real> written(before.size(), 3);
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, written.data());
+    const real* kept = gpt2_snapshot_tensor(model.get(), Group::parameters, k_lnfw, 0);
+    EXPECT_EQ(std::vector<real>(kept, kept + before.size()), before);
+
+    forward_loss(model.get(), batch, 2, 8, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+    gpt2_backward(model.get());
+    AdamW adamw;
+    adamw.step = 1;
+    gpt2_update(model.get(), adamw);
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, written.data());
+    gpt2_copy_out(model.get(), Group::parameters, k_lnfw, 0, after.data());
+    EXPECT_EQ(after, written);
 }
 
 TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
