@@ -899,6 +899,19 @@ TEST(Model, RowsBeyondThoseOfTheClassifierAreCutWithoutASeam) {
                    tolerance(20, 2) * largest_magnitude(logits, logits.size()));
 }
 
+// A model with dropout is, where it is not trained, the model without.
+TEST(Model, NothingIsDroppedOutsideTraining) {
+    GPT2Config config = odd_config();
+    Batch batch(3, 17, config.vocab_size, 1);
+    double losses[2];
+    for (int drops : {0, 1}) {
+        config.dropout = drops * 0.5;
+        GPT2Ptr model = random_model(config, training_shape(3, 17));
+        losses[drops] = forward_loss(model.get(), batch, 3, 17, GPT2Pass{});
+    }
+    EXPECT_EQ(losses[0], losses[1]);
+}
+
 // A token changes no logits before it.
 TEST(Model, AttentionIsCausal) {
     GPT2Config config = odd_config();
@@ -5949,18 +5962,20 @@ TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
 }
 
 // A run that one program begins, the other goes on with and the first ends has the losses of the
-// run that nothing interrupted: the checkpoints are the same files. Five digits: AdamW divides each
-// gradient by its own size, and so makes a step of what is left of a gradient that should be 0.
+// run that nothing interrupted: the checkpoints are the same files, and dropout drops the same in
+// both, of every layer, forward and backward. Five digits: AdamW divides each gradient by its own
+// size, and so makes a step of what is left of a gradient that should be 0.
 TEST_F(Cuda, RunsGoFromOneProgramToTheOther) {
     const char* given = getenv("GPT2_OTHER_BINARY");
     if (given == nullptr) GTEST_SKIP() << "GPT2_OTHER_BINARY, the CPU program, is not set";
     std::string other = fs::absolute(given).string();
     auto train = [&](const std::string& program, const std::string& out, int from) {
-        std::string command = "cd " + folder_ + " && " + program;
-        for (const std::string& word :
-             train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "6",
-                          "--save-every", "2", "--keep", "0", "--out", out}))
-            command += " " + word;
+        std::string command = "cd " + folder_ + " && " + program +
+                              " train --layers 2 --heads 2 --channels 16 --context 16"
+                              " --batch-size 2 --threads 1 --dtype fp32 --dropout 0.2"
+                              " --data text.txt --tokenizer bytes --steps 6 --save-every 2"
+                              " --keep 0 --out " +
+                              out;
         if (from > 0) command += format(" --resume %s/step_%08d", out.c_str(), from);
         return system((command + " >" + out + ".out 2>&1").c_str());
     };
