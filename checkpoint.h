@@ -562,47 +562,21 @@ inline std::vector<size_t> hf_shape(const ParameterRow& row) {
     return {row.file_rows, row.cols};
 }
 
-// One block of 8 by 8 numbers, its columns becoming rows `out_stride` apart. Interleaving the lines
-// of the upper half with those of the lower one, three times, is a transpose.
-inline void transpose_block(float* out, size_t out_stride, const float* inp, size_t inp_stride) {
-    typedef float Line __attribute__((vector_size(32)));
-    Line a[8], b[8];
-    for (size_t r = 0; r < 8; r++) memcpy(&a[r], inp + r * inp_stride, sizeof(Line));
-    auto interleave = [](Line* to, const Line* from) {
-        for (int r = 0; r < 4; r++) {
-            Line upper = from[r], lower = from[r + 4];
-            to[2 * r] = __builtin_shufflevector(upper, lower, 0, 8, 1, 9, 2, 10, 3, 11);
-            to[2 * r + 1] = __builtin_shufflevector(upper, lower, 4, 12, 5, 13, 6, 14, 7, 15);
-        }
-    };
-    interleave(b, a);
-    interleave(a, b);
-    interleave(b, a);
-    for (size_t c = 0; c < 8; c++) memcpy(out + c * out_stride, &b[c], sizeof(Line));
-}
-inline void transpose_block(double* out, size_t out_stride, const double* inp, size_t inp_stride) {
-    for (size_t c = 0; c < 8; c++)
-        for (size_t r = 0; r < 8; r++) out[c * out_stride + r] = inp[r * inp_stride + c];
-}
-
 // out (cols,rows) = inp (rows,cols) transposed. By panels that stay in the cache and leave in whole
-// runs: the strides of a weight are such that its column falls on few lines of a cache.
+// runs, since a column of a weight falls on few lines of a cache; and within these by blocks.
 inline void transpose(real* out, const real* inp, size_t rows, size_t cols) {
-    constexpr size_t kRows = 256, kCols = 64;
+    constexpr size_t kRows = 256, kCols = 64, kBlock = 8;
 #pragma omp parallel for collapse(2) schedule(static)
     for (size_t r0 = 0; r0 < rows; r0 += kRows)
         for (size_t c0 = 0; c0 < cols; c0 += kCols) {
             real panel[kCols][kRows];
             size_t height = std::min(kRows, rows - r0), width = std::min(kCols, cols - c0);
             const real* from = inp + r0 * cols + c0;
-            for (size_t r = 0; r < height; r += 8)
-                for (size_t c = 0; c < width; c += 8)
-                    if (r + 8 <= height && c + 8 <= width)
-                        transpose_block(&panel[c][r], kRows, from + r * cols + c, cols);
-                    else
-                        for (size_t i = r; i < std::min(r + 8, height); i++)
-                            for (size_t j = c; j < std::min(c + 8, width); j++)
-                                panel[j][i] = from[i * cols + j];
+            for (size_t r = 0; r < height; r += kBlock)
+                for (size_t c = 0; c < width; c += kBlock)
+                    for (size_t i = r; i < std::min(r + kBlock, height); i++)
+                        for (size_t j = c; j < std::min(c + kBlock, width); j++)
+                            panel[j][i] = from[i * cols + j];
             for (size_t c = 0; c < width; c++)
                 std::copy(panel[c], panel[c] + height, out + (c0 + c) * rows + r0);
         }
