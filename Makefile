@@ -264,7 +264,8 @@ FUZZ_PROGRAMS := $(patsubst dev/fuzz/%.cpp,$(FUZZ)/%,$(wildcard dev/fuzz/fuzz_*.
 
 $(FUZZ)/fuzz_%: dev/fuzz/fuzz_%.cpp Makefile
 	@mkdir -p $(@D)
-	clang++ $(FUZZ_FLAGS) $(FUZZ_SANITIZERS) -fsanitize=fuzzer -MMD -MP $< -o $@ $(LDFLAGS) $(TEXT_LIBRARIES)
+	clang++ $(FUZZ_FLAGS) $(FUZZ_SANITIZERS) -fsanitize=fuzzer -MMD -MP $< -o $@ $(LDFLAGS) \
+	    $(TEXT_LIBRARIES)
 $(FUZZ)/make_seeds: dev/fuzz/make_seeds.cpp Makefile
 	@mkdir -p $(@D)
 	clang++ $(FUZZ_FLAGS) -MMD -MP $< -o $@ $(LDFLAGS) $(TEXT_LIBRARIES)
@@ -318,7 +319,8 @@ SECTIONS := -ffunction-sections -fdata-sections
 PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static \
     -Xcompiler -static-libstdc++,-static-libgcc -Xlinker --gc-sections,--strip-all \
     -lcublasLt -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread -ldl
-PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN $(PACKING),$(FLAGS)) -march=x86-64-v3 $(SECTIONS)
+PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN $(PACKING),$(FLAGS)) \
+    -march=x86-64-v3 $(SECTIONS)
 
 gpu-portable:
 	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \

@@ -5553,6 +5553,22 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
                  "--tokenizer chars");
 }
 
+// A vocabulary of words, by name or from a file, cuts no word between training and validation.
+TEST_F(Cli, WordsAreNotCutForValidation) {
+    std::string text;
+    for (int i = 0; i < 400; i++) text += "antidisestablishmentarianism, incomprehensibilities ";
+    write("words.txt", text);
+    auto train = [&](const std::string& tokenizer, const std::string& out) {
+        Outcome outcome = call(train_words({"--data", "words.txt", "--tokenizer", tokenizer,
+                                            "--steps", "1", "--out", out}));
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return read_config(path(out + "/last/config.json")).vocab_size;
+    };
+    EXPECT_EQ(train("words", "known"), 3);
+    EXPECT_EQ(train("words:unk", "unknown"), 5);
+    EXPECT_EQ(train("known/last", "again"), 3);
+}
+
 // The step of the last record.
 uint64_t newest_logged(const std::string& log) {
     uint64_t step = 0;

@@ -1139,8 +1139,8 @@ std::string gpt2_device() {
 #endif
 }
 
-// The best of a few products of square matrices on the shape's threads, about 50 ms in all: of 768 x
-// 768, unless one of those would take as long.
+// The best of a few products of square matrices on the shape's threads, about 50 ms in all: of 768
+// rows, unless one of those would take as long.
 PeakRate gpt2_peak(const GPT2Shape& shape) {
     constexpr int kSizes[] = {128, 768}, kTries = 6;
     constexpr double kLimit_s = 0.05;

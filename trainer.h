@@ -481,16 +481,17 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
     if (begin == 0)
         fail_input("%s: %zu bytes are too few to train on; give more text", o.data[0].c_str(),
                    size);
-    if (o.tokenizer.starts_with("words"))
-        while (begin < size && strchr(" \n", corpus.text[begin]) == nullptr) begin++;
+    size_t whole = begin;  // where no word is cut
+    while (whole < size && corpus.text[whole] != ' ' && corpus.text[whole] != '\n') whole++;
     TrainingData data;
-    std::string_view text =
-        std::string_view(corpus.text).substr(0, o.tokenizer == "words" ? size : begin);
+    size_t learned = o.tokenizer == "words" ? size : o.tokenizer == "words:unk" ? whole : begin;
+    std::string_view text = std::string_view(corpus.text).substr(0, learned);
     if (o.tokenizer == "auto") data.tokenizer = tokenizer_of(model.folder, model.config);
     if (!data.tokenizer && o.tokenizer == "auto" && !model.folder.empty())
         fail_input("%s: has no tokenizer; name the one it was trained with, with --tokenizer",
                    model.folder.c_str());
     if (!data.tokenizer) data.tokenizer = make_tokenizer(o.tokenizer, text, cache_folder);
+    if (data.tokenizer->kind() == Tokenizer::Kind::words) begin = whole;
     data.token_bytes = bytes_per_token(*data.tokenizer);
     data.train.push_back(text_shard(corpus, 0, begin, *data.tokenizer, cache_folder));
     data.train_bytes = begin;
@@ -1768,7 +1769,7 @@ class Training {
         shard_hashes_ = loader_->shard_hashes();
         for (const Shard& shard : data_.val) {
             val_known_.push_back(shard.file().identity());
-            val_hashes_.push_back(windows.watch ? shard.hash() : 0);
+            val_hashes_.push_back(windows.watch ? shard.identity() : 0);
         }
         watches_val_ = windows.watch;
         identity_ =

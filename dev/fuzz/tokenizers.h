@@ -17,7 +17,7 @@ inline void check_again(const Tokenizer& tokenizer, TokenizerFormat format,
     require(again->encode(text) == tokenizer.encode(text), "it encodes as the one before");
 }
 
-// `names` are the files as the target left them in the folder; the first is loaded.
+// `name` is a file that the target left in the folder.
 inline void check_tokenizer(const std::string& name) {
     std::optional<Tokenizer> tokenizer;
     if (!accepts([&] { tokenizer.emplace(Tokenizer::load(path(name))); })) return;
