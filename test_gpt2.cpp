@@ -5556,7 +5556,8 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
 // A vocabulary of words, by name or from a file, cuts no word between training and validation.
 TEST_F(Cli, WordsAreNotCutForValidation) {
     std::string text;
-    for (int i = 0; i < 400; i++) text += "antidisestablishmentarianism, incomprehensibilities ";
+    for (int i = 0; i < 401; i++) text += "antidisestablishmentarianism, incomprehensibilities ";
+    ASSERT_NE(text[validation_start(text) - 1], ' ') << "a word would be cut";
     write("words.txt", text);
     auto train = [&](const std::string& tokenizer, const std::string& out) {
         Outcome outcome = call(train_words({"--data", "words.txt", "--tokenizer", tokenizer,
