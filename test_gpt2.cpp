@@ -5563,6 +5563,7 @@ TEST_F(Cli, WordsAreNotCutForValidation) {
         Outcome outcome = call(train_words({"--data", "words.txt", "--tokenizer", tokenizer,
                                             "--steps", "1", "--out", out}));
         EXPECT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_NE(outcome.out.find("words, "), std::string::npos) << outcome.out;
         return read_config(path(out + "/last/config.json")).vocab_size;
     };
     EXPECT_EQ(train("words", "known"), 3);

@@ -586,9 +586,22 @@ inline size_t count_tokens(const std::vector<Shard>& shards) {
 
 inline std::string describe_tokenizer(const std::optional<Tokenizer>& tokenizer) {
     if (!tokenizer) return "no tokenizer: no text, no bits per byte";
-    constexpr const char* kNames[] = {"BPE", "bytes", "characters"};
-    return format("%s, %s tokens", kNames[size_t(tokenizer->kind())],
-                  with_commas(size_t(tokenizer->vocab_size())).c_str());
+    const char* name = "";
+    switch (tokenizer->kind()) {
+        case Tokenizer::Kind::bpe:
+            name = "BPE";
+            break;
+        case Tokenizer::Kind::bytes:
+            name = "bytes";
+            break;
+        case Tokenizer::Kind::chars:
+            name = "characters";
+            break;
+        case Tokenizer::Kind::words:
+            name = "words";
+            break;
+    }
+    return format("%s, %s tokens", name, with_commas(size_t(tokenizer->vocab_size())).c_str());
 }
 
 // --data and --val, whatever they are, as shards; fail_input says what is wrong with them.
