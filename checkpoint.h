@@ -7,10 +7,12 @@
 
 #include <sys/statvfs.h>
 
+#include <array>
 #include <climits>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <future>
 #include <initializer_list>
 #include <limits>
 #include <map>
@@ -1005,38 +1007,64 @@ inline std::string hash_text(uint64_t hash) {
     return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
+// Reads `size` bytes of a file from `offset` on, or as many as it has; returns their number, or
+// -errno.
+inline ssize_t read_part(int fd, char* memory, size_t size, size_t offset) {
+    size_t done = 0;
+    for (bool plain = false; done < size;) {
+        ssize_t got = pread(fd, memory + done, size - done, off_t(offset + done));
+        if (got == 0) break;
+        if (got > 0) {
+            done += size_t(got);
+        } else if (errno == EINVAL && !plain) {
+            go_direct(fd, false);  // it was no block, or there is no such way
+            plain = true;
+        } else if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return ssize_t(done);
+}
+
 // Size and hash of a file as the disk has it: the kernel is first asked to drop its copy, and a
-// large file is read past it. Read in parts, so that verifying a large model takes no memory.
+// large file is read past it, several parts at a time, so that neither the disk waits for the hash
+// nor the hash for the disk. Read in parts, so that verifying a large model takes no memory.
 inline FileDigest digest_file(const std::string& path) {
+    constexpr size_t kPart = 1 << 20, kParts = 4;
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) fail_errno(path, "open");
+    std::unique_ptr<int, void (*)(int*)> closer(&fd, [](int* open_fd) { close(*open_fd); });
     struct stat info;  // a pipe or a device may have no end
-    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-        close(fd);
+    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode))
         fail_input("%s: not a regular file", path.c_str());
-    }
 #ifdef POSIX_FADV_DONTNEED
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
+    size_t file_size = size_t(info.st_size), part = kPart;
+    if (file_size < kPart) part = (file_size / 4096 + 1) * 4096;  // small files are many
+    size_t parts = file_size < kParts * kPart ? 1 : kParts, offset = 0;
+    if (parts > 1) go_direct(fd, true);
+
+    auto memory = aligned_memory(parts * part);
+    std::array<std::future<ssize_t>, kParts> reads;  // each waited for before memory and fd go
+    auto begin = [&](size_t i) {
+        auto policy =
+            parts > 1 ? std::launch::async | std::launch::deferred : std::launch::deferred;
+        reads[i] = std::async(policy, read_part, fd, memory.get() + i * part, part, offset);
+        offset += part;
+    };
     StreamingHash hash;
-    constexpr size_t kPart = 1 << 22;
-    bool direct = size_t(info.st_size) >= kPart;
-    if (direct) go_direct(fd, true);
-    // small files are many
-    size_t part = direct ? kPart : std::min(kPart, (size_t(info.st_size) / 4096 + 1) * 4096);
-    auto memory = aligned_memory(part);
-    ssize_t size = 0;
-    for (;;) {
-        size = read(fd, memory.get(), part);
-        if (size > 0) hash.add(memory.get(), size_t(size));
-        else if (size < 0 && errno == EINVAL && direct) go_direct(fd, direct = false);
-        else if (size == 0 || errno != EINTR) break;
+    for (size_t i = 0; i < parts; i++) begin(i);
+    for (size_t i = 0;; i = (i + 1) % parts) {
+        ssize_t size = reads[i].get();
+        if (size < 0) {
+            errno = int(-size);
+            fail_errno(path, "read");
+        }
+        hash.add(memory.get() + i * part, size_t(size));
+        if (size_t(size) < part) return hash.digest();
+        begin(i);
     }
-    int code = errno;
-    close(fd);
-    errno = code;
-    if (size < 0) fail_errno(path, "read");
-    return hash.digest();
 }
 
 // The hash of trainer.json's content but for the hash itself.

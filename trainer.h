@@ -1784,7 +1784,7 @@ class Training {
             val_known_.push_back(shard.file().identity());
             val_hashes_.push_back(windows.watch ? shard.identity() : 0);
         }
-        watches_val_ = windows.watch;
+        watches_val_ = windows.watch && evaluates();
         identity_ =
             run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_, world_);
         folder_ = choose_run_folder(o_, goal_, identity_);
@@ -1832,7 +1832,10 @@ class Training {
             last = is_over();
             if ((stop_signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
-            if (is_due(o_.eval_every, now.step) || last) best = evaluate(&record, &last);
+            if (is_due(o_.eval_every, now.step) || last) {
+                if (!validation_is_intact()) return leave(record, best, last);
+                best = evaluate(&record, &last);
+            }
             write_record(record);
             if (is_due(o_.sample_every, now.step) && !last) sample();
             owes_save_ |= best || save_again || is_due(o_.save_every, now.step);
@@ -1947,10 +1950,12 @@ class Training {
     LaunchedStep launch();
     ordered_json finish(const LaunchedStep& launched, const GPT2Stats& stats);
     void show_progress(double loss, double rate, double grad_norm);
+    bool validation_is_intact();
     bool evaluate(ordered_json* record, bool* last);
     void sample();
     void save(bool best, bool last);
     int stop(ordered_json* record);
+    int leave(const ordered_json& record, bool best, bool last);
     void conclude();
 
     static constexpr int rank_ = 0, world_ = 1;
@@ -1976,7 +1981,7 @@ class Training {
     GPT2Ptr model_;
     RunState state_;                 // after the last step that is known to be done
     size_t launched_ = 0;            // steps, of which the last may not be done
-    std::exception_ptr data_error_;  // what was thrown in place of the next step's batches
+    std::exception_ptr data_error_;  // what was thrown where data were to be read
     std::optional<RunLog> log_;
     double stop_file_s_ = 0;   // when it was last looked for
     LaunchedStep spike_;       // the last one
@@ -2325,13 +2330,24 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
     screen_.progress(p);
 }
 
+// Whether the files of the validation data are what they were when they were opened; if not,
+// data_error_ says what happened.
+inline bool Training::validation_is_intact() {
+    try {
+        for (size_t s = 0; watches_val_ && s < data_.val.size(); s++)
+            val_known_[s] = check_unchanged(data_.val[s], val_known_[s], val_hashes_[s]);
+    } catch (const Error&) {
+        data_error_ = std::current_exception();
+        return false;
+    }
+    return true;
+}
+
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides
 // about best and patience, and at the end on all of it, which is what the record then says. Returns
 // whether the model is the best so far; sets *last when patience is at its end.
 inline bool Training::evaluate(ordered_json* record, bool* last) {
     if (!evaluates()) return false;
-    for (size_t s = 0; watches_val_ && s < data_.val.size(); s++)
-        val_known_[s] = check_unchanged(data_.val[s], val_known_[s], val_hashes_[s]);
     auto over = [&](size_t windows) {
         Evaluation e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_,
                                       windows, separator_);
@@ -2389,10 +2405,16 @@ inline void Training::save(bool best, bool last) {
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
 // that was due is made, so that the run goes on as if nothing had been. Throws the data's error.
 inline int Training::stop(ordered_json* record) {
-    int signal = stop_signal();
     bool last = false, best = false;
-    if (is_due(o_.eval_every, state_.step)) best = evaluate(record, &last);
-    write_record(*record);
+    if (is_due(o_.eval_every, state_.step) && validation_is_intact())
+        best = evaluate(record, &last);
+    return leave(*record, best, last);
+}
+
+// Saves, and ends a run that a signal stopped or, throwing it, an error of its data.
+inline int Training::leave(const ordered_json& record, bool best, bool last) {
+    int signal = stop_signal();
+    write_record(record);
     save(best, last);
     std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal);
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
