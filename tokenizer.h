@@ -1119,11 +1119,16 @@ struct Tokenizer::PieceMerger {
             uint32_t with_left = ranks_of.find(symbol[left], joined) << 8 | uint32_t(left);
             // While the two are looked up, the least of all others.
             key[left] = key[i] = key[gone] = kNone << 8;
-            uint32_t others = least(key);
-            if constexpr (kLanes > 1) {
-                lane_least[0] = others;
-                for (size_t place : {left, i, gone})
-                    lane_least[place / kLane] = least(key + place / kLane * kLane);
+            uint32_t others = 0;
+            if constexpr (kLanes == 1) {
+                others = least(key);
+            } else {
+                auto look_again = [&](size_t lane) {
+                    lane_least[lane] = least(key + lane * kLane);
+                };
+                look_again(i / kLane);
+                if (left / kLane != i / kLane) look_again(left / kLane);
+                if (gone / kLane != i / kLane) look_again(gone / kLane);
                 others = *std::min_element(lane_least, lane_least + lanes);
                 lane_least[left / kLane] = std::min(lane_least[left / kLane], with_left);
                 lane_least[i / kLane] = std::min(lane_least[i / kLane], with_right);
