@@ -449,6 +449,7 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
             refuse(place, format("id %d, but model.vocab gives the token id %d", id, known));
         tokenizer.specials_.push_back(id);
     }
+    if (id_of.empty()) refuse("model.vocab", "holds no token");
     std::vector<int>& specials = tokenizer.specials_;
     std::sort(specials.begin(), specials.end());
     specials.erase(std::unique(specials.begin(), specials.end()), specials.end());
@@ -563,7 +564,8 @@ void TokenizerReader::for_each_merge(std::string_view text, F f) {
         std::string line(text.substr(begin + 1, end - begin - 1));
         std::string place = format("line %zu", ++line_number);
         size_t space = line.find(' ');
-        if (space == std::string::npos || line.find(' ', space + 1) != std::string::npos)
+        if (space == std::string::npos || space == 0 || space + 1 == line.size() ||
+            line.find(' ', space + 1) != std::string::npos)
             refuse(place, "is not two tokens with a space between them");
         f(line.substr(0, space), line.substr(space + 1), place);
         begin = end;

@@ -1252,6 +1252,9 @@ TEST(Tokenizer, RefusesCharacterFilesItDoesNotSupport) {
     expect_start(error_with("/model/unk_token", "a"), "2 model.unk_token:");
     expect_start(error_with("/model/byte_fallback", false), "2 model.vocab: token \"<0x80>\" ");
     expect_start(error_with("/model/vocab/ab", 4), "2 model.vocab: token \"ab\" ");
+    file = good;
+    file["model"]["vocab"] = json::object(), file["added_tokens"] = json::array();
+    EXPECT_EQ(load_error(file.dump()), "2 model.vocab: holds no token");
     expect_start(error_with("/model/merges", {"a b"}), "2 model.merges:");
     expect_start(error_with("/decoder", {{"type", "ByteLevel"}}), "2 decoder:");
     expect_start(error_with("/decoder", {{"type", "Sequence"}, {"decoders", {1}}}), "2 decoder:");
@@ -1303,7 +1306,8 @@ TEST(Tokenizer, ReadsAndRefusesMergesFiles) {
     expect_start(error("h e y\n"), "2 line 2: is not two tok");
     EXPECT_EQ(error("he y\n"), "2 line 2: token \"he\" is not in the vocabulary");
     EXPECT_EQ(error("h e\nh e\n"), "2 line 3: makes the token \"he\" a second time");
-    expect_start(error("h e\nh \n"), "2 line 3:");
+    for (const char* empty : {"h e\nh \n", "h e\n h\n", "h e\n \n"})
+        expect_start(error(empty), "2 line 3: is not two tok");
     EXPECT_EQ(error("h\t e\n"), "2 line 2: is not spelt in byte-level characters");
     EXPECT_EQ(error("h \200\n"), "2 line 2: is not spelt in byte-level characters");
     std::string many;
