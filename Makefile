@@ -152,6 +152,9 @@ $(FOLDER)/save_bench: $(FOLDER)/dev/bench/save_bench.o $(FOLDER)/train_gpt2.o $(
 $(FOLDER)/tokenizer_bench: $(FOLDER)/dev/bench/tokenizer_bench.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lutf8proc -lxxhash
 
+$(FOLDER)/loader_bench: $(FOLDER)/dev/bench/loader_bench.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lxxhash
+
 -include $(wildcard $(FOLDER)/*.d $(FOLDER)/dev/bench/*.d $(FOLDER)/dev/test/*.d)
 
 train_gpt2: $(FOLDER)/train_gpt2
@@ -368,7 +371,7 @@ help:
 	@echo "make test       runs every test, with every compiler that is here"
 	@echo "make soak       a fault at every call of a run, and a thousand kills; takes hours"
 	@echo "make fuzz       random damage to what is read from strangers, 20 s a kind: [FUZZ_TIME=300]"
-	@echo "make bench      times the layers, a step of GPT-2 124M beside plain loops, its saving, the tokenizer"
+	@echo "make bench      times the layers, a step of GPT-2 124M beside plain loops, its saving, shards, the tokenizer"
 	@echo "make sanitize   runs the tests under the address, undefined and thread sanitizers"
 	@echo "make format     applies .clang-format"
 	@echo "make clean      removes what was built"
@@ -437,9 +440,10 @@ TEXTS ?= ../shared/data/tinyshakespeare.txt
 BENCH ?= --benchmark_min_time=0.2
 bench:
 	@scripts/install_deps.sh bench
-	@$(MAKE) --no-print-directory $(addprefix $(FOLDER)/,bench save_bench tokenizer_bench)
+	@$(MAKE) --no-print-directory $(addprefix $(FOLDER)/,bench save_bench loader_bench tokenizer_bench)
 	$(FOLDER)/bench $(BENCH)
 	$(FOLDER)/save_bench
+	$(FOLDER)/loader_bench
 	$(if $(and $(PYTHON),$(MERGES)),$(PYTHON) dev/bench/tokenizer_bench.py $(MERGES) \
 	    $(wildcard $(TEXTS)) --program $(FOLDER)/tokenizer_bench,@echo "-- skipped: the tokenizer's \
 	    speed: no python3, or no vocab.bpe of GPT-2 (scripts/data_gpt2.sh fetches it)")
