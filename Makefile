@@ -120,8 +120,8 @@ $(FOLDER)/%.o: %.cpp $(FOLDER)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $(OWN_FLAGS) -MMD -MP -c $< -o $@
 
-# The test source is large and tests code that train_gpt2.o holds, optimised: it comes second on the
-# link line, so that functions which both hold are taken from the first.
+# The test sources are large and test code that train_gpt2.o holds, optimised: they come second on
+# the link line, so that functions which both hold are taken from the first.
 # (g++ 12 with the address sanitizer takes members of std::regex for uninitialised: GCC bug 105562.)
 TEST_FLAGS := -O1 -Wno-pass-failed \
     $(if $(filter asan,$(VARIANT)),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized))
@@ -138,8 +138,15 @@ $(FOLDER)/train_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/version.o
 $(FOLDER)/test_gpt2: $(FOLDER)/train_gpt2.o $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
+# What a twin's precision changes nothing of: models as they are saved, runs, and commands.
+RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli)
+RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)
+$(FOLDER)/test_runs: $(FOLDER)/train_gpt2.o $(RUN_TEST_OBJECTS) $(FOLDER)/version.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
 # What needs no twin: text to tokens to batches.
-$(FOLDER)/test_data: $(patsubst %.cpp,$(FOLDER)/%.o,$(wildcard dev/test/*.cpp))
+DATA_TESTS := $(addprefix dev/test/test_,data loader corpus tokenizer hellaswag)
+$(FOLDER)/test_data: $(DATA_TESTS:%=$(FOLDER)/%.o)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(TEXT_LIBRARIES)
 
 $(FOLDER)/bench: $(FOLDER)/dev/bench/bench.o $(FOLDER)/dev/bench/plain_step.o $(FOLDER)/train_gpt2.o \
@@ -163,7 +170,9 @@ ifneq ($(shell readlink train_gpt2),$(FOLDER)/train_gpt2)
 .PHONY: train_gpt2
 endif
 
-programs: $(addprefix $(FOLDER)/,train_gpt2 test_gpt2 test_data)
+# In double the model alone is tested.
+programs: $(addprefix $(FOLDER)/,train_gpt2 test_gpt2 \
+    $(if $(filter double,$(VARIANT)),,test_runs test_data))
 
 # ==== the CUDA program on the emulator ===========================================================
 
@@ -215,6 +224,10 @@ $(FOLDER)/test_gpt2cu_emu: $(FOLDER)/test_gpt2.o $(FOLDER)/train_gpt2.cu.o $(EMU
     $(FOLDER)/weak_train_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
+$(FOLDER)/test_runscu_emu: $(RUN_TEST_OBJECTS) $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) \
+    $(FOLDER)/version.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
 $(FOLDER)/test_emu: $(FOLDER)/dev/emu/test_emu.o $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
@@ -233,7 +246,8 @@ nvcc:
 emu: $(FOLDER)/train_gpt2cu_emu
 	@ln -sf $< train_gpt2cu_emu
 
-emu-programs: $(addprefix $(FOLDER)/,train_gpt2cu_emu test_gpt2cu_emu test_emu) \
+emu-programs: $(addprefix $(FOLDER)/,train_gpt2cu_emu test_gpt2cu_emu test_runscu_emu \
+    test_emu) \
     $(addprefix $(FOLDER)/check_,$(CHECKS))
 
 # ==== faults =====================================================================================
@@ -329,13 +343,18 @@ gpu-portable:
 	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \
 	    CUDA_FOLDER=build/cuda-portable portable-programs
 
-portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu train_gpt2 $(CHECKS))
+portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu test_runscu train_gpt2 \
+    $(CHECKS))
 
 $(PORTABLE)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
 $(PORTABLE)/test_gpt2cu: $(CUDA_FOLDER)/test_gpt2.cpp.o $(CUDA_FOLDER)/train_gpt2.o \
     $(CUDA_FOLDER)/weak_twin.o $(FOLDER)/version.o
+	@mkdir -p $(@D)
+	$(PORTABLE_LINK) -l:libgtest.a
+$(PORTABLE)/test_runscu: $(RUN_TESTS:%=$(CUDA_FOLDER)/%.cpp.o) $(CUDA_FOLDER)/train_gpt2.o \
+    $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK) -l:libgtest.a
 $(PORTABLE)/train_gpt2: $(CUDA_FOLDER)/twin.o $(FOLDER)/version.o
@@ -346,7 +365,7 @@ $(addprefix $(PORTABLE)/,$(CHECKS)): $(PORTABLE)/%: $(CUDA_FOLDER)/dev/cuda/%.o 
     $(CUDA_FOLDER)/weak_twin_float.o $(CUDA_FOLDER)/weak_twin_double.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK)
-$(CUDA_FOLDER)/test_gpt2.cpp.o: test_gpt2.cpp $(wildcard *.h) Makefile
+$(CUDA_FOLDER)/%.cpp.o: %.cpp $(wildcard *.h dev/test/*.h) Makefile
 	@mkdir -p $(@D)
 	$(PORTABLE_CXX) -O1 -c $< -o $@
 $(CUDA_FOLDER)/twin.o: train_gpt2.cpp $(wildcard *.h) Makefile

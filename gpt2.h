@@ -250,6 +250,7 @@ struct GPT2Shape {
     bool deterministic = true;  // only algorithms that give the same bits every time
     bool snapshot = false;      // it can be copied while it trains: see gpt2_snapshot_begin
 };
+constexpr int kRecomputeLevels = 4;  // of GPT2Shape::recompute
 
 // Sizes that the twins choose for themselves.
 struct TwinSizes {

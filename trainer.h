@@ -193,8 +193,6 @@ inline double learning_rate(const TrainOptions& o, const Goal& goal, size_t step
 
 // ==== memory plan ================================================================================
 
-constexpr int kRecomputeLevels = 4;
-
 inline bool fits(const GPT2Config& config, const GPT2Shape& shape, size_t free) {
     return total_bytes(gpt2_memory(config, shape)) <= free;
 }

@@ -89,17 +89,18 @@ counted() {
 
 # ==== programs ===================================================================================
 
-# Sets program, test_program, cpu_program and prefix (of the layers' programs).
+# Sets program, test_programs, cpu_program and prefix (of the layers' programs).
 find_programs() {
     if [ $emulated = yes ]; then
         folder=build/$(basename "${CXX:-g++}")
-        program=$folder/train_gpt2cu_emu test_program=$folder/test_gpt2cu_emu
+        program=$folder/train_gpt2cu_emu
+        test_programs="$folder/test_gpt2cu_emu $folder/test_runscu_emu"
         cpu_program=$folder/train_gpt2 prefix=$folder/check_
         export OMP_NUM_THREADS=1
         return
     fi
     folder=build/gpu-portable
-    program=$folder/train_gpt2cu test_program=$folder/test_gpt2cu
+    program=$folder/train_gpt2cu test_programs="$folder/test_gpt2cu $folder/test_runscu"
     cpu_program=$folder/train_gpt2 prefix=$folder/
     if [ ! -x $program ]; then
         echo "== building $folder for this card, because none was brought along"
@@ -235,15 +236,17 @@ layer_benchmarks() {
     grep '^attention.*cuDNN' "$logs/layers.log" # what went wrong there, if anything did
 }
 
-# What test_gpt2 tests of either twin, in both types. (Its tests of the command line start hundreds
-# of programs, each of which opens the card; what they test does not depend on it.)
+# What the tests say of either twin, in both types. (Those of the command line start hundreds of
+# programs, each of which opens the card; what they test does not depend on it.)
 whole_model_tests() {
     filter='Model.*:Golden.*:Run.*:Evaluate.*:Sampling.*:Plan.*:Cuda.*'
-    if [ $emulated = yes ]; then filter='Golden.LossAndLogits*'; fi
+    if [ $emulated = yes ]; then filter='Golden.LossAndLogits*:Plan.Numbers*'; fi
     for dtype in fp32 bf16; do
-        counted 90 "$logs/tests.log" "test_gpt2, $dtype" env GPT2_TEST_DTYPE=$dtype \
-            GPT2_BINARY="$program" GPT2_OTHER_BINARY="$cpu_program" \
-            "$test_program" "--gtest_filter=$filter"
+        for test_program in $test_programs; do
+            counted 90 "$logs/tests.log" "$(basename "$test_program"), $dtype" \
+                env GPT2_TEST_DTYPE=$dtype GPT2_BINARY="$program" GPT2_OTHER_BINARY="$cpu_program" \
+                "$test_program" "--gtest_filter=$filter"
+        done
     done
 }
 

@@ -1,0 +1,1140 @@
+// The tests of the command line: they start the program at $GPT2_BINARY (else the one of its name
+// in this folder), and read what it says, its exit code and what it leaves.
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <regex>
+#include <sstream>
+
+#include "../../commands.h"
+#include "models.h"
+#include "saved.h"
+#include "tools.h"
+
+// ==== the command line ===========================================================================
+
+namespace {
+
+std::string binary() {
+    const char* path = getenv("GPT2_BINARY");
+    return fs::absolute(path != nullptr ? path : gpt2_program()).string();
+}
+
+struct Outcome {
+    int code = -1;  // 128 + the signal when one ended it
+    std::string out, err;
+
+    size_t error_lines() const { return size_t(std::count(err.begin(), err.end(), '\n')); }
+};
+
+// One call of the program in a working folder of its own. `file_limit` is the most bytes that a
+// file may have, which stands in for a full disk.
+struct Call {
+    std::string folder;
+    std::vector<std::string> words;
+    std::string input = {};
+    rlim_t file_limit = RLIM_INFINITY;
+    int out_fd = -1;  // in place of a file
+
+    pid_t start() const {
+        write_file_atomic(folder + "/stdin", input);
+        std::vector<std::string> all = {binary()};
+        all.insert(all.end(), words.begin(), words.end());
+        std::vector<char*> argv;
+        for (std::string& word : all) argv.push_back(word.data());
+        argv.push_back(nullptr);
+        pid_t child = fork();
+        if (child != 0) return child;
+        int in = open((folder + "/stdin").c_str(), O_RDONLY);
+        int out = out_fd >= 0
+                      ? out_fd
+                      : open((folder + "/stdout").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+        int err = open((folder + "/stderr").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+        dup2(in, 0), dup2(out, 1), dup2(err, 2);
+        struct rlimit limit = {file_limit, file_limit};
+        setrlimit(RLIMIT_FSIZE, &limit);
+        signal(SIGXFSZ, SIG_IGN);  // a write beyond the limit fails instead
+        if (chdir(folder.c_str()) != 0) _exit(126);
+        execv(argv[0], argv.data());
+        _exit(127);
+    }
+    Outcome finish(pid_t child) const {
+        Outcome outcome;
+        int status = 0;
+        waitpid(child, &status, 0);
+        outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        if (out_fd < 0) outcome.out = read_file(folder + "/stdout");
+        outcome.err = read_file(folder + "/stderr");
+        return outcome;
+    }
+    Outcome run() const { return finish(start()); }
+};
+
+class Cli : public testing::Test {
+  protected:
+    void SetUp() override {
+        if (!fs::exists(binary())) GTEST_SKIP() << "there is no program at " << binary();
+        folder_ = test_folder();
+        std::string text;
+        for (int i = 0; i < 60; i++) text += "The cat sat on mat " + std::to_string(i * i) + ".\n";
+        write_file_atomic(folder_ + "/text.txt", text);
+    }
+
+    Outcome call(std::vector<std::string> words, const std::string& input = "") const {
+        return Call{folder_, std::move(words), input}.run();
+    }
+
+    // `train` of a model that takes a moment; later words override nothing and must be new.
+    static std::vector<std::string> train_words(const std::vector<std::string>& more) {
+        std::vector<std::string> words = {
+            "train",      "--layers",  "1",         "--heads", "1",
+            "--channels", "8",         "--context", "16",      "--batch-size",
+            "2",          "--threads", "1",         "--dtype", dtype_name(test_dtype())};
+        words.insert(words.end(), more.begin(), more.end());
+        return words;
+    }
+
+    // A trained model in folder_/run, with a character vocabulary.
+    void make_model(const std::string& tokenizer = "chars") {
+        Outcome made = call(train_words(
+            {"--data", "text.txt", "--tokenizer", tokenizer, "--steps", "2", "--out", "run"}));
+        ASSERT_EQ(made.code, 0) << made.err;
+    }
+
+    // The contract of every error: the code, one line, and in it what matters.
+    static void expect_error(const Outcome& outcome, int code, const std::string& part) {
+        EXPECT_EQ(outcome.code, code) << outcome.err;
+        EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
+        std::string name = gpt2_program();
+        EXPECT_EQ(outcome.err.rfind(name + ": error: ", 0), 0u) << outcome.err;
+        EXPECT_NE(outcome.err.find(part), std::string::npos) << outcome.err << "lacks " << part;
+    }
+    void expect_train_error(const std::vector<std::string>& more, int code,
+                            const std::string& part) const {
+        expect_error(call(train_words(more)), code, part);
+    }
+
+    void write(const std::string& name, const std::string& content) const {
+        fs::create_directories(fs::path(folder_ + "/" + name).parent_path());
+        write_file_atomic(folder_ + "/" + name, content);
+    }
+    std::string path(const std::string& name) const { return folder_ + "/" + name; }
+
+    std::string folder_;
+};
+
+TEST_F(Cli, EveryCommandHasHelp) {
+    std::vector<std::vector<std::string>> commands = {{},
+                                                      {"train"},
+                                                      {"sample"},
+                                                      {"evaluate"},
+                                                      {"shard"},
+                                                      {"dump"},
+                                                      {"export"},
+                                                      {"plan"},
+                                                      {"info"},
+                                                      {"tokenizer"},
+                                                      {"tokenizer", "train"},
+                                                      {"tokenizer", "encode"},
+                                                      {"tokenizer", "decode"}};
+    for (std::vector<std::string> words : commands) {
+        words.push_back("--help");
+        Outcome help = call(words);
+        EXPECT_EQ(help.code, 0) << words[0];
+        EXPECT_EQ(help.err, "");
+        EXPECT_NE(help.out.find("--help"), std::string::npos);
+    }
+    std::string help = call({"train", "--help"}).out;
+    EXPECT_NE(help.find("--batch-size N "), std::string::npos);
+    EXPECT_NE(help.find("[0.1]"), std::string::npos) << "defaults are shown";
+    for (size_t begin = 0, end; (end = help.find('\n', begin)) != std::string::npos;
+         begin = end + 1)
+        EXPECT_LE(end - begin, 100u) << help.substr(begin, end - begin);
+}
+
+TEST_F(Cli, MisspeltWordsGetTheNearest) {
+    expect_error(call({}), 2, "no command");
+    expect_error(call({"tokenizer"}), 2, "no command");
+    expect_error(call({"trian"}), 2, "did you mean train?");
+    expect_error(call({"train", "--bacth-size", "4"}), 2,
+                 "unknown option --bacth-size: did you mean --batch-size?");
+    expect_error(call({"train", "--data", "text.txt", "--lerning-rate=1"}), 2,
+                 "--lerning-rate: did you mean --learning-rate?");
+    expect_error(call({"tokenizer", "encode", "--tokeniser", "x"}), 2, "--tokenizer?");
+    expect_error(call({"train", "--data", "text.txt", "-x"}), 2, "unknown option -x");
+    expect_error(call({"train", "text.txt"}), 2, "text.txt");
+    expect_error(call({"train", "--data"}), 2, "--data");
+    expect_error(call({"train"}), 2, "--data");
+    expect_error(call({"train", "--data", "text.txt", "--steps", "2", "--steps", "3"}), 2,
+                 "--steps");
+}
+
+TEST_F(Cli, ValuesOutOfRangeAreRefused) {
+    const char* cases[][2] = {{"--batch-size", "0"},
+                              {"--batch-size", "-3"},
+                              {"--batch-size", "two"},
+                              {"--batch-size", "1.5"},
+                              {"--steps", "0"},
+                              {"--learning-rate", "nan"},
+                              {"--learning-rate", "NaN"},
+                              {"--learning-rate", "inf"},
+                              {"--learning-rate", "-inf"},
+                              {"--learning-rate", "-1"},
+                              {"--dropout", "1"},
+                              {"--beta2", "1"},
+                              {"--epsilon", "0"},
+                              {"--schedule", "sine"},
+                              {"--dtype", "fp8"},
+                              {"--recompute", "4"},
+                              {"--tf32", "1"},
+                              {"--deterministic", "yes"},
+                              {"--time-limit", "nan"},
+                              {"--seed", "-1"},
+                              {"--keep", "-1"},
+                              {"--threads", "0"},
+                              {"--tokenizer", "bpe:5"},
+                              {"--tokenizer", "bpe:x"},
+                              {"--tokenizer", "nothing"},
+                              {"--sequence-length", "17"},
+                              {"--total-batch-tokens", "33"}};
+    for (auto [option, value] : cases) {
+        std::vector<std::string> words = {"train", "--data", "text.txt", "--context",
+                                          "16",    option,   value};
+        std::string part = std::string(value) == "nothing" ? "nothing" : option;
+        expect_error(call(words), 2, part);
+    }
+    expect_error(call({"train", "--data", "text.txt", "--heads", "5", "--channels", "64"}), 2,
+                 "--heads 5 --channels 64: heads must divide channels");
+    expect_error(call({"train", "--data", "text.txt", "--steps", "1", "--epochs", "1"}), 2,
+                 "--steps and --epochs");
+    EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
+}
+
+// A precision that this program lacks is refused by every command that computes, before it begins.
+TEST_F(Cli, APrecisionThatIsNotThereIsRefused) {
+    make_model();
+    const std::vector<std::string> commands[] = {
+        {"train", "--data", "text.txt"},
+        {"plan"},
+        {"sample", "--model", "run"},
+        {"evaluate", "--model", "run", "--data", "text.txt"},
+        {"dump", "--model", "run", "--tokens", "ids.npy", "--out", "d.safetensors"}};
+    for (std::vector<std::string> words : commands) {
+        words.insert(words.end(), {"--dtype", "bf16"});
+        expect_error(call(words), 2, "--dtype bf16");
+    }
+    EXPECT_FALSE(fs::exists(path("runs/text")));
+}
+
+// Weights of another format are converted, and one line says so.
+TEST_F(Cli, ConvertedWeightsAreSaid) {
+    make_model("bytes");
+    std::string file = path("run/last/model.safetensors");
+    RawTensors tensors = read_raw(file);
+    for (auto& [name, tensor] : tensors) {
+        std::string halves;
+        for (size_t i = 2; i < tensor.bytes.size(); i += 4) halves += tensor.bytes.substr(i, 2);
+        tensor.dtype = "BF16", tensor.bytes = halves;
+    }
+    fs::create_directories(path("half"));
+    for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json"})
+        fs::copy_file(path(std::string("run/last/") + name), path(std::string("half/") + name));
+    write_raw(path("half/model.safetensors"), tensors);
+    const std::string note = "weights are BF16 in half/model.safetensors: converted to float32\n";
+    std::vector<std::string> words = {"sample", "--threads", "1", "--max-new-tokens", "3"};
+    words.insert(words.end(), {"--model", "half"});
+    Outcome sampled = call(words);
+    EXPECT_EQ(sampled.code, 0) << sampled.err;
+    EXPECT_EQ(sampled.err, "note: " + note);
+    words.back() = "run";
+    EXPECT_EQ(call(words).err, "");
+    Outcome tuned = call({"train", "--threads", "1", "--data", "text.txt", "--model", "half",
+                          "--steps", "1", "--out", "tuned"});
+    EXPECT_EQ(tuned.code, 0) << tuned.err;
+    EXPECT_NE(tuned.out.find("note       " + note), std::string::npos) << tuned.out;
+}
+
+TEST_F(Cli, DataThatIsNoDataIsRefused) {
+    expect_train_error({"--data", "missing.txt"}, 2, "missing.txt");
+    expect_train_error({"--data", "*.nothing"}, 2, "*.nothing");
+    write("empty.txt", "");
+    expect_train_error({"--data", "empty.txt"}, 2, "empty.txt");
+    write("short.txt", "Too short.");
+    expect_train_error({"--data", "short.txt", "--tokenizer", "bytes"}, 2, "--sequence-length");
+    write("one.txt", "a");
+    expect_train_error({"--data", "one.txt"}, 2, "one.txt");
+    fs::create_directories(path("nothing/.hidden"));
+    write("nothing/.hidden/text.txt", "text");
+    expect_train_error({"--data", "nothing"}, 2, "nothing");
+    expect_train_error({"--data", "/dev/null"}, 2, "/dev/null");
+    expect_train_error({"--data", "text.txt", "--val", "missing.txt"}, 2, "missing.txt");
+}
+
+TEST_F(Cli, TextThatIsNotUtf8IsKeptAsBytes) {
+    std::string bytes;
+    for (int i = 0; i < 2000; i++) bytes += char(i * 7 + i / 256);
+    write("bytes.txt", bytes);
+    Outcome trained = call(train_words({"--data", "bytes.txt", "--steps", "2", "--out", "run"}));
+    ASSERT_EQ(trained.code, 0) << trained.err;
+    Outcome ids = call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt"});
+    EXPECT_EQ(ids.code, 0) << ids.err;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last"}, ids.out).out, bytes);
+    call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt", "--out", "x.npy"});
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last", "--in", "x.npy"}).out, bytes);
+}
+
+TEST_F(Cli, ShardsAreCheckedWhenTheyAreOpened) {
+    write_shard(path("good.bin"), std::vector<int>(200, 7));
+    std::string good = read_file(path("good.bin"));
+    EXPECT_EQ(call(train_words({"--data", "good.bin", "--steps", "1", "--out", "run"})).code, 0);
+    for (size_t size : {0, 1, 3, 4, 11, 12, 1023, 1024, 1025, 1200, 1423}) {
+        write("cut.bin", good.substr(0, size));
+        expect_train_error({"--data", "cut.bin"}, 2, "cut.bin");
+    }
+    write("long.bin", good + "x");
+    expect_train_error({"--data", "long.bin"}, 2, "long.bin");
+    write_shard(path("past.bin"), std::vector<int>(200, 60000));
+    expect_train_error({"--data", "past.bin"}, 2, "60000");
+    expect_train_error({"--data", "good.bin", "text.txt"}, 2, "not both");
+    expect_train_error({"--data", "text.txt", "good.bin"}, 2, "not both");
+}
+
+TEST_F(Cli, PlacesThatCannotBeWrittenAreTheMachinesFault) {
+    for (const char* out : {"/proc/nothing/run", "/dev/null/run", "text.txt/run"})
+        expect_train_error({"--data", "text.txt", "--steps", "1", "--out", out}, 1, "cannot");
+    expect_error(call({"tokenizer", "train", "--data", "text.txt", "--out", "/proc/nothing"}), 1,
+                 "/proc/nothing");
+}
+
+#if defined(__has_feature)
+#    if __has_feature(thread_sanitizer)
+#        define GPT2_THREAD_SANITIZER
+#    endif
+#endif
+#ifdef GPT2_THREAD_SANITIZER
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+const char* const kDiesOfTheLimit =
+    "the thread sanitizer writes files of its own and dies of the limit";
+
+TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
+    if (kThreadSanitizer) GTEST_SKIP() << kDiesOfTheLimit;
+    // From 6,000 bytes up: libomp makes a small file of shared memory when it starts, and needs it.
+    for (rlim_t limit : {6000, 9000, 20000}) {
+        Call full{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
+                                        "30", "--save-retry", "0", "--out", "run"})};
+        full.file_limit = limit;
+        Outcome outcome = full.run();
+        std::string error = std::string(gpt2_program()) + ": error: ";
+        size_t at = outcome.err.find(error);  // warnings come before
+        ASSERT_NE(at, std::string::npos) << outcome.err;
+        outcome.err.erase(0, at);
+        expect_error(outcome, 1, "File too large");
+        fs::remove_all(path("run"));
+    }
+    make_model();
+    Call full{folder_, {"sample", "--threads", "1", "--model", "run"}};
+    full.out_fd = open("/dev/full", O_WRONLY);
+    expect_error(full.run(), 1, "standard output");
+    close(full.out_fd);
+}
+
+TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
+    make_model();
+    int ends[2];
+    ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    Call broken{folder_, {"sample", "--threads", "1", "--model", "run", "--num-samples", "50"}};
+    broken.out_fd = ends[1];
+    close(ends[0]);
+    Outcome outcome = broken.run();
+    close(ends[1]);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(outcome.err, "");
+}
+
+TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
+    make_model();
+    Outcome long_prompt = call({"sample", "--threads", "1", "--model", "run", "--max-new-tokens",
+                                "5", "--prompt", "The cat sat on mat 1. The cat sat"});
+    EXPECT_EQ(long_prompt.code, 0);
+    EXPECT_EQ(long_prompt.error_lines(), 1u) << long_prompt.err;
+    EXPECT_NE(long_prompt.err.find("the context 16: its last 15"), std::string::npos)
+        << long_prompt.err;
+    Outcome unknown =
+        call({"sample", "--threads", "1", "--model", "run", "--prompt", "The \xE2\x82\xAC cat"});
+    EXPECT_EQ(unknown.code, 0);
+    EXPECT_EQ(unknown.error_lines(), 1u);
+    EXPECT_NE(unknown.err.find("\xE2\x82\xAC"), std::string::npos) << unknown.err;
+    Outcome empty = call({"sample", "--threads", "1", "--model", "run", "--prompt", ""});
+    EXPECT_EQ(empty.code, 0);
+    EXPECT_EQ(empty.err, "");
+}
+
+TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
+    make_model();
+    std::vector<std::string> words = {"sample",           "--model", "run",    "--prompt", "The",
+                                      "--max-new-tokens", "30",      "--seed", "3"};
+    Outcome first = call(words);
+    EXPECT_EQ(first.out.rfind("The", 0), 0u);
+    EXPECT_EQ(first.out, call(words).out);
+    words.insert(words.end(), {"--out", "sample.txt"});
+    EXPECT_EQ(call(words).out, "");
+    EXPECT_EQ(read_file(path("sample.txt")), first.out);
+    const char* cases[][2] = {{"--temperature", "-1"},  {"--temperature", "nan"},
+                              {"--top-p", "0"},         {"--top-p", "1.5"},
+                              {"--top-k", "-1"},        {"--num-samples", "0"},
+                              {"--max-new-tokens", "0"}};
+    for (auto [option, value] : cases)
+        expect_error(call({"sample", "--threads", "1", "--model", "run", option, value}), 2,
+                     option);
+}
+
+TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
+    expect_error(call({"sample", "--model", "missing"}), 2, "missing");
+    expect_error(call({"sample", "--model", "text.txt"}), 2, "text.txt");
+    expect_error(call({"sample", "--model", "."}), 2, "neither");
+    write("llama/config.json", "{\"model_type\": \"llama\", \"vocab_size\": 10}");
+    for (const char* command : {"sample", "evaluate"})
+        expect_error(call({command, "--model", "llama", "--data", "text.txt"}), 2,
+                     std::string(command) == "sample" ? "--data" : "llama");
+    expect_error(call({"sample", "--model", "llama"}), 2, "model_type");
+    expect_error(call({"train", "--data", "text.txt", "--model", "llama"}), 2, "model_type");
+    write("broken/config.json", "{\"model_type\": ");
+    expect_error(call({"sample", "--model", "broken"}), 2, "broken/config.json");
+    make_model();
+    fs::resize_file(path("run/last/model.safetensors"), 500);
+    expect_error(call({"sample", "--threads", "1", "--model", "run"}), 2, "model.safetensors");
+    EXPECT_EQ(call({"info", "run"}).code, 2);
+    EXPECT_EQ(call({"info", "text.txt"}).code, 0);
+    expect_error(call({"info", "missing"}), 2, "missing");
+    expect_error(call({"info"}), 2, "PATH");
+}
+
+TEST_F(Cli, ModelsGoToOtherProgramsAndComeBack) {
+    make_model();
+    Outcome made = call({"export", "--model", "run", "--out", "hub", "--max-shard-size", "1KB"});
+    EXPECT_EQ(made.code, 0) << made.err;
+    EXPECT_EQ(made.err, "");
+    made = call({"export", "--model", "hub", "--out", "model.bin"});
+    EXPECT_EQ(made.code, 0) << made.err;
+    auto same = [&](std::vector<std::string> words) {
+        words.insert(words.end(),
+                     {"--threads", "1", "--dtype", dtype_name(test_dtype()), "--model"});
+        std::vector<std::string> out;
+        for (const char* model : {"run", "hub", "model.bin"}) {
+            std::vector<std::string> all = words;
+            all.push_back(model);
+            if (std::string(model) == "model.bin" && words[0] != "dump")
+                all.insert(all.end(), {"--tokenizer", "hub"});
+            Outcome outcome = call(all);
+            EXPECT_EQ(outcome.code, 0) << outcome.err;
+            if (words[0] == "evaluate") outcome.out = outcome.out.substr(0, outcome.out.find(','));
+            out.push_back(words[0] == "dump" ? read_file(path("dump.safetensors")) : outcome.out);
+        }
+        EXPECT_EQ(out[0], out[1]);
+        EXPECT_EQ(out[0], out[2]);
+    };
+    write_npy(path("ids.npy"), {1, 2, 3, 4}, {1, 4});
+    same({"sample", "--max-new-tokens", "20", "--temperature", "0"});
+    same({"evaluate", "--data", "text.txt", "--json"});
+    same({"dump", "--tokens", "ids.npy", "--out", "dump.safetensors"});
+    Outcome tuned = call({"train", "--data", "text.txt", "--model", "model.bin", "--tokenizer",
+                          "hub", "--steps", "1", "--batch-size", "2", "--threads", "1", "--dtype",
+                          dtype_name(test_dtype()), "--out", "tuned"});
+    EXPECT_EQ(tuned.code, 0) << tuned.err;
+    Outcome info = call({"info", "hub", "model.bin", "run"});
+    EXPECT_EQ(info.code, 0) << info.out;
+    EXPECT_NE(info.out.find("model.bin: model of llm.c"), std::string::npos) << info.out;
+}
+
+TEST_F(Cli, ExportRefusesWhatItCannotDo) {
+    make_model();
+    expect_error(call({"export", "--out", "x"}), 2, "--model is missing");
+    expect_error(call({"export", "--model", "run"}), 2, "--out is missing");
+    expect_error(call({"export", "--model", "run", "--out", "run"}), 2,
+                 "is there already; give another name, or remove it first");
+    expect_error(call({"export", "--model", "none", "--out", "x"}), 2, "none: no such");
+    expect_error(call({"export", "--model", "text.txt", "--out", "x"}), 2, "no model of llm.c");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--export-dtype", "int8"}), 2,
+                 "must be fp32|bf16|fp16");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--max-shard-size", "5 G"}), 2,
+                 "must be bytes, such as 5GB");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--max-shard", "5GB"}), 2,
+                 "did you mean --max-shard-size?");
+    expect_error(call({"exprot"}), 2, "did you mean export?");
+    expect_error(call({"export", "--model", "run", "--out", "x.bin", "--export-dtype", "fp16"}), 2,
+                 "llm.c has none");
+    expect_error(call({"export", "--model", "run", "--out", "x", "--state", "text.txt"}), 2,
+                 "goes from llm.c to a folder");
+    EXPECT_EQ(call({"export", "--model", "run", "--out", "m.bin"}).code, 0);
+    expect_error(call({"export", "--model", "m.bin", "--out", "x", "--state", "m.bin"}), 2,
+                 "a state of llm.c has 20240527");
+    expect_error(call({"sample", "--model", "m.bin"}), 2, "there is no tokenizer; name one with");
+    expect_error(call({"train", "--data", "text.txt", "--model", "m.bin"}), 2,
+                 "m.bin: has no tokenizer; name the one it was trained with");
+    expect_error(call({"train", "--data", "text.txt", "--model", "gone.bin"}), 2, "gone.bin");
+    Outcome bare = call({"export", "--model", "m.bin", "--out", "bare"});
+    EXPECT_EQ(bare.code, 0);
+    EXPECT_NE(bare.err.find("note: m.bin has no tokenizer"), std::string::npos) << bare.err;
+    fs::resize_file(path("run/last/optimizer.safetensors"), 500);  // its hashes are verified
+    expect_error(call({"export", "--model", "run", "--out", "x"}), 2, "optimizer.safetensors");
+    fs::resize_file(path("m.bin"), 5000);
+    expect_error(call({"export", "--model", "m.bin", "--out", "x"}), 2, "cut?");
+    EXPECT_FALSE(fs::exists(path("x")));
+    EXPECT_FALSE(fs::exists(path("x.bin")));
+}
+
+TEST_F(Cli, AFullDiskLeavesNothingOfAnExport) {
+    if (kThreadSanitizer) GTEST_SKIP() << kDiesOfTheLimit;
+    make_model();
+    for (const char* out : {"new", "new.bin"}) {
+        std::vector<std::string> words = {"export", "--model", "run", "--out", out};
+        Outcome full = Call{folder_, words, "", 4096, -1}.run();
+        expect_error(full, 1, "File too large");
+        for (const auto& item : fs::directory_iterator(folder_))
+            EXPECT_EQ(item.path().filename().string().find("new"), std::string::npos);
+    }
+}
+
+TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1}) {
+        std::string out = format("run%d", signal);
+        std::vector<std::string> words =
+            train_words({"--data", "text.txt", "--out", out, "--steps"});
+        words.push_back("100000000");
+        Call long_run{folder_, words};
+        pid_t child = long_run.start();
+        std::error_code ignored;
+        for (int i = 0; i < 3000; i++) {  // until it trains
+            usleep(10000);
+            if (fs::file_size(path(out + "/log.jsonl"), ignored) > 200 && !ignored) break;
+        }
+        kill(child, signal);
+        Outcome stopped = long_run.finish(child);
+        EXPECT_EQ(stopped.code, 128 + signal) << stopped.err;
+        EXPECT_NE(stopped.out.find("go on with: "), std::string::npos);
+        json trainer = json::parse(read_file(path(out + "/last/trainer.json")));
+        size_t step = trainer.at("step");
+        words.back() = std::to_string(step + 2);
+        Outcome rest = call(words);
+        EXPECT_EQ(rest.code, 0) << rest.err;
+        EXPECT_NE(rest.out.find("going on with"), std::string::npos);
+        trainer = json::parse(read_file(path(out + "/last/trainer.json")));
+        EXPECT_EQ(trainer.at("step"), step + 2);
+    }
+}
+
+// A kill leaves no time for anything: the run goes on from its last checkpoint and ends with the
+// same bits and the same log as one that was left alone. The pipe holds few lines, so that the
+// program waits for its reader and dies in the middle.
+TEST_F(Cli, AKilledRunGoesOnAndEndsWithTheSameBits) {
+    auto words = [](const std::string& out) {
+        return train_words({"--data", "text.txt", "--steps", "80", "--save-every", "7",
+                            "--eval-every", "5", "--eval-batches", "1", "--sample-every", "0",
+                            "--out", out});
+    };
+    int ends[2];
+    ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    fcntl(ends[1], F_SETPIPE_SZ, 4096);
+    Call killed{folder_, words("killed")};
+    killed.out_fd = ends[1];
+    pid_t child = killed.start();
+    close(ends[1]);
+    std::string seen;
+    char part[256];
+    while (seen.find("step 16/80") == std::string::npos) {
+        ssize_t size = read(ends[0], part, sizeof part);
+        ASSERT_GT(size, 0) << seen;
+        seen.append(part, size_t(size));
+    }
+    kill(child, SIGKILL);
+    EXPECT_EQ(killed.finish(child).code, 128 + SIGKILL);
+    close(ends[0]);
+    ASSERT_EQ(latest_checkpoint(path("killed")) == "", false);
+    Outcome rest = call(words("killed"));
+    EXPECT_EQ(rest.code, 0) << rest.err;
+    EXPECT_NE(rest.out.find("going on with killed/step_"), std::string::npos) << rest.out;
+    EXPECT_EQ(call(words("whole")).code, 0);
+    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
+        EXPECT_TRUE(read_file(path(std::string("killed/last/") + name)) ==
+                    read_file(path(std::string("whole/last/") + name)))
+            << name;
+    auto records = [&](const std::string& out) {
+        std::vector<json> log;
+        std::stringstream lines(read_file(path(out + "/log.jsonl")));
+        for (std::string line; std::getline(lines, line);) {
+            log.push_back(json::parse(line));
+            if (log.back().contains("event")) log.pop_back();
+            else
+                for (const char* key : {"step_ms", "tokens_per_s", "elapsed_s"})
+                    log.back().erase(key);
+        }
+        return log;
+    };
+    EXPECT_EQ(records("killed"), records("whole"));
+    EXPECT_EQ(records("whole").size(), 80u);
+}
+
+TEST_F(Cli, ARunIsRepeatedFromItsLog) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "5",
+                                "--eval-every", "2", "--dropout", "0.1", "--out", "run"}))
+                  .code,
+              0);
+    Outcome again = call({"train", "--repeat", "run"});
+    EXPECT_EQ(again.code, 0) << again.err;
+    EXPECT_NE(again.out.find("repeated   all 5 steps have the same losses, to the last bit"),
+              std::string::npos)
+        << again.out;
+    std::string log = read_file(path("run/log.jsonl"));
+    size_t at = log.find("\"train_loss\":", log.find("\"step\":4")) + 13;
+    log[at + 3] = log[at + 3] == '1' ? '2' : '1';
+    write("run/log.jsonl", log);
+    expect_error(call({"train", "--repeat", "run", "--out", "other"}), 1, "other: step 4: loss ");
+    write("run/log.jsonl", "{}\n");
+    expect_error(call({"train", "--repeat", "run"}), 2, "it cannot be repeated");
+}
+
+TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
+    std::vector<std::string> words =
+        train_words({"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes"});
+    for (const char* out : {"runs/text", "runs/text-2"}) {
+        EXPECT_EQ(call(words).code, 0);
+        EXPECT_TRUE(fs::exists(path(std::string(out) + "/last/model.safetensors"))) << out;
+    }
+    expect_train_error(
+        {"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes", "--out", "runs/text"}, 2,
+        "finished run");
+}
+
+TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
+    write("val.txt", "The cat sat on mat 16.\nThe cat sat on mat 25.\n");
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--val", "val.txt", "--tokenizer", "bytes",
+                                "--steps", "3", "--out", "run"}))
+                  .code,
+              0);
+    std::string log = read_file(path("run/log.jsonl"));
+    log.pop_back();
+    json last = json::parse(log.substr(log.rfind('\n') + 1));
+    Outcome outcome = call({"evaluate", "--model", "run", "--data", "val.txt", "--json", "--dtype",
+                            dtype_name(test_dtype())});
+    double bound = 1e-6 + tolerance(0, 1);  // the batch is another
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    json result = json::parse(outcome.out);
+    EXPECT_NEAR(result.at("loss").get<double>(), last.at("val_loss").get<double>(), bound);
+    EXPECT_NEAR(result.at("bits_per_byte").get<double>(),
+                last.at("val_bits_per_byte").get<double>(), bound);
+    EXPECT_EQ(result.at("tokens"), 45);
+    EXPECT_EQ(call({"evaluate", "--model", "run", "--data", "val.txt"}).code, 0);
+}
+
+TEST_F(Cli, ShardsMadeFromTextTrain) {
+    std::vector<std::string> words = {"shard", "--data",  "text.txt", "--tokenizer",
+                                      "bytes", "--out",   "shards",   "--shard-tokens",
+                                      "500",   "--stats", "--clean"};
+    Outcome made = call(words);
+    ASSERT_EQ(made.code, 0) << made.err;
+    EXPECT_NE(made.out.find("shards/val.bin: "), std::string::npos) << made.out;
+    EXPECT_NE(made.out.find("documents  1, of "), std::string::npos) << made.out;
+    size_t tokens = 0, files = 0;
+    for (const auto& entry : fs::directory_iterator(path("shards"))) {
+        if (entry.path().extension() != ".bin") continue;
+        tokens += Shard(entry.path().string(), 257).size(), files++;
+    }
+    EXPECT_EQ(tokens, read_file(path("text.txt")).size());
+    EXPECT_EQ(json::parse(read_file(path("shards/manifest.json"))).at("tokens"), tokens);
+    EXPECT_NE(call(words).out.find("it was ready already"), std::string::npos);
+    words[8] = "501";
+    expect_error(call(words), 2, "was begun with --shard-tokens 500, and this is 501");
+    Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
+                                        "--tokenizer", "bytes", "--steps", "2", "--out", "run"}));
+    EXPECT_EQ(trained.code, 0) << trained.err;
+    trained = call(train_words({"--data", "shards", "--steps", "2", "--out", "parts"}));
+    EXPECT_EQ(trained.code, 0) << trained.err;
+    EXPECT_EQ(losses_by_step(path("run")), losses_by_step(path("parts")));
+    Outcome part = call({"evaluate", "--model", "run", "--data", "shards"});
+    EXPECT_EQ(part.out.substr(0, 30),
+              call({"evaluate", "--model", "run", "--data", "shards/val.bin"}).out.substr(0, 30));
+    call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
+    expect_train_error({"--data", "shards", "--tokenizer", "tok"}, 2,
+                       "made with another tokenizer, \"bytes\"");
+    EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
+    expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
+                 "--tokenizer chars");
+}
+
+// A vocabulary of words, by name or from a file, cuts no word between training and validation.
+TEST_F(Cli, WordsAreNotCutForValidation) {
+    std::string text;
+    for (int i = 0; i < 401; i++) text += "antidisestablishmentarianism, incomprehensibilities ";
+    ASSERT_NE(text[validation_start(text) - 1], ' ') << "a word would be cut";
+    write("words.txt", text);
+    auto train = [&](const std::string& tokenizer, const std::string& out) {
+        Outcome outcome = call(train_words(
+            {"--data", "words.txt", "--tokenizer", tokenizer, "--steps", "1", "--out", out}));
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_NE(outcome.out.find("words, "), std::string::npos) << outcome.out;
+        return read_config(path(out + "/last/config.json")).vocab_size;
+    };
+    EXPECT_EQ(train("words", "known"), 3);
+    EXPECT_EQ(train("words:unk", "unknown"), 5);
+    EXPECT_EQ(train("known/last", "again"), 3);
+}
+
+// The step of the last record.
+uint64_t newest_logged(const std::string& log) {
+    uint64_t step = 0;
+    std::stringstream lines(read_file(log));
+    for (std::string line; std::getline(lines, line);)
+        step = std::max(step, json::parse(line).value("step", uint64_t(0)));
+    return step;
+}
+
+TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    auto run_until = [&](const char* out, auto change) {
+        Call call{folder_,
+                  train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps", "100000000",
+                               "--time-limit", "60", "--eval-every", "0", "--out", out})};
+        pid_t child = call.start();
+        std::string log = path(std::string(out) + "/log.jsonl");
+        auto logged = [&] { return fs::exists(log) && fs::file_size(log) > 3000; };
+        for (int i = 0; i < 3000 && !logged(); i++)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        change();
+        return call.finish(child);
+    };
+    expect_error(run_until("run1", [&] { fs::resize_file(path("a.bin"), 1100); }), 1,
+                 "a.bin: had 11024 bytes and has 1100 since, while the program reads it");
+    EXPECT_EQ(verify_checkpoint(path("run1/last"))["step"], newest_logged(path("run1/log.jsonl")));
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    expect_error(run_until("run2", [&] { fs::remove(path("a.bin")); }), 1,
+                 "a.bin: was removed while the program reads it");
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(500, 257, 2));
+    Call call{folder_, train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes",
+                                    "--steps", "100000000", "--eval-every", "50", "--time-limit",
+                                    "60", "--out", "run3"})};
+    pid_t child = call.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run3/best")); i++)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    fs::resize_file(path("val.bin"), 1100);
+    expect_error(call.finish(child), 1, "val.bin: had 2024 bytes and has 1100 since");
+}
+
+TEST_F(Cli, OrdersOfDataAreChecked) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    auto error = [&](const std::vector<std::string>& more, const std::string& part) {
+        std::vector<std::string> words = {"--data", "a.bin", "--steps", "1", "--out", "run"};
+        words.insert(words.end(), more.begin(), more.end());
+        expect_train_error(words, 2, part);
+    };
+    error({"--stride", "4"}, "--stride 4: is for --windows sliding");
+    error({"--windows", "sliding", "--stride", "17"}, "--stride 17: more than the 16 tokens");
+    error({"--windows", "sideways"}, "must be shuffled|sliding|random");
+    error({"--separate-documents"}, "name the tokenizer of the shards with --tokenizer");
+    EXPECT_EQ(call(train_words({"--data", "a.bin", "--tokenizer", "bytes", "--steps", "1", "--out",
+                                "run", "--separate-documents", "--windows", "random"}))
+                  .code,
+              0);
+}
+
+TEST_F(Cli, HellaSwagIsScored) {
+    make_model("bytes");
+    std::string lines, line;
+    for (int i = 0; i < 5; i++) {
+        line = format(R"({"ctx": "The cat %d", "label": %d, "endings": [)", i, i % 4);
+        lines += line + R"("sat", "on the mat", "was a very long cat indeed", "."]})" + "\n";
+    }
+    write("hs.jsonl", lines);
+    std::vector<std::string> words = {"evaluate", "--model", "run", "--hellaswag", "hs.jsonl"};
+    Outcome people = call(words);
+    EXPECT_EQ(people.code, 0) << people.err;
+    EXPECT_EQ(people.out.rfind("acc_norm 0.", 0), 0u) << people.out;
+    EXPECT_NE(people.err.find("of 20 endings are longer than 16 tokens"), std::string::npos);
+    words.insert(words.end(), {"--json", "--out", "out.jsonl", "--batch-size", "3"});
+    json root = json::parse(call(words).out);
+    EXPECT_EQ(root["examples"], 5);
+    EXPECT_EQ(root["rows_cut"], 10);
+    size_t correct = 0, correct_norm = 0, records = 0;
+    std::stringstream out(read_file(path("out.jsonl")));
+    for (std::string text; std::getline(out, text); records++) {
+        json record = json::parse(text);
+        EXPECT_EQ(record["example"], records);
+        correct += record["prediction"] == record["label"];
+        correct_norm += record["prediction_norm"] == record["label"];
+    }
+    EXPECT_EQ(records, 5u);
+    EXPECT_EQ(root["correct"], correct);
+    EXPECT_EQ(root["correct_norm"], correct_norm);
+    // The same four words as llm.c's file: a start, 30 bytes, number 0, label 2, ...
+    int32_t header[256] = {20240522, 1, 1, 30};
+    const uint16_t example[] = {65535, 30, 0, 2, 4, 1, 84, 1, 104, 1, 101, 1, 32, 1, 99};
+    write("hs.bin", std::string(reinterpret_cast<const char*>(header), sizeof header) +
+                        std::string(reinterpret_cast<const char*>(example), sizeof example));
+    EXPECT_EQ(call({"info", "hs.bin"}).out,
+              "hs.bin: HellaSwag of llm.c; examples: 1, tokens of the longest row: 1\n");
+    Outcome packed = call({"evaluate", "--model", "run", "--hellaswag", "hs.bin", "--json"});
+    EXPECT_EQ(packed.err, "");
+    EXPECT_EQ(json::parse(packed.out)["examples"], 1);
+    words = {"evaluate", "--model", "run"};
+    auto error = [&](const std::vector<std::string>& more, const std::string& part) {
+        std::vector<std::string> all = words;
+        all.insert(all.end(), more.begin(), more.end());
+        expect_error(call(all), 2, part);
+    };
+    write("bad.jsonl", lines + "{}\n");
+    error({"--hellaswag", "bad.jsonl"}, "bad.jsonl: line 6: has no string \"ctx_a\"");
+    error({"--hellaswag", "hs.jsonl", "--data", "text.txt"}, "--data and --hellaswag");
+    error({"--data", "text.txt", "--out", "x"}, "--out: is for --hellaswag");
+    error({"--hellaswag", "none.jsonl"}, "none.jsonl: cannot open");
+}
+
+TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
+    std::string text = read_file(path("text.txt")), lines, ids;
+    for (size_t begin = 0; begin < text.size(); begin += 100)
+        lines += json{{"body", text.substr(begin, 100)}}.dump() + "\n";
+    write("text.jsonl", lines);
+    std::vector<std::string> more = {"--steps", "1", "--tokenizer", "bytes", "--out", "lines"};
+    more.insert(more.end(), {"--data", "text.jsonl", "--jsonl-field", "body"});
+    EXPECT_EQ(call(train_words(more)).code, 0);
+    expect_train_error({"--data", "text.jsonl", "--steps", "1"}, 2, "line 1: no field \"text\"");
+    for (char c : text) ids += c, ids += '\0';
+    write("raw.bin", ids);
+    Outcome raw = call(train_words({"--data", "raw.bin", "--raw-tokens", "uint16", "--tokenizer",
+                                    "bytes", "--steps", "1", "--out", "raw"}));
+    EXPECT_EQ(raw.code, 0) << raw.err;
+    expect_train_error({"--data", "raw.bin", "--steps", "1"}, 2, "use --raw-tokens");
+    EXPECT_EQ(
+        call({"evaluate", "--model", "raw", "--data", "raw.bin", "--raw-tokens", "uint16"}).code,
+        0);
+}
+
+TEST_F(Cli, DumpRefusesIdsThatDoNotFit) {
+    make_model("bytes");
+    auto dump = [&](const std::vector<int>& ids, std::vector<size_t> shape) {
+        write_npy(path("ids.npy"), ids, shape);
+        return call({"dump", "--model", "run", "--tokens", "ids.npy", "--out", "d.safetensors"});
+    };
+    EXPECT_EQ(dump({1, 2, 3, 4, 5, -1}, {2, 3}).code, 0);
+    EXPECT_TRUE(fs::exists(path("d.safetensors")));
+    expect_error(dump({1, 2, 257}, {1, 3}), 2, "id 257 at (0, 2)");
+    expect_error(dump({1, 2, -2}, {1, 3}), 2, "id -2");
+    expect_error(dump({1, -1, -1}, {1, 3}), 2, "every target");
+    expect_error(dump({1, 2, 3}, {3}), 2, "(B, T+1)");
+    expect_error(dump(std::vector<int>(18, 1), {1, 18}), 2, "16 positions");
+}
+
+TEST_F(Cli, PlanTakesNoMemoryForTheModel) {
+    Outcome plan = call({"plan", "--model", "gpt2-xl", "--batch-size", "64"});
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_NE(plan.out.find("1,557,611,200"), std::string::npos) << plan.out;
+    EXPECT_NE(plan.out.find("\nfits       "), std::string::npos) << plan.out;
+    EXPECT_NE(plan.out.find("as asked: "), std::string::npos) << plan.out;
+    plan = call({"plan", "--model", "tiny", "--recompute", "2", "--dtype", "fp32"});
+    EXPECT_NE(plan.out.find("computing  fp32, recompute level 2"), std::string::npos) << plan.out;
+}
+
+TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
+    ASSERT_EQ(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "280", "--out", "tok"})
+            .code,
+        0);
+    Outcome ids = call({"tokenizer", "encode", "--tokenizer", "tok"}, "The cat");
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids.out).out, "The cat");
+    EXPECT_EQ(call({"tokenizer", "encode", "--tokenizer", "bytes"}, "").out, "\n");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 x"), 2, "byte 4");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "99999"), 2, "99999");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "chars"}, "x"), 2, "chars");
+    expect_error(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "256", "--out", "t"}), 2,
+        "--vocab-size");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "gpt2"}, "x"), 2, "vocab.bpe");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 -3"), 2, "byte 4");
+}
+
+TEST_F(Cli, TokenizersAreConvertedAndReadAgain) {
+    ASSERT_EQ(call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "300", "--pattern",
+                    "o200k", "--min-frequency", "2", "--threads", "1", "--out", "tok"})
+                  .code,
+              0);
+    std::string text = "The CAT's 12345\n\n  end";
+    std::string ids = call({"tokenizer", "encode", "--tokenizer", "tok"}, text).out;
+    const std::pair<const char*, const char*> formats[] = {{"json", "json"},
+                                                           {"merges", "merges"},
+                                                           {"openai", "openai"},
+                                                           {"tiktoken", "t.tiktoken"},
+                                                           {"llmc", "t.bin"}};
+    for (auto [format, path] : formats) {
+        Outcome made =
+            call({"tokenizer", "convert", "--tokenizer", "tok", "--format", format, "--out", path});
+        ASSERT_EQ(made.code, 0) << made.err;
+        bool says = std::string(format) != "json";
+        EXPECT_EQ(made.err.find("--pattern o200k") != std::string::npos, says) << made.err;
+        Outcome again =
+            call({"tokenizer", "encode", "--tokenizer", path, "--pattern", "o200k"}, text);
+        EXPECT_EQ(again.out, ids) << format << again.err;
+    }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "t.bin"}, text), 2, "--pattern");
+    expect_error(call({"tokenizer", "convert", "--tokenizer", "bytes", "--format", "llmc", "--out",
+                       "x.bin"}),
+                 2, "byte-level BPE");
+}
+
+TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
+    ASSERT_EQ(
+        call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "300", "--out", "tok"})
+            .code,
+        0);
+    std::string text = "One caf\303\251 <|endoftext|> and \360\237\230\200\377 bytes";
+    write("in.txt", text);
+    for (const char* out : {"ids.npy", "ids.bin"}) {
+        Outcome made =
+            call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "--out", out});
+        ASSERT_EQ(made.code, 0) << made.err;
+        EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok", "--in", out}).out, text);
+        EXPECT_EQ(
+            call({"tokenizer", "decode", "--tokenizer", "tok", "--in", out, "--out", "t"}).code, 0);
+        EXPECT_EQ(read_file(path("t")), text);
+    }
+    std::string plain = call({"tokenizer", "encode", "--tokenizer", "tok"}, text).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, plain).out, text);
+    std::string end = " " + std::to_string(Tokenizer::load(path("tok")).end_of_text()) + " ";
+    EXPECT_EQ(plain.find(end), std::string::npos);
+    for (const char* special : {"allow", "<|endoftext|>"}) {
+        std::string ids =
+            call({"tokenizer", "encode", "--tokenizer", "tok", "--special", special}, text).out;
+        EXPECT_NE(ids.find(end), std::string::npos) << ids;
+        EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids).out, text);
+    }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "forbid"}, text),
+                 2, "byte 10");
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "<|x|>"}, text), 2,
+                 "this tokenizer has <|endoftext|>");
+    write("more.txt", "more");
+    std::string two =
+        call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt"}).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, two).out,
+              text + "<|endoftext|>more");
+    Outcome stats = call(
+        {"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt", "--stats"});
+    EXPECT_EQ(stats.code, 0);
+    for (const char* part :
+         {"bytes        43\n", "bytes each", "never used", "context      64 ",
+          "documents    2, of 4 to 38 tokens; half have at most 4, nine in ten 38, 99 in 100 "
+          "38\n"})
+        EXPECT_NE(stats.out.find(part), std::string::npos) << part << " in " << stats.out;
+}
+
+// ==== the CUDA program alone =====================================================================
+
+// These run where the program is train_gpt2cu, on the emulator or on a card: what it says of
+// machines that it cannot run on, of memory, and of its file of timed products. The emulator's card
+// is described by the environment (dev/emu/README.md).
+class Cuda : public Cli {
+  protected:
+    void SetUp() override {
+        Cli::SetUp();
+        if (!fs::exists(binary()) || !emulated()) GTEST_SKIP() << "the program has a real card";
+    }
+    static bool emulated() { return binary().find("_emu") != std::string::npos; }
+
+    // A call with variables of the environment set for it alone.
+    Outcome call_with(const std::vector<std::pair<const char*, std::string>>& variables,
+                      const std::vector<std::string>& words) const {
+        for (const auto& [name, value] : variables) setenv(name, value.c_str(), 1);
+        Outcome outcome = call(words);
+        for (const auto& variable : variables) unsetenv(variable.first);
+        return outcome;
+    }
+    std::vector<std::string> short_run(const std::vector<std::string>& more = {}) const {
+        std::vector<std::string> words = {"--data",  "text.txt", "--tokenizer", "bytes",
+                                          "--steps", "2",        "--out",       "run"};
+        words.insert(words.end(), more.begin(), more.end());
+        return train_words(words);
+    }
+};
+
+TEST_F(Cuda, MachinesThatCannotRunItAreToldWhy) {
+    expect_error(call_with({{"EMU_DEVICES", "none"}}, short_run()), 1, "no NVIDIA driver");
+    expect_error(call_with({{"EMU_DEVICES", "0"}}, short_run()), 1, "no GPU here");
+    expect_error(call_with({{"EMU_DRIVER", "12000"}}, short_run()), 1,
+                 "the driver supports CUDA 12.0, and this program needs ");
+    expect_error(call_with({{"EMU_CAPABILITY", "7.5"}, {"EMU_NAME", "Tesla T4"}}, short_run()), 1,
+                 "Tesla T4 has compute capability 7.5; this program needs 8.0");
+    // What needs no card does without one.
+    Outcome help = call_with({{"EMU_DEVICES", "none"}}, {"train", "--help"});
+    EXPECT_EQ(help.code, 0) << help.err;
+}
+
+TEST_F(Cuda, TooLittleMemoryNamesTheGroupTheBytesAndWhatWouldFit) {
+    std::vector<std::string> words = {"train", "--data",      "text.txt", "--tokenizer",
+                                      "bytes", "--model",     "small",    "--batch-size",
+                                      "64",    "--recompute", "0",        "--steps",
+                                      "1",     "--out",       "run"};
+    Outcome outcome = call_with({{"EMU_MEMORY", "400000000"}}, words);
+    expect_error(outcome, 1, "out of memory: activations need ");
+    EXPECT_NE(outcome.err.find("MiB more than the"), std::string::npos) << outcome.err;
+    std::smatch fit;
+    ASSERT_TRUE(std::regex_search(outcome.err, fit, std::regex("(--[a-z-]+) (\\d+) would fit")))
+        << outcome.err;
+    // The plan of what it names does fit.
+    words[0] = "plan";
+    words.resize(words.size() - 4);
+    auto option = std::find(words.begin(), words.end(), fit[1].str());
+    ASSERT_NE(option, words.end());
+    *(option + 1) = fit[2].str();
+    Outcome plan = call_with({{"EMU_MEMORY", "400000000"}}, words);
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_EQ(plan.out.find("does not fit"), std::string::npos) << plan.out;
+}
+
+TEST_F(Cuda, EveryAllocationMayFail) {
+    for (int n = 1;; n++) {
+        ASSERT_LT(n, 100) << "no allocation fails any more, and the run does not end";
+        fs::remove_all(path("run"));
+        Outcome outcome = call_with({{"EMU_FAIL_MALLOC", std::to_string(n)}}, short_run());
+        if (outcome.code == 0) break;
+        expect_error(outcome, 1, "out of memory");
+    }
+}
+
+TEST_F(Cuda, SizesThatTheKernelsDoNotTakeAreRefused) {
+    expect_error(
+        call({"train", "--data", "text.txt", "--tokenizer", "bytes", "--layers", "1", "--heads",
+              "1", "--channels", "136", "--context", "16", "--steps", "1", "--out", "run"}),
+        2, "heads of 136; on a GPU at most 128, as with --heads 2");
+    expect_error(
+        call({"train", "--data", "text.txt", "--tokenizer", "bytes", "--layers", "1", "--heads",
+              "64", "--channels", "8192", "--context", "16", "--steps", "1", "--out", "run"}),
+        2, "--channels 8192: on a GPU at most 4096");
+}
+
+// The losses of a run's log, by step.
+std::vector<double> logged_losses(const std::string& log) {
+    std::vector<double> losses;
+    std::istringstream lines(read_file(log));
+    for (std::string line; std::getline(lines, line);) {
+        json record = json::parse(line);
+        if (!record.contains("event")) losses.push_back(record.at("train_loss"));
+    }
+    return losses;
+}
+
+TEST_F(Cuda, ThePlanIsWhatIsTaken) {
+    GPT2Config config;
+    named_config("tiny", &config);
+    config.vocab_size = 1031;
+    for (int recompute = 0; recompute < 4; recompute++) {
+        GPT2Shape shape = training_shape(4, 128);
+        shape.recompute = recompute, shape.generate = 1;
+        size_t before = gpt2_memory_free(), planned = total_bytes(gpt2_memory(config, shape));
+        GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+        size_t taken = before - gpt2_memory_free();
+        EXPECT_NEAR(double(taken), double(planned), 0.002 * double(planned)) << recompute;
+    }
+}
+
+// TF32 keeps 10 bits of what it multiplies: other numbers, and not far ones.
+TEST_F(Cuda, Tf32RoundsProductsAndNothingElse) {
+    auto loss = [&](const std::string& out, const std::vector<std::string>& more) {
+        std::vector<std::string> words = {
+            "train", "--data",       "text.txt", "--tokenizer", "bytes", "--layers",
+            "1",     "--heads",      "2",        "--channels",  "64",    "--context",
+            "32",    "--batch-size", "4",        "--steps",     "3",     "--dtype",
+            "fp32",  "--out",        out};
+        words.insert(words.end(), more.begin(), more.end());
+        Outcome outcome = call(words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return logged_losses(path(out + "/log.jsonl")).back();
+    };
+    double exact = loss("exact", {}), rounded = loss("rounded", {"--tf32", "on"});
+    EXPECT_NE(exact, rounded);
+    EXPECT_NEAR(exact, rounded, 0x1p-10 * exact);
+}
+
+// A model whose products are large enough to be timed.
+TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
+    std::vector<std::string> words = {
+        "train", "--data",       "text.txt", "--tokenizer",       "bytes", "--layers",
+        "1",     "--heads",      "2",        "--channels",        "128",   "--context",
+        "64",    "--batch-size", "8",        "--sequence-length", "64",    "--steps",
+        "1",     "--out",        "run"};
+    std::string cache = path("products");
+    auto run = [&] {
+        fs::remove_all(path("run"));
+        Outcome outcome = call_with({{"XDG_CACHE_HOME", cache}}, words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return outcome;
+    };
+    run();
+    std::vector<fs::path> files;
+    for (const auto& entry : fs::recursive_directory_iterator(cache))
+        if (entry.is_regular_file()) files.push_back(entry.path());
+    ASSERT_EQ(files.size(), 1u);
+    std::string first = read_file(files[0].string());
+    EXPECT_GT(json::parse(first).at("winners").size(), 5u);
+    std::vector<double> losses = logged_losses(path("run/log.jsonl"));
+    run();
+    EXPECT_EQ(read_file(files[0].string()), first) << "nothing is timed a second time";
+    EXPECT_EQ(logged_losses(path("run/log.jsonl")), losses) << "the same winners, the same bits";
+
+    std::string wrong_value = first;
+    wrong_value.replace(wrong_value.find("\": \"") + 4, 4, "zzzz");
+    for (const std::string& broken : {std::string("{"), std::string("[]"), first.substr(0, 40),
+                                      std::string("{\"winners\": {\"a\": 1}}")}) {
+        write_file_atomic(files[0].string(), broken);
+        Outcome outcome = run();
+        EXPECT_NE(outcome.err.find("not a file of timed products; made anew"), std::string::npos)
+            << broken;
+        EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
+        EXPECT_EQ(json::parse(read_file(files[0].string())).at("winners").size(),
+                  json::parse(first).at("winners").size());
+    }
+    write_file_atomic(files[0].string(), wrong_value);
+    EXPECT_EQ(run().err, "") << "an algorithm that the library refuses is replaced";
+
+    fs::remove_all(path("run"));
+    Outcome outcome = call_with({{"XDG_CACHE_HOME", "/dev/null"}}, words);
+    EXPECT_EQ(outcome.code, 0) << "no cache can be written: " << outcome.err;
+}
+
+// A run that one program begins, the other goes on with and the first ends has the losses of the
+// run that nothing interrupted: the checkpoints are the same files, and dropout drops the same in
+// both, of every layer, forward and backward. Five digits: AdamW divides each gradient by its own
+// size, and so makes a step of what is left of a gradient that should be 0.
+TEST_F(Cuda, RunsGoFromOneProgramToTheOther) {
+    const char* given = getenv("GPT2_OTHER_BINARY");
+    if (given == nullptr) GTEST_SKIP() << "GPT2_OTHER_BINARY, the CPU program, is not set";
+    std::string other = fs::absolute(given).string();
+    auto train = [&](const std::string& program, const std::string& out, int from) {
+        std::string command = "cd " + folder_ + " && " + program +
+                              " train --layers 2 --heads 2 --channels 16 --context 16"
+                              " --batch-size 2 --threads 1 --dtype fp32 --dropout 0.2"
+                              " --data text.txt --tokenizer bytes --steps 6 --save-every 2"
+                              " --keep 0 --out " +
+                              out;
+        if (from > 0) command += format(" --resume %s/step_%08d", out.c_str(), from);
+        return system((command + " >" + out + ".out 2>&1").c_str());
+    };
+    ASSERT_EQ(train(binary(), "whole", 0), 0) << read_file(path("whole.out"));
+    fs::copy(path("whole"), path("run"),
+             fs::copy_options::recursive | fs::copy_options::copy_symlinks);
+    ASSERT_EQ(train(other, "run", 2), 0) << read_file(path("run.out"));
+    ASSERT_EQ(train(binary(), "run", 4), 0) << read_file(path("run.out"));
+    std::vector<double> whole = logged_losses(path("whole/log.jsonl"));
+    std::vector<double> run = logged_losses(path("run/log.jsonl"));
+    ASSERT_EQ(whole.size(), 6u);
+    ASSERT_EQ(run.size(), 6u);
+    for (size_t i = 0; i < 6; i++)
+        EXPECT_NEAR(run[i], whole[i], 1e-5 * whole[i]) << "step " << i + 1;
+}
+
+}  // namespace
