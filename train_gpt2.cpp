@@ -15,8 +15,11 @@
 #include <fstream>
 #include <thread>
 
-#include "commands.h"
 #include "gpt2.h"
+#include "trainer.h"
+#ifndef GPT2_MODEL_ONLY  // what is tested in double, and what kernels are held against
+#    include "commands.h"
+#endif
 #ifdef GPT2_ONEDNN
 #    include <oneapi/dnnl/dnnl.h>
 #endif
@@ -1162,5 +1165,7 @@ PeakRate gpt2_peak(const GPT2Shape& shape) {
 
 // ==== main =======================================================================================
 
+#ifndef GPT2_MODEL_ONLY
 // Weak: the tests, which are linked with this file, have a main of their own.
 __attribute__((weak)) int main(int argc, char** argv) { return run(argc, argv); }
+#endif
