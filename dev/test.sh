@@ -60,13 +60,53 @@ part() {
     passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
 }
 
+# build COMPILER VARIANT TARGET...
+build() {
+    compiler=$1 variant=$2
+    shift 2
+    $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$compiler" VARIANT="$variant" "$@"
+}
+
+# build_ahead: reads lines `STEP COMPILER VARIANT TARGET...` (- for no variant), and builds them in
+# this order beside the tests, most of which wait for a disk or use one core. It says nothing: who
+# needs a step waits for it (built STEP) and builds it, which finds it done, or says what is wrong.
+ahead=
+build_ahead() {
+    steps=$(cat)
+    rm -rf build/ahead
+    mkdir -p build/ahead
+    build_steps >build/ahead.log 2>&1 <<EOF &
+$steps
+EOF
+    ahead=$!
+    trap 'kill "$ahead" 2>/dev/null' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+build_steps() {
+    trap 'kill "$!" 2>/dev/null; exit' TERM
+    while read -r step compiler variant targets; do
+        if command -v "$compiler" >/dev/null; then
+            $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$compiler" VARIANT="${variant#-}" \
+                $targets </dev/null &
+            wait "$!"
+        fi
+        : >build/ahead/"$step"
+    done
+}
+built() {
+    while [ -n "$ahead" ] && [ ! -e build/ahead/"$1" ] && kill -0 "$ahead" 2>/dev/null; do
+        sleep 0.5
+    done
+}
+
 # program_tests COMPILER VARIANT: builds the tests and the program in a variant of the Makefile's,
 # and runs the first, which start the second at $GPT2_BINARY. In double the model alone is tested.
 program_tests() {
     folder=build/$(basename "$1")${2:+-$2}
     echo "== building $folder"
-    if ! $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$1" VARIANT="$2" programs
-    then
+    built "$(basename "$folder")"
+    if ! build "$1" "$2" programs; then
         echo "-- FAILED: $folder does not build"
         failed=$((failed + 1))
         return
@@ -80,11 +120,11 @@ program_tests() {
 # ==== test =======================================================================================
 
 # The compiler beside $CXX that the project supports, if it and its OpenMP can be used.
+case $CXX in
+*clang*) other=g++ ;;
+*) other=clang++ ;;
+esac
 other_compiler_tests() {
-    case $CXX in
-    *clang*) other=g++ ;;
-    *) other=clang++ ;;
-    esac
     if ! command -v $other >/dev/null; then
         skip "the tests with $other, which is not installed (scripts/install_deps.sh clang does)"
     elif CXX=$other scripts/install_deps.sh missing | grep -q '^run:\|^test:'; then
@@ -152,7 +192,8 @@ build_faults() {
         skip "faults: they are injected between a program and glibc, which is not here"
         return 1
     fi
-    $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$CXX" faults && return
+    built faults
+    build "$CXX" "" faults && return
     echo "-- FAILED: $folder/run_faults does not build"
     failed=$((failed + 1))
     return 1
@@ -169,7 +210,8 @@ fault_tests() {
 # allocations of that fail, it reads from a null pointer.
 allocation_faults() {
     build_faults || return
-    if ! $make CXX="$CXX" VARIANT=double "$folder-double/train_gpt2"; then
+    built allocations
+    if ! build "$CXX" double "$folder-double/train_gpt2"; then
         echo "-- FAILED: $folder-double/train_gpt2 does not build"
         failed=$((failed + 1))
         return
@@ -218,7 +260,8 @@ build_emulated() {
         return 1
     fi
     echo "== building $folder, emulated"
-    $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$1" VARIANT="$2" emu-programs programs && return
+    built emulated
+    build "$1" "$2" emu-programs programs && return
     echo "-- FAILED: $folder, emulated, does not build"
     failed=$((failed + 1))
     return 1
@@ -263,6 +306,7 @@ compiled_tests() {
         return
     fi
     echo "== nvcc, for sm_80 and sm_90a"
+    built cuda
     check "train_gpt2cu compiles" $make cuda
     check "no kernel spills registers" no_spills build/cuda/train_gpt2.ptxas
     check "without a GPU, one line says so and the exit code is 1" says_no_gpu
@@ -368,6 +412,16 @@ sanitized_kernels() {
 
 case $1 in
 test)
+    build_ahead <<EOF
+$(basename "$CXX") $CXX - programs
+$(basename "$CXX")-double $CXX double programs
+$other $other - programs
+$other-double $other double programs
+faults $CXX - faults
+allocations $CXX double build/$(basename "$CXX")-double/train_gpt2
+emulated $CXX - emu-programs
+cuda $CXX - cuda
+EOF
     program_tests "$CXX" ""
     program_tests "$CXX" double
     other_compiler_tests
