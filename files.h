@@ -19,16 +19,26 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 #include <new>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+// The library asserts that its values are whole, which one is not whose memory was refused while it
+// was made: thrown out of a destructor, bad_alloc ends the program as it does elsewhere.
+inline void json_is_broken(const char* condition) {
+    if (std::uncaught_exceptions() > 0) throw std::bad_alloc();
+    fprintf(stderr, "nlohmann/json: does not hold: %s\n", condition);
+    abort();
+}
+#define JSON_ASSERT(condition) ((condition) ? void() : json_is_broken(#condition))
+#include <nlohmann/json.hpp>
 
 namespace fs = std::filesystem;
 using json = nlohmann::json;                  // for reading: finds a key among many quickly

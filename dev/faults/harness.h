@@ -267,7 +267,7 @@ inline Outcome run_program(const Settings& settings, Place& place, const Words& 
 
 // Exit codes are those of the README, and what is on stderr are lines of the program: one error
 // where it failed, and none where it did not. (libgomp ends the program itself when memory for its
-// threads is missing, in a line of its own.)
+// threads is missing, in a line of each thread's, whatever the program says meanwhile.)
 inline std::string judge_outcome(const Settings& settings, const Outcome& outcome, bool may_die) {
     if (outcome.killed() && may_die && !outcome.hung) return "";
     bool stopped = outcome.code == 128 + SIGINT || outcome.code == 128 + SIGTERM ||
@@ -287,6 +287,7 @@ inline std::string judge_outcome(const Settings& settings, const Outcome& outcom
         errors += error;
     }
     bool failed = outcome.code == 1 || outcome.code == 2;
+    if (of_libgomp && errors > 1) errors = 1;
     if (errors != size_t(failed))
         return format("%s, and %zu errors on stderr: ", outcome.text().c_str(), errors) +
                outcome.err;
