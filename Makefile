@@ -144,7 +144,7 @@ $(FOLDER)/test_gpt2: $(FOLDER)/$(if $(filter double,$(VARIANT)),twin_double,trai
     $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-# What a twin's precision changes nothing of: models as they are saved, runs, and commands.
+# What is made of a model: files, runs, and commands.
 RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli)
 RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)
 $(FOLDER)/test_runs: $(FOLDER)/train_gpt2.o $(RUN_TEST_OBJECTS) $(FOLDER)/version.o

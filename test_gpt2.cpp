@@ -1,14 +1,14 @@
-// The tests of the model: one source for both twins, built against the object that the program
-// itself is made of. (dev/test has those of what surrounds a model: data, what is saved, runs, and
-// the command line.)
+// The tests of the model: one source for both twins. (dev/test has those of what surrounds a model:
+// data, what is saved, runs, and the command line.)
 //
-// It is built twice with the CPU twin: in float, where it holds every part to its contract, and in
-// double (GPT2_REAL), where gradients are checked by central differences and the whole model
-// against PyTorch's float64. Gradient.* and Layer.* call the layers of the CPU twin; everything
-// else goes through what both twins provide, and makes its models with the precision that
-// $GPT2_TEST_DTYPE names (fp32 unless it is set), where the test is not about float32 itself.
-// Buffers stand between guard bytes and are full of NaN until written; comparisons are written so
-// that NaN fails. A tolerance says where it comes from.
+// It is built twice with the CPU twin: in float, against the object that the program itself is
+// made of, where it holds every part to its contract, and in double (GPT2_REAL), where gradients
+// are checked by central differences and the whole model against PyTorch's float64. Gradient.* and
+// Layer.* call the layers of the CPU twin; everything else goes through what both twins provide,
+// and makes its models with the precision that $GPT2_TEST_DTYPE names (fp32 unless it is set),
+// where the test is not about float32 itself. Buffers stand between guard bytes and are full of
+// NaN until written; comparisons are written so that NaN fails. A tolerance says where it comes
+// from.
 //
 // ./build/.../test_gpt2 [--gtest_filter=Suite.Test] ends with `N passed, N failed, N skipped`.
 
