@@ -147,6 +147,9 @@ $(FOLDER)/test_gpt2: $(FOLDER)/$(if $(filter double,$(VARIANT)),twin_double,trai
 # What is made of a model: files, runs, and commands.
 RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli)
 RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)
+ifeq ($(VARIANT),)  # they compute next to nothing themselves
+$(RUN_TEST_OBJECTS): OWN_FLAGS := $(TEST_FLAGS) -O0
+endif
 $(FOLDER)/test_runs: $(FOLDER)/train_gpt2.o $(RUN_TEST_OBJECTS) $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
@@ -230,7 +233,7 @@ $(FOLDER)/test_gpt2cu_emu: $(FOLDER)/test_gpt2.o $(FOLDER)/train_gpt2.cu.o $(EMU
     $(FOLDER)/weak_train_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-$(FOLDER)/test_runscu_emu: $(RUN_TEST_OBJECTS) $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) \
+$(FOLDER)/test_runscu_emu: $(FOLDER)/train_gpt2.cu.o $(RUN_TEST_OBJECTS) $(EMU_OBJECTS) \
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
@@ -359,7 +362,7 @@ $(PORTABLE)/test_gpt2cu: $(CUDA_FOLDER)/test_gpt2.cpp.o $(CUDA_FOLDER)/train_gpt
     $(CUDA_FOLDER)/weak_twin.o $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK) -l:libgtest.a
-$(PORTABLE)/test_runscu: $(RUN_TESTS:%=$(CUDA_FOLDER)/%.cpp.o) $(CUDA_FOLDER)/train_gpt2.o \
+$(PORTABLE)/test_runscu: $(CUDA_FOLDER)/train_gpt2.o $(RUN_TESTS:%=$(CUDA_FOLDER)/%.cpp.o) \
     $(FOLDER)/version.o
 	@mkdir -p $(@D)
 	$(PORTABLE_LINK) -l:libgtest.a
