@@ -18,6 +18,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "internal.h"
@@ -77,6 +78,12 @@ struct Problem {
     size_t m() const { return size_t(d.rows); }
     size_t n() const { return size_t(d.cols); }
     size_t k() const { return size_t(op.trans_a == CUBLAS_OP_N ? a.cols : a.rows); }
+};
+
+// What a product owns.
+struct Kept {
+    Operation op;
+    Layout a, b, c, d;
 };
 
 size_t bytes_of(cudaDataType_t type) { return type == CUDA_R_32F ? 4 : 2; }
@@ -869,16 +876,21 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t op, 
     std::vector<Use> uses;
     for (const Range& r : ranges)
         uses.push_back({static_cast<const char*>(r.begin), r.bytes, r.writes});
-    if (begin_operation(stream, "a product", uses, false) != cudaSuccess)
+    // The descriptors may be changed or gone by the time that a product which has to wait begins.
+    auto kept = std::make_shared<Kept>(Kept{p.op, p.a, p.b, p.c, p.d});
+    auto step = [=] {
+        Problem q = {kept->op, kept->a, kept->b, kept->c, kept->d};
+        for (int32_t i = 0; i < q.d.batch; i++) {
+            auto at = [i](const void* from, const Layout& l) {
+                return static_cast<const char*>(from) + i * l.stride * int64_t(bytes_of(l.type));
+            };
+            multiply_one(q, algorithm, scale, at(A, q.a), at(B, q.b), old,
+                         old != 0 ? at(C, q.c) : nullptr, const_cast<char*>(at(D, q.d)));
+        }
+        return true;
+    };
+    if (enqueue(stream, "a product", uses, false, step) != cudaSuccess)
         return CUBLAS_STATUS_EXECUTION_FAILED;
-    DeviceAccess open;
-    for (int32_t i = 0; i < p.d.batch; i++) {
-        auto at = [i](const void* from, const Layout& l) {
-            return static_cast<const char*>(from) + i * l.stride * int64_t(bytes_of(l.type));
-        };
-        multiply_one(p, algorithm, scale, at(A, p.a), at(B, p.b), old,
-                     old != 0 ? at(C, p.c) : nullptr, const_cast<char*>(at(D, p.d)));
-    }
     return CUBLAS_STATUS_SUCCESS;
 }
 

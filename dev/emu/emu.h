@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -116,6 +117,7 @@ struct Launch {
     void* values;
     const Argument* arguments;
     int argument_count;
+    std::shared_ptr<void> (*keep)(const void* values);  // copies them, for a launch that must wait
 };
 void run(const Launch& launch);  // runtime.cpp: checks the limits, then runs every block
 
@@ -557,7 +559,8 @@ Argument describe(const T& value) {
     else return {nullptr, true, 0};
 }
 
-// Runs kernel(arguments...) for every thread of every block before it returns. A launch that a GPU
+// Runs kernel(arguments...) for every thread of every block before it returns, unless a collective
+// that it is ordered after is still under way: then once that has ended. A launch that a GPU
 // of compute capability 8.0 would refuse says why on stderr and is found by cudaGetLastError().
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -567,16 +570,17 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
         std::tuple<P...> arguments;
     } values{kernel, {static_cast<P>(arguments)...}};
     auto described = std::apply(
-        [](const auto&... a) {
-            return std::array<Argument, sizeof...(P)>{describe(a)...};
-        },
+        [](const auto&... a) { return std::array<Argument, sizeof...(P)>{describe(a)...}; },
         values.arguments);
     auto body = [](void* erased) {
         Values* v = static_cast<Values*>(erased);
         std::apply(v->kernel, v->arguments);
     };
+    auto keep = [](const void* erased) -> std::shared_ptr<void> {
+        return std::make_shared<Values>(*static_cast<const Values*>(erased));
+    };
     run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream, body,
-         &values, described.data(), int(sizeof...(P))});
+         &values, described.data(), int(sizeof...(P)), keep});
 }
 
 }  // namespace emu

@@ -1,10 +1,11 @@
 // What the parts of the emulator share among themselves: scheduler.cpp runs one grid, memory.cpp
 // keeps device and pinned memory, runtime.cpp devices, streams, events, copies and launches,
-// cublaslt.cpp the matrix products.
+// cublaslt.cpp the matrix products, nccl.cpp the collectives.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -52,6 +53,9 @@ void check_surroundings(const char* when);
 
 size_t device_bytes_in_use();
 
+// Faults of the calling thread are explained on a stack of their own. Once a thread.
+void use_fault_stack();
+
 // Device memory is open while one of these lives. With EMU_HOST_CHECK=1 it is shut at other times,
 // so that host code which touches it directly is stopped.
 class DeviceAccess {
@@ -82,11 +86,32 @@ struct Use {
     bool hidden = false;  // perhaps a use: what comes after it waits for it, it waits for nothing
 };
 
-// An operation on a stream begins: it is ordered after all that the stream has waited for, and the
-// copies among those land. Aborts where it uses memory that another stream, not waited for, still
-// uses. `all`: it may touch anything beside `uses`. cudaErrorInvalidResourceHandle: no such stream.
-cudaError_t begin_operation(cudaStream_t stream, const char* name, const std::vector<Use>& uses,
-                            bool all);
+// What an operation does when its turn comes, device memory open and under the lock. False: it has
+// not ended, and is called again later; what is ordered after it waits.
+using Step = std::function<bool()>;
+
+// Puts an operation on a stream, ordered after all that the stream has waited for. Where all of
+// that has ended its turn is now, and the copies among it land first; else it waits, and the caller
+// does not: what `step` needs must be its own. Aborts where the operation uses memory that another
+// stream, not waited for, still uses. `all`: it may touch anything beside `uses`.
+// cudaErrorInvalidResourceHandle: no such stream.
+cudaError_t enqueue(cudaStream_t stream, const char* name, const std::vector<Use>& uses, bool all,
+                    Step step);
+
+// From a step: `bytes` are written to device memory when an operation ordered after it begins, or
+// the host waits for it.
+void write_late(char* to, std::vector<char> bytes);
+
+// What comes next on each of the streams comes after all that is on any of them. False: one of
+// them is no stream.
+bool join_streams(const std::vector<cudaStream_t>& handles);
+
+// Gives operations that have not ended another turn, where the order allows.
+void run_unfinished();
+
+// Waits with the lock open, which the caller holds once, until `done`. What can go on meanwhile
+// does so.
+void host_blocks(const std::function<bool()>& done);
 
 // Explains a fault in pinned memory that a copy in flight has shut, and ends the program; false
 // where no copy covers that byte, and the page is open again.

@@ -146,12 +146,7 @@ void handle_fault(int, siginfo_t* info, void*) {
 // On a stack of its own: the fault may be that there is no stack left.
 void install_fault_handler() {
     static const bool installed = [] {
-        constexpr size_t kBytes = 256 << 10;
-        stack_t stack = {};
-        stack.ss_sp =
-            mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        stack.ss_size = kBytes;
-        if (stack.ss_sp != MAP_FAILED) sigaltstack(&stack, nullptr);
+        use_fault_stack();
         struct sigaction action = {};
         action.sa_sigaction = handle_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -182,6 +177,14 @@ void bury(Allocation* a) {
 }
 
 }  // namespace
+
+void use_fault_stack() {
+    constexpr size_t kBytes = 256 << 10;
+    stack_t stack = {};
+    stack.ss_sp = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    stack.ss_size = kBytes;
+    if (stack.ss_sp != MAP_FAILED) sigaltstack(&stack, nullptr);
+}
 
 // ==== allocations ================================================================================
 

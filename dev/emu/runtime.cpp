@@ -7,20 +7,28 @@
 // allows: it lands when an operation ordered after it begins, or when the host waits for it. Until
 // then the destination holds 0xFF, the host pages are shut, and operations of streams that have not
 // waited for it are refused the memory that it uses.
+//
+// A collective of nccl.cpp lasts until the other ranks take part, and the host runs on: what is
+// ordered after it waits in a list. The list goes on in every call that waits or asks, and in a
+// thread of its own, so that ranks which wait for this one need not wait for its host.
 
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <climits>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <list>
 #include <map>
 #include <memory>
 #include <set>
 #include <string>
+#include <thread>
 
 #include "internal.h"
 
@@ -57,6 +65,25 @@ struct PendingCopy {
     char* host() const { return to_device ? const_cast<char*>(from) : to; }
 };
 
+// An operation that has not ended. All that it is ordered after is above it in the list.
+struct Unfinished {
+    int stream;
+    uint64_t number;  // on the stream
+    Clock after;
+    std::vector<Use> uses;
+    bool all;
+    bool begun;
+    Step step;
+};
+
+// What an operation that has ended is still to write.
+struct LateWrite {
+    int stream;
+    uint64_t operation;
+    char* to;
+    std::vector<char> bytes;
+};
+
 // Memory that an operation was given, which streams that have not waited for it must leave alone:
 // of equal uses the latest.
 using PastUses = std::map<std::tuple<const char*, size_t, bool>,  // as in Use
@@ -70,6 +97,9 @@ std::vector<std::unique_ptr<Stream>> streams;  // [0]: the default stream; a des
 std::set<Event*> events;
 Clock host_seen;  // what the host has waited for
 std::vector<PendingCopy> pending;
+std::list<Unfinished> unfinished;
+const Unfinished* stepping = nullptr;  // whose turn it is
+std::vector<LateWrite> late_writes;
 std::map<int, PastUses> past;              // by stream
 std::map<const void*, int> shared_limits;  // of kernels that asked for more than the default
 cudaError_t last_error = cudaSuccess;
@@ -150,10 +180,28 @@ void perform(PendingCopy* copy) {
     else copy->staged.assign(copy->from, copy->from + copy->bytes);
 }
 
-// The host has waited for everything up to `clock`: what it covers lands, and may be used.
-void host_waits(const Clock& clock) {
+bool has_unfinished(const Clock& clock) {
+    for (const Unfinished& u : unfinished)
+        if (entry(clock, u.stream) >= u.number) return true;
+    return false;
+}
+
+// Writes what `clock` covers and `touched` chooses.
+template <class F>
+void land_writes(const Clock& clock, F touched) {
+    std::erase_if(late_writes, [&](const LateWrite& w) {
+        if (entry(clock, w.stream) < w.operation || !touched(w)) return false;
+        memcpy(w.to, w.bytes.data(), w.bytes.size());
+        return true;
+    });
+}
+
+// The host waits for everything up to `clock`: what it covers lands, and may be used.
+void host_waits(Clock clock) {
+    host_blocks([&clock] { return !has_unfinished(clock); });
     DeviceAccess open;
     merge(&host_seen, clock);
+    land_writes(host_seen, [](const LateWrite&) { return true; });
     std::vector<PendingCopy> landed;
     for (PendingCopy& copy : pending) {
         if (entry(host_seen, copy.stream) < copy.operation) continue;
@@ -178,10 +226,13 @@ void host_waits_for_all() {
     Clock all;
     for (auto& stream : streams)
         if (stream) merge(&all, stream->seen);
-    for (const PendingCopy& copy : pending) {
-        if (all.size() <= size_t(copy.stream)) all.resize(size_t(copy.stream) + 1, 0);
-        all[size_t(copy.stream)] = std::max(all[size_t(copy.stream)], copy.operation);
-    }
+    auto include = [&all](int stream, uint64_t operation) {
+        if (all.size() <= size_t(stream)) all.resize(size_t(stream) + 1, 0);
+        all[size_t(stream)] = std::max(all[size_t(stream)], operation);
+    };
+    for (const PendingCopy& copy : pending) include(copy.stream, copy.operation);
+    for (const Unfinished& u : unfinished) include(u.stream, u.number);
+    for (const LateWrite& w : late_writes) include(w.stream, w.operation);
     host_waits(all);
 }
 
@@ -204,27 +255,136 @@ void check_order(const Stream& stream, const char* name, const Use& use) {
 
 }  // namespace
 
-cudaError_t begin_operation(cudaStream_t handle, const char* name, const std::vector<Use>& uses,
-                            bool all) {
+// ==== operations and their turns =================================================================
+
+namespace {
+
+// What the operation uses, of all that is to land before it, lands.
+void begin(const Unfinished& u) {
+    auto touched = [&u](const char* at, size_t bytes) {
+        for (const Use& use : u.uses)
+            if (overlap(use.begin, use.bytes, at, bytes)) return true;
+        return u.all;
+    };
+    land_writes(u.after, [&](const LateWrite& w) { return touched(w.to, w.bytes.size()); });
+    for (PendingCopy& copy : pending) {
+        if (copy.done || entry(u.after, copy.stream) < copy.operation) continue;
+        if (touched(copy.to, copy.bytes) || touched(copy.from, copy.bytes)) perform(&copy);
+    }
+}
+
+// A turn for the operation; whether it has ended.
+bool give_turn(Unfinished* u) {
+    DeviceAccess open;
+    if (!u->begun) begin(*u);
+    u->begun = true;
+    stepping = u;
+    bool ended = u->step();
+    stepping = nullptr;
+    return ended;
+}
+
+bool may_run(const Unfinished& u) {
+    for (const Unfinished& other : unfinished) {
+        if (&other == &u) return true;
+        if (entry(u.after, other.stream) >= other.number) return false;
+    }
+    return true;
+}
+
+void sleep_ns(long ns) {
+    timespec time = {0, ns};
+    nanosleep(&time, nullptr);
+}
+constexpr long kShortestSleep_ns = 10'000, kLongestSleep_ns = 1'000'000;
+
+// The thread in which unfinished operations go on while the host does something else. It takes no
+// signals, but for its own faults: handlers are the program's threads' to run.
+class Progress {
+  public:
+    Progress() {
+        sigset_t all, old;
+        sigfillset(&all);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, fault);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        thread_ = std::thread([this] { work(); });
+        pthread_sigmask(SIG_SETMASK, &old, nullptr);
+    }
+    ~Progress() {
+        stop_ = true;
+        if (getpid() == process_) thread_.join();
+        else thread_.detach();  // a child has no such thread
+    }
+
+  private:
+    void work() {
+        use_fault_stack();
+        for (long sleep = kShortestSleep_ns; !stop_; sleep_ns(sleep)) {
+            std::lock_guard lock(runtime_lock);
+            size_t before = unfinished.size();
+            run_unfinished();
+            sleep = unfinished.size() < before ? kShortestSleep_ns
+                                               : std::min(2 * sleep, kLongestSleep_ns);
+        }
+    }
+
+    pid_t process_ = getpid();
+    std::atomic<bool> stop_ = false;
+    std::thread thread_;
+};
+
+}  // namespace
+
+cudaError_t enqueue(cudaStream_t handle, const char* name, const std::vector<Use>& uses, bool all,
+                    Step step) {
     Stream* stream = find_stream(handle);
     if (stream == nullptr) return remember(cudaErrorInvalidResourceHandle);
-    DeviceAccess open;
+    run_unfinished();
     catch_up(stream);
     for (const Use& use : uses)
         if (!use.hidden) check_order(*stream, name, use);
-    for (PendingCopy& copy : pending) {
-        if (copy.done || entry(stream->seen, copy.stream) < copy.operation) continue;
-        bool touched = all;
-        for (const Use& use : uses)
-            touched |= overlap(use.begin, use.bytes, copy.to, copy.bytes) ||
-                       overlap(use.begin, use.bytes, copy.from, copy.bytes);
-        if (touched) perform(&copy);
-    }
     stream->seen.resize(std::max(stream->seen.size(), size_t(stream->id) + 1), 0);
-    uint64_t operation = ++stream->seen[size_t(stream->id)];
+    Unfinished u = {stream->id, 0, stream->seen, uses, all, false, std::move(step)};
+    u.number = ++stream->seen[size_t(stream->id)];
     for (const Use& use : uses)
-        past[stream->id][{use.begin, use.bytes, use.writes}] = {operation, name};
+        past[stream->id][{use.begin, use.bytes, use.writes}] = {u.number, name};
+    if (may_run(u) && give_turn(&u)) return cudaSuccess;
+    unfinished.push_back(std::move(u));
+    static Progress progress;
     return cudaSuccess;
+}
+
+void write_late(char* to, std::vector<char> bytes) {
+    late_writes.push_back({stepping->stream, stepping->number, to, std::move(bytes)});
+}
+
+bool join_streams(const std::vector<cudaStream_t>& handles) {
+    Clock all;
+    for (cudaStream_t handle : handles) {
+        Stream* stream = find_stream(handle);
+        if (stream == nullptr) return false;
+        catch_up(stream);
+        merge(&all, stream->seen);
+    }
+    for (cudaStream_t handle : handles) merge(&find_stream(handle)->seen, all);
+    return true;
+}
+
+void run_unfinished() {
+    for (auto u = unfinished.begin(); u != unfinished.end();) {
+        bool ended = may_run(*u) && give_turn(&*u);
+        u = ended ? unfinished.erase(u) : std::next(u);
+    }
+}
+
+void host_blocks(const std::function<bool()>& done) {
+    for (long sleep = kShortestSleep_ns; !done(); sleep = std::min(2 * sleep, kLongestSleep_ns)) {
+        run_unfinished();
+        if (done()) return;
+        runtime_lock.unlock();
+        sleep_ns(sleep);
+        runtime_lock.lock();
+    }
 }
 
 bool explain_pinned_fault(const void* address) {
@@ -371,16 +531,20 @@ void run(const Launch& launch) {
     std::lock_guard lock(runtime_lock);
     if (check_limits(launch) != cudaSuccess) return;
     std::string name = std::string("kernel ") + launch.name;
-    if (begin_operation(launch.stream, name.c_str(), uses_of(launch), true) != cudaSuccess) return;
-    DeviceAccess open;
-    long long order = setting("EMU_ORDER", 0);
+    long long wish = setting("EMU_ORDER", 0);
+    Order order = wish == 1 ? Order::reverse : wish == 2 ? Order::random : Order::forward;
     static uint64_t launches = 0;
-    run_grid(launch,
-             order == 1   ? Order::reverse
-             : order == 2 ? Order::random
-                          : Order::forward,
-             uint64_t(setting("EMU_SEED", 1)) * 1000003 + launches++);
-    check_surroundings(("after kernel " + std::string(launch.name)).c_str());
+    uint64_t seed = uint64_t(setting("EMU_SEED", 1)) * 1000003 + launches++;
+    std::shared_ptr<void> values = launch.keep(launch.values);
+    Launch kept = launch;
+    kept.values = values.get();
+    kept.arguments = nullptr;
+    enqueue(launch.stream, name.c_str(), uses_of(launch), true, [=] {
+        (void)values;  // `kept` points there
+        run_grid(kept, order, seed);
+        check_surroundings(("after kernel " + std::string(kept.name)).c_str());
+        return true;
+    });
 }
 
 // ==== copies =====================================================================================
@@ -416,8 +580,28 @@ bool matches(cudaMemcpyKind kind, bool to_device, bool from_device) {
     }
 }
 
-// One between pinned and device memory stays in flight; every other happens at the call, and one to
-// pageable memory makes the host wait, as documented.
+// What a copy does in its turn. To the device from pinned memory it lands later; from memory that
+// the program may change after the call it takes the bytes along where it has to wait.
+Step copy_step(void* to, const void* from, size_t bytes, bool in_flight, bool from_device) {
+    if (in_flight)
+        return [=] {
+            memset(to, 0xff, bytes);
+            return true;
+        };
+    if (from_device || unfinished.empty())
+        return [=] {
+            memmove(to, from, bytes);
+            return true;
+        };
+    const char* begin = static_cast<const char*>(from);
+    return [to, staged = std::vector<char>(begin, begin + bytes)] {
+        memcpy(to, staged.data(), staged.size());
+        return true;
+    };
+}
+
+// One between pinned and device memory stays in flight; every other happens at the call or in its
+// turn, and one to pageable memory makes the host wait, as documented.
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle,
                  bool synchronous) {
     std::lock_guard lock(runtime_lock);
@@ -435,16 +619,24 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     std::vector<Use> uses;
     if (to_device) uses.push_back({static_cast<char*>(to), bytes, true});
     if (from_device) uses.push_back({static_cast<const char*>(from), bytes, false});
-    cudaError_t status = begin_operation(handle, "a copy", uses, false);
-    if (status != cudaSuccess) return status;
-    DeviceAccess open;
-    Stream* stream = find_stream(handle);
     bool in_flight = !synchronous && ((to_device && source == Place::pinned) ||
                                       (from_device && target == Place::pinned));
+    bool at_once = synchronous || !to_device;  // when it is on the stream, the host goes on
+    Step nothing = [] { return true; };
+    cudaError_t status =
+        enqueue(handle, "a copy", uses, false,
+                at_once ? nothing : copy_step(to, from, bytes, in_flight, from_device));
+    if (status != cudaSuccess) return status;
+    Stream* stream = find_stream(handle);
+    if (!in_flight && !at_once) return cudaSuccess;
+    if (!in_flight && has_unfinished(stream->seen)) host_waits(stream->seen);
+    DeviceAccess open;
     if (in_flight) {
         const Allocation& pinned = *find(to_device ? from : to);
-        if (!to_device) open_pinned(pinned);
-        memset(to, 0xff, bytes);
+        if (!to_device) {
+            open_pinned(pinned);
+            memset(to, 0xff, bytes);
+        }
         pending.push_back({static_cast<char*>(to),
                            static_cast<const char*>(from),
                            bytes,
@@ -458,7 +650,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     }
     if (synchronous && !to_device) host_waits(stream->seen);
     memmove(to, from, bytes);
-    if (synchronous || target != Place::device) host_waits(stream->seen);
+    host_waits(stream->seen);
     return cudaSuccess;
 }
 
@@ -479,12 +671,10 @@ cudaError_t set(void* to, int value, size_t bytes, cudaStream_t stream) {
     if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
     if (bytes == 0) return cudaSuccess;
     if (place_of(to, bytes, "cudaMemset") != Place::device) return remember(cudaErrorInvalidValue);
-    cudaError_t status =
-        begin_operation(stream, "a cudaMemset", {{static_cast<char*>(to), bytes, true}}, false);
-    if (status != cudaSuccess) return status;
-    DeviceAccess open;
-    memset(to, value, bytes);
-    return cudaSuccess;
+    return enqueue(stream, "a cudaMemset", {{static_cast<char*>(to), bytes, true}}, false, [=] {
+        memset(to, value, bytes);
+        return true;
+    });
 }
 
 }  // namespace
@@ -797,6 +987,8 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
     std::lock_guard lock(runtime_lock);
     Stream* stream = find_stream(handle);
     if (stream == nullptr) return remember(cudaErrorInvalidResourceHandle);
+    run_unfinished();
+    if (has_unfinished(stream->seen)) return cudaErrorNotReady;
     stream->asked = !stream->asked && !covers(host_seen, stream->seen);
     if (stream->asked) return cudaErrorNotReady;
     host_waits(stream->seen);
@@ -862,6 +1054,8 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
     std::lock_guard lock(runtime_lock);
     Event* event = reinterpret_cast<Event*>(handle);
     if (!events.contains(event)) return remember(cudaErrorInvalidResourceHandle);
+    run_unfinished();
+    if (has_unfinished(event->at)) return cudaErrorNotReady;
     event->asked = !event->asked && !covers(host_seen, event->at);
     if (event->asked) return cudaErrorNotReady;
     host_waits(event->at);
