@@ -198,6 +198,8 @@ $(FOLDER)/dev/emu/%.o: OWN_FLAGS = $(EMU_FLAGS)
 $(FOLDER)/dev/emu/scheduler.o: OWN_FLAGS = $(EMU_FLAGS) -fno-sanitize=all \
     $(if $(filter tsan,$(VARIANT)),-DEMU_TSAN)
 $(FOLDER)/dev/emu/cublaslt.o: OWN_FLAGS = $(EMU_FLAGS) -O2 -fno-sanitize=all
+# What ranks add up is the same whichever compiler built them.
+$(FOLDER)/dev/emu/nccl_reduce.o: OWN_FLAGS = $(EMU_FLAGS) -ffp-contract=off
 EMU_OPT = $(if $(filter asan tsan,$(VARIANT)),-O1,-O2)
 
 # A program of a layer's takes all layers, and does not call all.
@@ -237,7 +239,7 @@ $(FOLDER)/test_runscu_emu: $(FOLDER)/train_gpt2.cu.o $(RUN_TEST_OBJECTS) $(EMU_O
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-$(FOLDER)/test_emu: $(FOLDER)/dev/emu/test_emu.o $(EMU_OBJECTS)
+$(FOLDER)/test_emu: $(addprefix $(FOLDER)/dev/emu/,test_emu.o test_nccl.o) $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 $(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_twin_float.o \

@@ -1292,7 +1292,10 @@ TEST_P(Bugs, AreCaught) {
 
 }  // namespace
 
+int nccl_rank(int argc, char** argv);  // test_nccl.cpp
+
 int main(int argc, char** argv) {
+    if (argc > 1 && strcmp(argv[1], "--nccl-rank") == 0) return nccl_rank(argc, argv);
     testing::InitGoogleTest(&argc, argv);
     // In a child that was forked from several threads, which fibers are to it, the thread sanitizer
     // ignores half of what happens: its children start anew.
