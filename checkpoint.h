@@ -30,17 +30,6 @@
 
 // ==== names from files ===========================================================================
 
-// A name out of a file, fit for an error message: one line, not without end.
-inline std::string one_line(std::string_view text) {
-    constexpr size_t kLongest = 120;
-    size_t length = std::min(text.size(), kLongest);
-    while (length > 0 && length < text.size() && (text[length] & 0xC0) == 0x80) length--;
-    std::string line(text.substr(0, length));
-    for (char& c : line)
-        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-    return length < text.size() ? line + "..." : line;
-}
-
 inline std::string join_path(const std::string& folder, const std::string& name) {
     return (fs::path(folder) / name).string();
 }

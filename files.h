@@ -73,6 +73,17 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
     return text;
 }
 
+// Text from a stranger, fit for an error message: one line, not without end.
+inline std::string one_line(std::string_view text) {
+    constexpr size_t kLongest = 120;
+    size_t length = std::min(text.size(), kLongest);
+    while (length > 0 && length < text.size() && (text[length] & 0xC0) == 0x80) length--;
+    std::string line(text.substr(0, length));
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+    return length < text.size() ? line + "..." : line;
+}
+
 // The user or a file is wrong: throws an Error with exit code 2. The line says where and what would
 // help.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail_input(const char* pattern,
