@@ -1,5 +1,6 @@
 // Writes the inputs that fuzzing starts from, small ones of each kind, as SEEDS/TARGET/N:
 //   make_seeds SEEDS
+#include "../../ranks.h"
 #include "../../trainer.h"
 
 namespace {
@@ -232,6 +233,30 @@ void corpus_seeds(const std::string& out) {
     put(out, "corpus", "\3" + std::string(kZstd));
 }
 
+// The first byte says in which parts they come.
+void ranks_seeds(const std::string& out) {
+    auto seed = [&](RankMessage kind, const std::string& body) {
+        put(out, "ranks", "\3" + frame_of(kind, body));
+    };
+    Member member = {1, 2, "b"};
+    Part part;
+    part.name = "the save", part.payload = "bytes";
+    seed(RankMessage::hello, body_of(Hello{}));
+    seed(RankMessage::welcome, body_of(Welcome{7}));
+    seed(RankMessage::refuse, body_of(Refusal{1, "why"}));
+    seed(RankMessage::roster, body_of(Roster{{member, member}}));
+    seed(RankMessage::part, body_of(part));
+    seed(RankMessage::part, body_of(NamedTexts{{{"--seed", "1"}, {"a", ""}}}));
+    seed(RankMessage::whole, body_of(Whole{1, "bytes"}));
+    seed(RankMessage::pulse, body_of(Pulse{1, 2}));
+    seed(RankMessage::fail, body_of(Failure{2, "why"}));
+    put(out, "ranks",
+        "\1" + frame_of(RankMessage::pulse, body_of(Pulse{})) +
+            frame_of(RankMessage::fail, body_of(Failure{})));
+    for (const char* text : {"a:5", "[::1]:5", "file:a", "r[1-2]n[3,4],b", "4(x2),3"})
+        put(out, "ranks", std::string("\1") + text);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -257,6 +282,7 @@ int main(int argc, char** argv) {
         index_seeds(out);
         corpus_seeds(out);
         hellaswag_seeds(out);
+        ranks_seeds(out);
     } catch (const Error& error) {
         fprintf(stderr, "make_seeds: error: %s\n", error.what());
         return error.exit_code;
