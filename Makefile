@@ -4,7 +4,7 @@
 # build/clang++-double, ...), so that switching between them mixes nothing. ./train_gpt2 is a link
 # to the program that was built last, and so are ./train_gpt2cu (for a GPU) and ./train_gpt2cu_emu
 # (the same on the emulator). Variables that a user may set: CXX, CXXFLAGS, CPPFLAGS, LDFLAGS, OPT,
-# ARCH, ONEDNN=no; CUDA_HOME, CUDA_ARCH for `make cuda`, CUDNN=no for its benchmarks; DATA, OUT,
+# ARCH, ONEDNN=no; CUDA_HOME, CUDA_ARCH, NCCL=no for `make cuda`, CUDNN=no for its benchmarks; DATA, OUT,
 # TIME, PROMPT for `make train`; BENCH for `make bench`.
 
 VARIANT ?=
@@ -45,6 +45,8 @@ CUDA_HEADERS := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/include/cublasLt.h))
 # cuDNN, which attention's benchmark puts beside ours; it is opened when the benchmark runs.
 CUDNN ?= $(if $(wildcard $(addsuffix /cudnn.h,$(CUDA_HOME)/include /usr/include /usr/local/include \
     /usr/include/*-linux-gnu)),yes,no)
+# NCCL, through which several GPUs train one model.
+NCCL ?= $(if $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include)),yes,no)
 NVCC := $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc))
 
 # ==== flags ======================================================================================
@@ -187,9 +189,11 @@ programs: $(addprefix $(FOLDER)/,test_gpt2 \
 # train_gpt2.cu is plain C++ where dev/emu stands in for the card: NVIDIA's headers, our libraries.
 # It is compiled with -O2: the kernels are large, and -O3 gains nothing where fibers switch. nvcc
 # makes one instruction of a product and a sum, and so does g++ unless told otherwise.
-EMU_FLAGS = -isystem $(CUDA_HOME)/include -I. -Wno-unknown-pragmas -ffp-contract=fast
+EMU_FLAGS = -isystem $(CUDA_HOME)/include -I. -Wno-unknown-pragmas -ffp-contract=fast \
+    $(if $(filter yes,$(NCCL)),-DGPT2_NCCL)
 NO_HEADERS := no NVIDIA headers here (cublasLt.h): install the CUDA toolkit, or set CUDA_HOME
-EMU_OBJECTS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out dev/emu/test_%,$(wildcard dev/emu/*.cpp)))
+EMU_OBJECTS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out dev/emu/test_% \
+    $(if $(filter yes,$(NCCL)),,dev/emu/nccl%),$(wildcard dev/emu/*.cpp)))
 CHECKS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
 
 $(FOLDER)/dev/emu/%.o: OWN_FLAGS = $(EMU_FLAGS)
@@ -239,7 +243,8 @@ $(FOLDER)/test_runscu_emu: $(FOLDER)/train_gpt2.cu.o $(RUN_TEST_OBJECTS) $(EMU_O
     $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
-$(FOLDER)/test_emu: $(addprefix $(FOLDER)/dev/emu/,test_emu.o test_nccl.o) $(EMU_OBJECTS)
+$(FOLDER)/test_emu: $(addprefix $(FOLDER)/dev/emu/,test_emu.o $(if $(filter yes,$(NCCL)),test_nccl.o)) \
+    $(EMU_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 $(FOLDER)/check_%: $(FOLDER)/dev/cuda/%.cu.o $(EMU_OBJECTS) $(FOLDER)/weak_twin_float.o \
@@ -315,6 +320,7 @@ space := $(empty) $(empty)
 NVCC_FLAGS = -std=c++20 -O3 --expt-relaxed-constexpr --threads 0 $(CUDA_CODE) -I. \
     -Werror all-warnings -Xptxas -v \
     -Xcompiler $(subst $(space),$(comma),$(strip $(ARCH) -fopenmp -Wall -Wextra)) $(CPPFLAGS) \
+    $(if $(filter yes,$(NCCL)),-DGPT2_NCCL) \
     $(if $(findstring portable,$(CUDA_FOLDER)),,$(PACKING))
 CUDA_FOLDER ?= build/cuda
 
@@ -329,7 +335,8 @@ $(CUDA_FOLDER)/%.o: %.cu $(wildcard *.h) train_gpt2.cu $(wildcard dev/cuda/*.cuh
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(OWN_FLAGS) -c $< -o $@ 2>$(basename $@).ptxas || (cat $(basename $@).ptxas; exit 1)
 
-CUDA_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -Xcompiler -fopenmp $(LDFLAGS) -lcublasLt
+CUDA_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -Xcompiler -fopenmp $(LDFLAGS) -lcublasLt \
+    $(if $(filter yes,$(NCCL)),-lnccl)
 
 $(CUDA_FOLDER)/train_gpt2cu: $(CUDA_FOLDER)/train_gpt2.o $(FOLDER)/version.o
 	$(CUDA_LINK) $(LIBRARIES)
@@ -352,7 +359,7 @@ PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN $(PACKING),$(FLAGS)) \
 
 gpu-portable:
 	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \
-	    CUDA_FOLDER=build/cuda-portable portable-programs
+	    CUDA_FOLDER=build/cuda-portable NCCL=no portable-programs
 
 portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu test_runscu train_gpt2 \
     $(CHECKS))

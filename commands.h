@@ -179,6 +179,20 @@ inline void add_length_options(CLI::App* app, TrainOptions& o) {
     app->get_option("--time-limit")->default_str("120 for text under 10 MB, else one epoch");
 }
 
+inline void add_rank_options(CLI::App* app, TrainOptions& o) {
+    app->option_defaults()->group("Several GPUs");
+    add_number(app, "--gpus", o.gpus, 1, 1024, "N",
+               "start N processes on this machine, one for each GPU; mpirun, srun and torchrun "
+               "start them themselves")
+        ->default_str("one process");
+    add_text(app, "--rendezvous", o.rendezvous, "WHERE",
+             "where the processes meet: host:port, on which rank 0 listens, or file:PATH, a folder "
+             "that all see")
+        ->default_str("as the launcher says");
+    add_number(app, "--timeout", o.timeout_s, 1, 1e6, "SECONDS",
+               "the job ends when a rank neither comes nor goes on for so long");
+}
+
 inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {
     app->option_defaults()->group("Optimizer");
     add_number(app, "--learning-rate", o.learning_rate, 0, 10, "X", "highest rate");
@@ -273,6 +287,7 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_jsonl_field(app, o.jsonl_field);
     add_model_options(app, o.model);
     add_length_options(app, o);
+    add_rank_options(app, o);
     add_optimizer_options(app, o);
     app->option_defaults()->group("Computing");
     add_compute_options(app, o.compute);
@@ -633,17 +648,63 @@ inline int repeat_command(const TrainOptions& asked, double start_s) {
         fprintf(stderr, "note: that was version %s, this is %s\n",
                 one_line(start.value("version", "unknown")).c_str(), gpt2_version());
     {
-        Training training(o, start_s, "");
+        RankLink alone({}, {});
+        Training training(o, start_s, "", alone);
         if (int code = training.run(); code != 0) return code;
     }
     return compare_runs(asked.repeat, o.out);
 }
 
-inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on) {
+inline int print_error(const char* message, int code);
+
+// How this rank meets the others and watches them. What ends the job is said by rank 0, or by all
+// where that is lost; a rank that waits for the GPU meanwhile is ended from outside.
+inline LinkOptions link_options(const TrainOptions& o, int rank) {
+    LinkOptions options;
+    options.limit_s = options.timeout_s = o.timeout_s;
+    options.program = gpt2_program();
+    options.on_failure = [rank](const Failure& failure) {
+        if (rank == 0 || failure.text.starts_with("rank 0 "))
+            print_error(failure.text.c_str(), int(failure.exit_code));
+        _exit(int(failure.exit_code));
+    };
+    return options;
+}
+
+// Trains as one rank of a job, or alone. An error on any rank is an error of all.
+inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
+                         const std::string& how_to_go_on) {
+    constexpr double kPatience_s = 86400;  // for the last save of rank 0
+    if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
+        fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
+    RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
+    std::unique_ptr<FILE, int (*)(FILE*)> nowhere(nullptr, fclose);
+    if (ranks.rank > 0) {
+        nowhere.reset(fopen("/dev/null", "w"));
+        o.screen = nowhere.get();
+    }
+    try {
+        if (ranks.world > 1) gpt2_select_device(ranks.local_rank);
+        int code = Training(o, start_s, how_to_go_on, link).run();
+        link.finish(kPatience_s);
+        return code;
+    } catch (const Error& error) {
+        Error first = link.report_failure(error.exit_code, error.what());
+        if (ranks.rank == 0) throw first;
+        return first.exit_code;
+    }
+}
+
+inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on,
+                         char** argv) {
     if (!o.repeat.empty()) return repeat_command(o, start_s);
     require("--data", !o.data.empty());
-    Training training(o, start_s, how_to_go_on);
-    return training.run();
+    Ranks ranks = find_ranks();
+    if (!must_start_ranks(ranks, o.gpus)) return train_as_rank(o, ranks, start_s, how_to_go_on);
+    if (std::string why = gpt2_alone(); !why.empty())
+        fail_input("--gpus %d: %s", o.gpus, why.c_str());
+    RanksEnd end = run_ranks(o.gpus, own_program(argv[0]), argv);
+    return end.text.empty() ? end.exit_code : print_error(end.text.c_str(), end.exit_code);
 }
 
 // Operations and time of a run; no time where nothing is known of the device's rate.
@@ -1434,7 +1495,7 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     if (name == "train") {
         TrainOptions train = o.train;
         train.arguments.assign(argv + 2, argv + argc);
-        return train_command(train, start_s, command_to_go_on(argc, argv));
+        return train_command(train, start_s, command_to_go_on(argc, argv), argv);
     }
     if (name == "plan") return plan_command(o.plan);
     if (name == "sample") return sample_command(o.sample);

@@ -452,6 +452,7 @@ struct GPT2;  // parameters, gradients, moments and activations, in the twin's o
 // first_sequence + b.
 struct GPT2Pass {
     bool training = false;
+    bool completes = true;  // the last of its step: its backward pass adds up gradients over ranks
     double loss_scale = 1;
     uint64_t seed = 0, step = 0, first_sequence = 0;
     real* logits = nullptr;  // host (B,T,V), written when given
@@ -492,9 +493,21 @@ size_t gpt2_memory_free();
 std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape);
 
 // Allocates everything, zeroed; throws Error (exit code 1) naming the group and bytes that memory
-// lacked. world ranks of one job each create a model of their own share of the batch.
+// lacked. world ranks of one job each create a model of their own share of the batch, and join.
 GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, int world);
 void gpt2_destroy(GPT2* model);
+
+// Several ranks, each with a model of the same configuration, train as one: loss and gradients of a
+// step are summed over all of them by the pass that completes it, so that every rank makes the same
+// update. gpt2_alone says why this program cannot be one of several, or nothing. Each rank selects
+// the device that is its own before anything else asks for one; rank 0 makes an id, which all give
+// to gpt2_join. join and share are called by every rank, and return when all have; share gives the
+// parameters and moments of rank 0 to all. They fail with exit code 1 where a rank is lost.
+std::string gpt2_alone();
+void gpt2_select_device(int local_rank);
+std::string gpt2_job_id();
+void gpt2_join(GPT2* model, const std::string& id);
+void gpt2_share(GPT2* model);
 const GPT2Config& gpt2_config(const GPT2* model);
 const GPT2Shape& gpt2_shape(const GPT2* model);
 

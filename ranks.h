@@ -556,7 +556,7 @@ enum class RankMessage : uint8_t {
 enum class Operation : uint8_t { barrier, broadcast, gather, all_equal, finish };
 constexpr const char* kOperationNames[] = {"barrier", "broadcast", "gather", "check of", "end"};
 
-class FieldWriter {
+class MessageWriter {
   public:
     void number(uint64_t value) {
         for (int shift = 0; shift < 64; shift += 8) out_ += char(value >> shift & 255);
@@ -575,9 +575,9 @@ class FieldWriter {
 };
 
 // Fails with fail_input at the first field that is not as it must be.
-class FieldReader {
+class MessageFields {
   public:
-    explicit FieldReader(std::string_view bytes) : bytes_(bytes) {}
+    explicit MessageFields(std::string_view bytes) : bytes_(bytes) {}
     void field(uint64_t& value, uint64_t most) {
         value = number();
         if (value > most) fail_input("a number in a message is too large");
@@ -704,7 +704,7 @@ struct NamedTexts {
 
 template <typename T>
 std::string body_of(T message) {
-    FieldWriter writer;
+    MessageWriter writer;
     message.fields(writer);
     return writer.take();
 }
@@ -712,7 +712,7 @@ std::string body_of(T message) {
 // fail_input where the bytes are no such message.
 template <typename T>
 T read_body(std::string_view body) {
-    FieldReader reader(body);
+    MessageFields reader(body);
     T message;
     message.fields(reader);
     reader.end();
@@ -1201,7 +1201,7 @@ class Gathering {
             if (!message) return more;
             if (message->kind != RankMessage::hello) return false;
             // Later versions may say more, but begin with the same two numbers.
-            FieldReader start(message->body);
+            MessageFields start(message->body);
             uint64_t magic = 0, protocol = 0;
             start.field(magic, UINT64_MAX), start.field(protocol, UINT64_MAX);
             if (magic != kRankMagic) return false;

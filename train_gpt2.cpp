@@ -861,6 +861,18 @@ const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int la
            tensor_offset(model, row, layer);
 }
 
+// ==== ranks ======================================================================================
+
+// Threads share the work of one machine, and a process of a job could add nothing to them.
+std::string gpt2_alone() {
+    return "the CPU program trains in one process, with --threads; several ranks are for "
+           "train_gpt2cu";
+}
+void gpt2_select_device(int) {}
+std::string gpt2_job_id() { fail_input("%s", gpt2_alone().c_str()); }
+void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
+void gpt2_share(GPT2*) {}
+
 // ==== gpt2_forward ===============================================================================
 
 // The second half of block l up to its last product, from the residual stream between the halves:

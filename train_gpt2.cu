@@ -11,9 +11,13 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef GPT2_NCCL
+#    include <nccl.h>
+#endif
 
 #include <cassert>
 #include <map>
+#include <thread>
 
 #include "dataloader.h"
 #include "gpt2.h"
@@ -2686,6 +2690,19 @@ struct BatchSlot {
     static size_t numbers(size_t BT) { return 5 * BT + 1; }
 };
 
+// The other ranks of a job: the stream on which sums over them are made, so that the backward pass
+// goes on meanwhile.
+struct Peers {
+#    ifdef GPT2_NCCL
+    ncclComm_t comm = nullptr;
+#    endif
+    cudaStream_t stream = nullptr;
+    cudaEvent_t ready = nullptr;   // gradients, to be summed
+    cudaEvent_t summed = nullptr;  // all of a step
+
+    void leave();
+};
+
 struct GPT2 {
     GPT2Config config;
     GPT2Shape shape;
@@ -2710,15 +2727,20 @@ struct GPT2 {
     uint64_t passes = 0, updates = 0;
     UpdateGate* host_gates = nullptr;  // pinned: of two updates in turn, and one asked for
     std::array<cudaEvent_t, 2> gate_copied = {};
+    cudaEvent_t stats_copied = nullptr;
     std::vector<int> counts;      // of each token
     std::vector<char> host_copy;  // of a tensor, on its way
     int B = 0, T = 0;             // of the last forward
     GPT2Pass pass;
 
+    int rank = 0, world = 1;
+    Peers peers;
+
     ~GPT2() {
         if (stream != nullptr) cudaStreamSynchronize(stream);
         if (copy_stream != nullptr) cudaStreamSynchronize(copy_stream);
         if (snapshot_stream != nullptr) cudaStreamSynchronize(snapshot_stream);
+        peers.leave();
         products.reset();
         for (void* memory : allocations) cudaFree(memory);
         for (BatchSlot& slot : slots) {
@@ -2728,7 +2750,7 @@ struct GPT2 {
         }
         cudaFreeHost(host_gates);
         cudaFreeHost(snapshot);
-        for (cudaEvent_t event : {snapshot_ready, snapshot_copied})
+        for (cudaEvent_t event : {snapshot_ready, snapshot_copied, stats_copied})
             if (event != nullptr) cudaEventDestroy(event);
         for (cudaEvent_t event : gate_copied)
             if (event != nullptr) cudaEventDestroy(event);
@@ -2897,6 +2919,7 @@ static void allocate_slots(GPT2* model) {
           "pinned memory");
     for (cudaEvent_t& event : model->gate_copied)
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+    check(cudaEventCreateWithFlags(&model->stats_copied, cudaEventDisableTiming), "event");
     model->counts.resize(size_t(model->config.vocab_size));
 }
 
@@ -2943,7 +2966,7 @@ static void tune_products(GPT2* model) {
     gpt2_zero_gradients(model);
 }
 
-GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, int world) {
     validate(config);
     check_range("--batch-size", shape.B, 1, 1 << 24);
     check_range("--sequence-length", shape.T, 1, config.context);
@@ -2959,6 +2982,7 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
     auto model = std::make_unique<GPT2>();
     model->config = config;
     model->shape = shape;
+    model->rank = rank, model->world = world;
     model->parameter_rows = parameter_table(config);
     model->activation_rows = activation_table(config, shape);
     model->parameters = allocated_parameters(config);
@@ -3061,6 +3085,127 @@ void gpt2_snapshot_wait(GPT2* model) {
 const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
     return model->snapshot + snapshot_offset(group, model->parameters) +
            tensor_offset(model, row, layer);
+}
+
+// ==== ranks ======================================================================================
+
+#    ifdef GPT2_NCCL
+
+static void check(ncclResult_t status, const char* what) {
+    if (status != ncclSuccess)
+        fail_machine("NCCL: %s: %s: %s", what, ncclGetErrorString(status),
+                     ncclGetLastError(nullptr));
+}
+
+std::string gpt2_alone() { return ""; }
+
+std::string gpt2_job_id() {
+    ncclUniqueId id;
+    check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+    return std::string(id.internal, sizeof id.internal);
+}
+
+void Peers::leave() {
+    if (stream != nullptr) cudaStreamSynchronize(stream);
+    if (comm != nullptr) ncclCommDestroy(comm);
+    for (cudaEvent_t event : {ready, summed})
+        if (event != nullptr) cudaEventDestroy(event);
+    if (stream != nullptr) cudaStreamDestroy(stream);
+}
+
+// Waits for an event behind which there may be sums over ranks. The library notes what becomes of
+// the others; a wait of the runtime's alone would not end where one of them is lost.
+static void wait_for(const GPT2* model, cudaEvent_t event, const char* what) {
+    if (model->peers.comm == nullptr) return check(cudaEventSynchronize(event), what);
+    for (;;) {
+        cudaError_t status = cudaEventQuery(event);
+        if (status != cudaErrorNotReady) return check(status, what);
+        ncclResult_t lost = ncclSuccess;
+        check(ncclCommGetAsyncError(model->peers.comm, &lost), what);
+        if (lost != ncclInProgress) check(lost, what);
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+}
+
+void gpt2_join(GPT2* model, const std::string& bytes) {
+    ncclUniqueId id;
+    if (bytes.size() != sizeof id.internal) fail_machine("an id of %zu bytes", bytes.size());
+    memcpy(id.internal, bytes.data(), bytes.size());
+    Peers& peers = model->peers;
+    check(cudaStreamCreateWithFlags(&peers.stream, cudaStreamNonBlocking), "stream");
+    for (cudaEvent_t* event : {&peers.ready, &peers.summed})
+        check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+    check(ncclCommInitRank(&peers.comm, model->world, id, model->rank), "ncclCommInitRank");
+}
+
+void gpt2_share(GPT2* model) {
+    Peers& peers = model->peers;
+    gpt2_snapshot_wait(model);
+    check(cudaEventRecord(peers.ready, model->stream), "gpt2_share");
+    check(cudaStreamWaitEvent(peers.stream, peers.ready, 0), "gpt2_share");
+    auto share = [&](void* memory, size_t bytes) {
+        if (memory == nullptr) return;
+        check(ncclBroadcast(memory, memory, bytes, ncclUint8, 0, peers.comm, peers.stream),
+              "gpt2_share");
+    };
+    for (Group group : {Group::parameters, Group::first_moments, Group::second_moments})
+        share(model->groups[size_t(group)], model->parameters * sizeof(float));
+    share(model->narrow_parameters, model->parameters * sizeof(bf16));
+    check(cudaEventRecord(peers.summed, peers.stream), "gpt2_share");
+    check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "gpt2_share");
+    wait_for(model, peers.summed, "gpt2_share");
+}
+
+// dweight = sum over ranks of dweight, in place, of the tensors of layer l, or, for l < 0, of those
+// that exist once; then the loss too. They are finished on the model's stream, and nothing there
+// writes to them again before the update, so that the sums overlap with the rest of the backward
+// pass. Each rank sends and gets 2 (world - 1) / world of their bytes.
+static void sum_over_ranks(GPT2* model, int l) {
+    Peers& peers = model->peers;
+    if (peers.comm == nullptr || !model->pass.completes) return;
+    check(cudaEventRecord(peers.ready, model->stream), "gradients");
+    check(cudaStreamWaitEvent(peers.stream, peers.ready, 0), "gradients");
+    check(ncclGroupStart(), "gradients");
+    float* offset = model->groups[size_t(Group::gradients)];
+    for (const ParameterRow& row : model->parameter_rows) {
+        float* gradients = offset + size_t(std::max(l, 0)) * row.size();
+        offset += row.allocated();
+        if (row.size() == 0 || row.per_layer() != (l >= 0)) continue;
+        check(ncclAllReduce(gradients, gradients, row.size(), ncclFloat32, ncclSum, peers.comm,
+                            peers.stream),
+              "gradients");
+    }
+    if (l < 0) {
+        double* loss = &model->gate->loss;
+        check(ncclAllReduce(loss, loss, 1, ncclFloat64, ncclSum, peers.comm, peers.stream), "loss");
+    }
+    check(ncclGroupEnd(), "gradients");
+    if (l >= 0) return;
+    check(cudaEventRecord(peers.summed, peers.stream), "gradients");
+    check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "gradients");
+}
+
+#    else
+
+std::string gpt2_alone() { return "this program was built without NCCL, and trains on one GPU"; }
+std::string gpt2_job_id() { fail_input("%s", gpt2_alone().c_str()); }
+void Peers::leave() {}
+void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
+void gpt2_share(GPT2*) {}
+static void sum_over_ranks(GPT2*, int) {}
+static void wait_for(const GPT2*, cudaEvent_t event, const char* what) {
+    check(cudaEventSynchronize(event), what);
+}
+
+#    endif
+
+void gpt2_select_device(int local_rank) {
+    require_device();
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    if (local_rank >= count)
+        fail_machine("rank %d of this machine has no GPU: there are %d here", local_rank, count);
+    check(cudaSetDevice(local_rank), "cudaSetDevice");
 }
 
 // ==== gpt2_forward ===============================================================================
@@ -3358,11 +3503,13 @@ static void model_backward(GPT2* model) {
     for (int l = L - 1; l >= 0; l--) {
         const Float* inp = l == 0 ? a.encoded : model->activations_of<Float>(l - 1).residual3;
         block_backward(model, inp, l);
+        sum_over_ranks(model, l);
     }
     const BatchSlot& slot = model->slot();
     const int *tokens = slot.device + 2 * BT, *starts = tokens + BT, *places = starts + BT + 1;
     encoder_backward(d.wte, d.wpe, branch_gradient<Float>(model, RandomUse::encoder, 0),
                      TokenBuckets{tokens, starts, places, slot.different}, B, T, C, model->stream);
+    sum_over_ranks(model, -1);
 }
 
 void gpt2_backward(GPT2* model) {
@@ -3416,14 +3563,15 @@ GPT2Stats gpt2_stats(GPT2* model) {
     check(cudaMemcpyAsync(now, model->gate, sizeof(UpdateGate), cudaMemcpyDeviceToHost,
                           model->stream),
           "gpt2_stats");
-    check(cudaStreamSynchronize(model->stream), "gpt2_stats");
+    check(cudaEventRecord(model->stats_copied, model->stream), "gpt2_stats");
+    wait_for(model, model->stats_copied, "gpt2_stats");
     return {now->loss, now->norm};
 }
 
 GPT2Stats gpt2_previous_stats(GPT2* model) {
     if (model->updates < 2) return {};
     size_t turn = model->updates % 2;
-    check(cudaEventSynchronize(model->gate_copied[turn]), "gpt2_previous_stats");
+    wait_for(model, model->gate_copied[turn], "gpt2_previous_stats");
     return {model->host_gates[turn].loss, model->host_gates[turn].norm};
 }
 

@@ -26,6 +26,7 @@
 #include "corpus.h"
 #include "dataloader.h"
 #include "gpt2.h"
+#include "ranks.h"
 #include "sampler.h"
 #include "tokenizer.h"
 
@@ -129,6 +130,9 @@ struct TrainOptions {
     size_t early_stop = 0;  // evaluations without gain; 0: never
     bool overfit_one_batch = false;
     std::string out, resume = "auto", repeat;
+    int gpus = 0;  // processes to start on this machine; 0: only this one, or a launcher's
+    std::string rendezvous;
+    double timeout_s = 60;               // until a rank without progress is taken for lost
     std::vector<std::string> arguments;  // as they were typed, for the log
     FILE* screen = stdout;               // where progress is shown
     PeakRate peak;                       // of this machine; 0: to be asked for
@@ -681,12 +685,32 @@ struct Evaluation {
     double perplexity() const { return std::exp(loss); }
 };
 
+// A number of each rank's, summed in the order of ranks, so that all have the same sum. `name` says
+// in messages what it is.
+inline double sum_over_ranks(RankLink& link, const std::string& name, double value) {
+    if (link.ranks().world == 1) return value;
+    std::string bytes(sizeof value, 0);
+    memcpy(bytes.data(), &value, sizeof value);
+    double sum = 0;
+    for (const std::string& part : link.gather(name, bytes)) {
+        double theirs = 0;
+        if (part.size() == sizeof theirs) memcpy(&theirs, part.data(), sizeof theirs);
+        sum += theirs;
+    }
+    memcpy(bytes.data(), &sum, sizeof sum);
+    bytes = link.broadcast(name, bytes);
+    if (bytes.size() == sizeof sum) memcpy(&sum, bytes.data(), sizeof sum);
+    return sum;
+}
+
 // The mean loss over `max_windows` windows spread over the shards, or over all of them (0), in
-// batches of B sequences of T tokens. bits_per_byte = loss * tokens / (ln 2 * bytes of text). What
-// follows a `separator` (below 0: none) is not predicted.
+// batches of B sequences of T tokens, which the ranks of a job share. bits_per_byte = loss * tokens
+// / (ln 2 * bytes of text). What follows a `separator` (below 0: none) is not predicted.
 inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
                                  const std::vector<int>& token_bytes, int B, int T,
-                                 size_t max_windows, int separator = -1) {
+                                 size_t max_windows, int separator = -1, RankLink* link = nullptr) {
+    size_t rank = link == nullptr ? 0 : size_t(link->ranks().rank);
+    size_t world = link == nullptr ? 1 : size_t(link->ranks().world);
     double start_s = now_s();
     EvalLoader loader(shards, B, T, max_windows, separator);
     std::vector<int> inputs(size_t(B) * size_t(T)), targets(inputs.size());
@@ -695,8 +719,9 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
     size_t bytes = 0;
     gpt2_zero_gradients(model);  // and the sum of losses
     int rows = 0;
-    while (loader.next_batch(inputs.data(), targets.data(), &rows)) {
-        gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
+    for (size_t batch = 0; loader.next_batch(inputs.data(), targets.data(), &rows); batch++) {
+        if (batch % world == rank)
+            gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
         for (int target : targets) {
             if (target == kIgnore) continue;
             result.tokens++;
@@ -707,6 +732,7 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
         fail_input("%s: nothing but ends of documents, whose targets are left out",
                    shards[0].path().c_str());
     double nats = gpt2_stats(model).loss;
+    if (link != nullptr) nats = sum_over_ranks(*link, "the validation loss", nats);
     result.loss = nats / double(result.tokens);
     result.bits_per_byte = bytes > 0 ? nats / (M_LN2 * double(bytes)) : NAN;
     result.seconds = now_s() - start_s;
@@ -1020,11 +1046,8 @@ inline void read_later_state(const json& root, RunState* state) {
         state->skipped.push_back(read_position(position));
 }
 
-// Reads it back from a checkpoint folder, with `identity` and `settings` written when they are not
-// null.
-inline RunState read_state(const std::string& folder, json* identity, json* settings = nullptr) {
-    std::string path = join_path(folder, "trainer.json");
-    json root = read_json_object(path);
+// Reads it back; `path` names it in errors.
+inline RunState read_state(const json& root, const std::string& path) {
     RunState state;
     try {
         if (root.at("format") != 1)
@@ -1042,11 +1065,21 @@ inline RunState read_state(const std::string& folder, json* identity, json* sett
         state.goal.steps = count_of(root.at("goal").at("steps"));
         state.goal.time_limit_s = root.at("goal").at("time_limit_s").get<double>();
         read_later_state(root, &state);
-        if (identity != nullptr) *identity = root.at("run");
-        if (settings != nullptr) *settings = root.value("settings", json::object());
     } catch (const json::exception&) {
         fail_input("%s: not the state of a run of this program", path.c_str());
     }
+    return state;
+}
+
+// That of a checkpoint folder, with `identity` and `settings` written when they are not null.
+inline RunState read_state(const std::string& folder, json* identity, json* settings = nullptr) {
+    std::string path = join_path(folder, "trainer.json");
+    json root = read_json_object(path);
+    RunState state = read_state(root, path);
+    if (identity != nullptr && !root.contains("run"))
+        fail_input("%s: not the state of a run of this program", path.c_str());
+    if (identity != nullptr) *identity = root["run"];
+    if (settings != nullptr) *settings = root.value("settings", json::object());
     return state;
 }
 
@@ -1754,19 +1787,34 @@ struct LaunchedStep {
     double begin_s = 0;
 };
 
+// What decisions about the length of a run are made by.
+struct Times {
+    double elapsed_s = 0, step_s = 0, window_s = 0, save_s = 0;
+};
+
 // One run, from data to the last checkpoint. Members are what a step needs; each is made once,
 // before step 0.
 class Training {
   public:
     // Reads the data, makes or loads the model and finds the place to go on from. `start_s` is when
     // the command began, from which the time limit counts.
-    Training(const TrainOptions& options, double start_s, const std::string& how_to_go_on)
-        : o_(options), screen_(options.screen), start_s_(start_s), how_to_go_on_(how_to_go_on) {
+    // Every rank of a job makes one, with the same options. Rank 0 leads: it alone has the run
+    // folder, the log and the screen, and whatever depends on the time or on a signal is as it
+    // says.
+    Training(const TrainOptions& options, double start_s, const std::string& how_to_go_on,
+             RankLink& link)
+        : o_(options),
+          screen_(options.screen),
+          start_s_(start_s),
+          how_to_go_on_(how_to_go_on),
+          link_(link),
+          rank_(link.ranks().rank),
+          world_(link.ranks().world) {
         choose_shape(o_.compute);  // refuses early what this program cannot
         choice_ = choose_model(o_.model);
         T_ = choose_sequence_length(o_.sequence_length, choice_.config);
         micro_batches_ = accumulation(o_, T_, world_);
-        data_ = read_data(o_, choice_, cache_folder(o_));
+        leader_first("the data", [&] { data_ = read_data(o_, choice_, cache_folder(o_)); });
         check_length(o_, data_, T_);
         choose_vocabulary(data_, &choice_);
         validate(choice_.config);
@@ -1785,18 +1833,23 @@ class Training {
         watches_val_ = windows.watch && evaluates();
         identity_ =
             run_identity(o_, choice_, data_, data_hash(shard_hashes_), T_, micro_batches_, world_);
-        folder_ = choose_run_folder(o_, goal_, identity_);
-        check_disk(o_, folder_.out, choice_.config, goal_);
+        compare_ranks();
+        if (leads()) {
+            folder_ = choose_run_folder(o_, goal_, identity_);
+            check_disk(o_, folder_.out, choice_.config, goal_);
+        }
         prepare_model();
-        log_.emplace(folder_.out, state_.step);
-        Saver::Options saving = {folder_.out,
-                                 {o_.keep, o_.keep_every},
-                                 gpt2_shape(model_.get()).snapshot,
-                                 o_.save_retry_s};
-        saver_.emplace(saving, model_.get(), [this] {
-            folder_.lock->renew();
-            log_->sync();
-        });
+        if (leads()) {
+            log_.emplace(folder_.out, state_.step);
+            Saver::Options saving = {folder_.out,
+                                     {o_.keep, o_.keep_every},
+                                     gpt2_shape(model_.get()).snapshot,
+                                     o_.save_retry_s};
+            saver_.emplace(saving, model_.get(), [this] {
+                folder_.lock->renew();
+                log_->sync();
+            });
+        }
         size_t tokens = size_t(o_.batch_size) * size_t(T_) * size_t(micro_batches_);
         inputs_.resize(tokens);
         targets_.resize(tokens);
@@ -1812,23 +1865,25 @@ class Training {
         StopOnSignal signals;
         write_record(start_record());
         std::optional<LaunchedStep> before;
+        agree();
         if (!is_over()) fetch_batches();
         for (bool last = is_over(); !last;) {
             LaunchedStep now = launch();
-            saver_->hand_over();
+            if (saver_) saver_->hand_over();
             if (before) write_record(finish(*before, gpt2_previous_stats(model_.get())));
             before = now;
             look_for_stop_file();
-            bool save_again = saver_->poll();
+            bool save_again = agree(saver_ && saver_->poll());
             if (!save_again && !is_awaited(now)) continue;
             before.reset();
             ordered_json record = finish(now, gpt2_stats(model_.get()));
             if (rolls_back_ && roll_back()) {
-                data_error_ = nullptr;
+                own_error_ = data_error_ = nullptr;
                 continue;
             }
+            agree();
             last = is_over();
-            if ((stop_signal() != 0 || data_error_) && !last) return stop(&record);
+            if ((signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
             if (is_due(o_.eval_every, now.step) || last) {
                 if (!validation_is_intact()) return leave(record, best, last);
@@ -1848,7 +1903,22 @@ class Training {
         return size_t(o_.batch_size) * size_t(micro_batches_) * size_t(world_);
     }
     size_t tokens_a_step() const { return sequences_a_step() * size_t(T_); }
+    bool leads() const { return rank_ == 0; }
     double elapsed_s() const { return elapsed_before_s_ + now_s() - start_s_; }
+    // Of one rank they are as they are now; several go by what they have agreed on.
+    Times times() const {
+        if (world_ > 1) return agreed_;
+        return {elapsed_s(), step_s_, window_s_, saver_->last_save_s()};
+    }
+    int signal() const { return world_ > 1 ? agreed_signal_ : int(stop_signal()); }
+
+    // `f` on rank 0, and then on the others, which find what that left on the disk.
+    template <typename F>
+    void leader_first(const char* name, F f) {
+        if (!leads()) link_.barrier(name, kPatience_s);
+        f();
+        if (leads()) link_.barrier(name, kPatience_s);
+    }
     static bool is_due(size_t interval, size_t step) {
         return interval > 0 && step % interval == 0;
     }
@@ -1865,9 +1935,10 @@ class Training {
             double subset = std::min(all, double(subset_windows()));
             windows = all + (o_.eval_batches > 0 && subset < all ? subset : 0);
         }
-        double window_s = window_s_;
-        if (window_s == 0) window_s = step_s_ / (3 * double(sequences_a_step()));
-        double save_s = saver_->last_save_s();
+        Times t = times();
+        double window_s = t.window_s;
+        if (window_s == 0) window_s = t.step_s / (3 * double(sequences_a_step()));
+        double save_s = t.save_s;
         if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
         return 1.1 * (windows * window_s + save_s) + 0.15;
     }
@@ -1875,30 +1946,37 @@ class Training {
     // Whether the goal is reached, or too near for another step. At least one step is made.
     bool is_over() const {
         if (goal_.steps > 0 && state_.step >= goal_.steps) return true;
-        double next_s = elapsed_s() + step_s_ + reserve_s();
-        return goal_.time_limit_s > 0 && step_s_ > 0 && next_s >= goal_.time_limit_s;
+        Times t = times();
+        double next_s = t.elapsed_s + t.step_s + reserve_s();
+        return goal_.time_limit_s > 0 && t.step_s > 0 && next_s >= goal_.time_limit_s;
     }
 
     // Whether the step that was launched last must be done before anything else happens: it may be
     // the last one, something is due after it, or nothing is known yet of how long a step takes.
     bool is_awaited(const LaunchedStep& now) const {
-        if (stop_signal() != 0 || data_error_) return true;
-        if (step_s_ == 0 || now.step == goal_.steps) return true;
+        if (signal() != 0 || data_error_) return true;
+        Times t = times();
+        if (t.step_s == 0 || now.step == goal_.steps) return true;
         bool may_end = o_.max_bad_steps > 0 && state_.bad_steps + 1 >= o_.max_bad_steps;
         if (may_end || rolls_back_ || owes_save_) return true;
         if (is_due(o_.eval_every, now.step) || is_due(o_.sample_every, now.step) ||
             is_due(o_.save_every, now.step))
             return true;
-        double after_next_s = elapsed_s() + 2 * step_s_ + reserve_s();
+        double after_next_s = t.elapsed_s + 2 * t.step_s + reserve_s();
         return goal_.time_limit_s > 0 && after_next_s >= goal_.time_limit_s;
     }
 
     void prepare_model() {
         bool samples = data_.tokenizer.has_value();
         GPT2Shape shape = training_shape(o_, choice_.config, T_, samples);
+        shape.snapshot = shape.snapshot && leads();
         const char* dtype = dtype_name(shape.dtype);
-        model_.reset(gpt2_create(choice_.config, shape, rank_, world_));
-        if (!folder_.checkpoint.empty()) {
+        leader_first("the model", [&] {  // the others find the products that it has timed
+            model_.reset(gpt2_create(choice_.config, shape, rank_, world_));
+        });
+        if (!leads()) {
+            // what rank 0 has comes below
+        } else if (!folder_.checkpoint.empty()) {
             json settings;
             read_checkpoint(model_.get(), folder_.checkpoint);
             state_ = read_state(folder_.checkpoint, nullptr, &settings);
@@ -1915,9 +1993,12 @@ class Training {
         } else {
             gpt2_initialise(model_.get(), o_.seed);
         }
-        std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
-        if (!from.empty()) add_note(any_conversion_note(from));
-        add_note(file_system_note(folder_.out));
+        if (leads()) {
+            std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
+            if (!from.empty()) add_note(any_conversion_note(from));
+            add_note(file_system_note(folder_.out));
+        }
+        join_ranks();
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
@@ -1929,12 +2010,23 @@ class Training {
     }
 
     void write_record(const ordered_json& record) {
+        if (!log_) return;
         std::string wrong = log_->write(record);
         if (!wrong.empty())
             warn(format("%s: cannot write: %s; its records are kept until it can",
                         join_path(folder_.out, "log.jsonl").c_str(), wrong.c_str()));
     }
 
+    // A warning about the run, which concerns all ranks alike.
+    void note_trouble(const std::string& text) {
+        if (leads()) warn(text);
+    }
+
+    void compare_ranks();
+    void join_ranks();
+    void share_state();
+    bool agree(bool wish = false);
+    ordered_json diagnosis_of_ranks(const ordered_json& own);
     void report();
     void report_goal();
     ordered_json start_record();
@@ -1956,7 +2048,8 @@ class Training {
     int leave(const ordered_json& record, bool best, bool last);
     void conclude();
 
-    static constexpr int rank_ = 0, world_ = 1;
+    static constexpr double kPatience_s = 86400;  // for what rank 0 does while others wait
+
     const TrainOptions& o_;
     Screen screen_;
     double start_s_;
@@ -1979,18 +2072,23 @@ class Training {
     GPT2Ptr model_;
     RunState state_;                 // after the last step that is known to be done
     size_t launched_ = 0;            // steps, of which the last may not be done
-    std::exception_ptr data_error_;  // what was thrown where data were to be read
-    std::optional<RunLog> log_;
-    double stop_file_s_ = 0;   // when it was last looked for
-    LaunchedStep spike_;       // the last one
-    bool owes_save_ = false;   // once the steps are good again
-    bool rolls_back_ = false;  // to before it
+    std::exception_ptr data_error_;  // what was thrown where data were to be read, on any rank
+    std::exception_ptr own_error_;   // the same, here, until the ranks have agreed on it
+    std::optional<RunLog> log_;      // of rank 0, as the saver is
+    double stop_file_s_ = 0;         // when it was last looked for
+    LaunchedStep spike_;             // the last one
+    bool owes_save_ = false;         // once the steps are good again
+    bool rolls_back_ = false;        // to before it
     size_t rollbacks_ = 0;
     std::vector<int> inputs_, targets_;             // of the next step: (micro-batches, B, T)
     DataLoader::Position fetched_from_;             // where their data begins
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
     PeakRate peak_;
     double step_s_ = 0, window_s_ = 0;  // how long each took, lately
+    RankLink& link_;
+    int rank_, world_;
+    Times agreed_;
+    int agreed_signal_ = 0;
     Evaluation final_;
     std::optional<Saver> saver_;  // last: what it reads outlives it
 };
@@ -2085,9 +2183,88 @@ inline ordered_json Training::start_record() {
 // A file OUT/stop does what SIGTERM does; it is looked for ten times a second at most.
 inline void Training::look_for_stop_file() {
     constexpr double kInterval_s = 0.1;
-    if (stop_signal() != 0 || now_s() < stop_file_s_ + kInterval_s) return;
+    if (!leads() || stop_signal() != 0 || now_s() < stop_file_s_ + kInterval_s) return;
     stop_file_s_ = now_s();
     if (unlink(join_path(folder_.out, "stop").c_str()) == 0) stop_signal() = SIGTERM;
+}
+
+// ---- several ranks ----
+
+// That every rank trains the same model on the same data in the same way.
+inline void Training::compare_ranks() {
+    std::vector<NamedText> list = {{"the program", std::string(gpt2_program())},
+                                   {"its version", gpt2_version()}};
+    for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
+    GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value());
+    shape.recompute = 0;  // each rank as much as its memory asks for
+    ordered_json settings = run_settings(o_, goal_, shape);
+    for (const auto& [key, value] : settings.items()) list.push_back({key, value.dump()});
+    list.push_back({"evaluation", format("every %zu steps, %zu batches, %zu windows", o_.eval_every,
+                                         o_.eval_batches, count_tokens(data_.val))});
+    list.push_back(
+        {"samples and saves", format("every %zu and %zu steps", o_.sample_every, o_.save_every)});
+    link_.all_equal("the options", std::move(list));
+}
+
+// Meets the other ranks' models, and gives them what rank 0 has read.
+inline void Training::join_ranks() {
+    if (world_ == 1) return;
+    gpt2_join(model_.get(), link_.broadcast("the id of NCCL", leads() ? gpt2_job_id() : ""));
+    share_state();
+}
+
+// The parameters, the moments and the state of the run, from rank 0.
+inline void Training::share_state() {
+    if (world_ == 1) return;
+    ordered_json root = to_json(state_, identity_, settings_, o_.seed);
+    root["step"] = state_.step;
+    root["elapsed_before_s"] = elapsed_before_s_;
+    json theirs = parse_json(link_.broadcast("the state of the run", root.dump()), "rank 0");
+    if (!leads()) {
+        state_ = read_state(theirs, "rank 0");
+        elapsed_before_s_ = theirs.value("elapsed_before_s", 0.0);
+        loader_->seek(state_.position);
+    }
+    gpt2_share(model_.get());
+}
+
+// What may differ between ranks, and must not where they decide how to go on: the clock, signals,
+// and whether data can be had. All take rank 0's times, the first signal and the first error.
+// Returns whether any of them wishes for what this exchange is about.
+inline bool Training::agree(bool wish) {
+    if (world_ == 1) {
+        data_error_ = own_error_;
+        return wish;
+    }
+    link_.alive(launched_);
+    ordered_json mine = {{"signal", int(stop_signal())}, {"wish", wish}};
+    try {
+        if (own_error_) std::rethrow_exception(own_error_);
+    } catch (const Error& error) {
+        mine["error"] = error.what(), mine["exit_code"] = error.exit_code;
+    }
+    std::vector<std::string> all = link_.gather("step", mine.dump());
+    ordered_json agreed;
+    if (leads()) {
+        double save_s = saver_ ? saver_->last_save_s() : 0;
+        agreed = {{"elapsed_s", elapsed_s()}, {"step_s", step_s_}, {"window_s", window_s_},
+                  {"save_s", save_s},         {"wish", false},     {"signal", 0}};
+        for (size_t rank = 0; rank < all.size(); rank++) {
+            json theirs = parse_json(all[rank], format("rank %zu", rank));
+            if (theirs.value("wish", false)) agreed["wish"] = true;
+            if (agreed["signal"] == 0) agreed["signal"] = theirs.value("signal", 0);
+            if (agreed.contains("error") || !theirs.contains("error")) continue;
+            agreed["error"] = theirs["error"], agreed["exit_code"] = theirs["exit_code"];
+        }
+    }
+    json common = parse_json(link_.broadcast("step", agreed.dump()), "rank 0");
+    agreed_ = {common.value("elapsed_s", 0.0), common.value("step_s", 0.0),
+               common.value("window_s", 0.0), common.value("save_s", 0.0)};
+    agreed_signal_ = common.value("signal", 0);
+    if (common.contains("error"))
+        data_error_ = std::make_exception_ptr(
+            Error(common.value("exit_code", kExitMachine), common.value("error", "")));
+    return common.value("wish", false);
 }
 
 // The batches of the next step. Data that a roll-back passes over is taken and not used.
@@ -2110,7 +2287,7 @@ inline void Training::fetch_batches() {
 // kept for when this step is done. All batches of a step are there before its first forward pass,
 // because loss and gradient are means over the targets that count in the whole step.
 inline LaunchedStep Training::launch() {
-    double progress = run_progress(goal_, launched_, elapsed_s(), reserve_s());
+    double progress = run_progress(goal_, launched_, times().elapsed_s, reserve_s());
     LaunchedStep now{launched_ + 1,
                      learning_rate(o_, goal_, launched_, progress),
                      fetched_from_,
@@ -2120,12 +2297,16 @@ inline LaunchedStep Training::launch() {
     AdamW adamw{now.learning_rate, o_.beta1,     o_.beta2, o_.epsilon,
                 o_.weight_decay,   o_.grad_clip, now.step};
     size_t batch = size_t(o_.batch_size) * size_t(T_);
-    auto count = targets_.size() - size_t(std::count(targets_.begin(), targets_.end(), kIgnore));
+    auto count =
+        double(targets_.size()) - double(std::count(targets_.begin(), targets_.end(), kIgnore));
+    if (separator_ >= 0) count = sum_over_ranks(link_, "targets", count);
+    else count *= world_;
     GPT2Pass pass;
     pass.training = true, pass.seed = o_.seed, pass.step = launched_;
-    pass.loss_scale = 1 / (double(std::max<size_t>(count, 1)) * world_);
+    pass.loss_scale = 1 / std::max(count, 1.0);
     gpt2_zero_gradients(model_.get());
     for (int m = 0; m < micro_batches_; m++) {
+        pass.completes = m == micro_batches_ - 1;
         pass.first_sequence = uint64_t(m * world_ + rank_) * uint64_t(o_.batch_size);
         gpt2_forward(model_.get(), &inputs_[size_t(m) * batch], &targets_[size_t(m) * batch],
                      o_.batch_size, T_, pass);
@@ -2135,7 +2316,7 @@ inline LaunchedStep Training::launch() {
     launched_++;
     try {
         fetch_batches();
-    } catch (const Error&) { data_error_ = std::current_exception(); }
+    } catch (const Error&) { own_error_ = std::current_exception(); }
     return now;
 }
 
@@ -2156,10 +2337,10 @@ inline ordered_json Training::skip(const LaunchedStep& bad, const GPT2Stats& sta
     state_.position = bad.position;
     if (o_.max_bad_steps > 0 && state_.bad_steps >= o_.max_bad_steps)
         end_with_diagnosis(bad, stats);
-    warn(format("step %zu is skipped: %s, over the data from window %llu of epoch %llu on",
-                bad.step, numbers_of(stats).c_str(),
-                static_cast<unsigned long long>(bad.begin.window),
-                static_cast<unsigned long long>(bad.begin.epoch)));
+    note_trouble(format("step %zu is skipped: %s, over the data from window %llu of epoch %llu on",
+                        bad.step, numbers_of(stats).c_str(),
+                        static_cast<unsigned long long>(bad.begin.window),
+                        static_cast<unsigned long long>(bad.begin.epoch)));
     ordered_json record;
     record["step"] = bad.step;
     record["train_loss"] = nullptr;
@@ -2202,9 +2383,22 @@ inline ordered_json Training::diagnose(const LaunchedStep& bad) {
     return {{"first", nullptr}};  // each pass is finite: the sum of them was not
 }
 
+// The diagnosis of the first rank that found something.
+inline ordered_json Training::diagnosis_of_ranks(const ordered_json& own) {
+    if (world_ == 1) return own;
+    std::vector<std::string> all = link_.gather("diagnosis", own.dump(), kPatience_s);
+    for (size_t rank = 0; rank < all.size(); rank++) {
+        ordered_json theirs = ordered_json::parse(all[rank]);
+        theirs["rank"] = rank;
+        if (theirs["first"].is_string()) return theirs;
+    }
+    return own;
+}
+
 // OUT/diagnosis.json and the end. Weights and checkpoints stay as they are.
 inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats) {
-    saver_->wait();
+    if (saver_) saver_->wait();
+    link_.rest();
     ordered_json root;
     root["step"] = bad.step;
     root["bad_steps_in_a_row"] = state_.bad_steps;
@@ -2212,7 +2406,8 @@ inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stat
     root["grad_norm"] = number_text(stats.grad_norm);
     root["learning_rate"] = bad.learning_rate;
     root["data"] = to_json(bad.begin);
-    ordered_json diagnosis = diagnose(bad);
+    ordered_json diagnosis = diagnosis_of_ranks(diagnose(bad));
+    if (!leads()) link_.barrier("the end, which rank 0 says", kPatience_s);
     for (const auto& [key, value] : diagnosis.items()) root[key] = value;
     std::string path = join_path(folder_.out, "diagnosis.json");
     write_file_atomic(path, json_text(root, 2) + "\n");
@@ -2239,12 +2434,12 @@ inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
                               launched.step, loss, deviations, state_.trend.mean);
     bool back = o_.on_spike == "rollback" && rollbacks_ < kMostRollbacks;
     if (!back || rolls_back_) {
-        warn(what);
+        note_trouble(what);
         return state_.trend.add(loss);
     }
     spike_ = launched;
     rolls_back_ = true;
-    warn(what + "; going back to the last checkpoint, past this data");
+    note_trouble(what + "; going back to the last checkpoint, past this data");
 }
 
 // Goes back to the last checkpoint, and from there on past the data of the spike. False where there
@@ -2252,16 +2447,24 @@ inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
 inline bool Training::roll_back() {
     rolls_back_ = false;
     rollbacks_++;
-    saver_->wait();
-    std::string checkpoint = latest_checkpoint(folder_.out);
+    link_.rest();
+    std::string checkpoint;
+    if (leads()) {
+        saver_->wait();
+        checkpoint = latest_checkpoint(folder_.out);
+    }
+    checkpoint = link_.broadcast("the checkpoint to go back to", checkpoint, kPatience_s);
     if (checkpoint.empty()) {
-        warn("there is no checkpoint yet to go back to");
+        note_trouble("there is no checkpoint yet to go back to");
         return false;
     }
     std::vector<DataLoader::Position> skipped = state_.skipped;
-    read_checkpoint(model_.get(), checkpoint);
     std::string dtype = state_.dtype;
-    state_ = read_state(checkpoint, nullptr);
+    if (leads()) {
+        read_checkpoint(model_.get(), checkpoint);
+        state_ = read_state(checkpoint, nullptr);
+    }
+    share_state();
     state_.finished = false, state_.goal = goal_, state_.dtype = dtype;
     for (const DataLoader::Position& position : skipped)
         if (std::find(state_.skipped.begin(), state_.skipped.end(), position) ==
@@ -2271,7 +2474,7 @@ inline bool Training::roll_back() {
     launched_ = state_.step;
     loader_->seek(state_.position);
     fetch_batches();
-    log_->cut(state_.step);
+    if (log_) log_->cut(state_.step);
     ordered_json record;
     record["event"] = "rollback";
     record["step"] = state_.step;
@@ -2328,17 +2531,18 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
     screen_.progress(p);
 }
 
-// Whether the files of the validation data are what they were when they were opened; if not,
-// data_error_ says what happened.
+// Whether the files of the validation data are what they were when they were opened, on every
+// rank; if not, data_error_ says what happened.
 inline bool Training::validation_is_intact() {
+    bool lost = false;
     try {
         for (size_t s = 0; watches_val_ && s < data_.val.size(); s++)
             val_known_[s] = check_unchanged(data_.val[s], val_known_[s], val_hashes_[s]);
     } catch (const Error&) {
-        data_error_ = std::current_exception();
-        return false;
+        own_error_ = std::current_exception();
+        lost = true;
     }
-    return true;
+    return !agree(lost);
 }
 
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides
@@ -2346,9 +2550,10 @@ inline bool Training::validation_is_intact() {
 // whether the model is the best so far; sets *last when patience is at its end.
 inline bool Training::evaluate(ordered_json* record, bool* last) {
     if (!evaluates()) return false;
+    link_.rest();
     auto over = [&](size_t windows) {
         Evaluation e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_,
-                                      windows, separator_);
+                                      windows, separator_, &link_);
         window_s_ = e.seconds / double(e.windows);
         return e;
     };
@@ -2374,7 +2579,8 @@ inline bool Training::evaluate(ordered_json* record, bool* last) {
 }
 
 inline void Training::sample() {
-    if (!data_.tokenizer) return;
+    link_.rest();
+    if (!data_.tokenizer || !leads()) return;
     constexpr size_t kTokens = 100;
     int context = choice_.config.context;
     Sampler sampler({0.8, 0, 1.0}, o_.seed + state_.step);
@@ -2388,6 +2594,8 @@ inline void Training::sample() {
 
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
+    link_.rest();
+    if (!saver_) return;
     state_.elapsed_s = elapsed_s();
     state_.finished = last;
     Checkpoint checkpoint{state_.step,
@@ -2396,7 +2604,7 @@ inline void Training::save(bool best, bool last) {
                           data_.tokenizer ? &*data_.tokenizer : nullptr,
                           to_json(state_, identity_, settings_, o_.seed),
                           best};
-    if (last || stop_signal() != 0 || data_error_) saver_->finish(std::move(checkpoint));
+    if (last || signal() != 0 || data_error_) saver_->finish(std::move(checkpoint));
     else saver_->begin(std::move(checkpoint));
 }
 
@@ -2411,15 +2619,14 @@ inline int Training::stop(ordered_json* record) {
 
 // Saves, and ends a run that a signal stopped or, throwing it, an error of its data.
 inline int Training::leave(const ordered_json& record, bool best, bool last) {
-    int signal = stop_signal();
     write_record(record);
     save(best, last);
-    std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal);
+    std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal());
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
     if (data_error_) std::rethrow_exception(data_error_);
     screen_.line("go on with: " + how_to_go_on_ + " --out " + folder_.out);
-    return 128 + signal;
+    return 128 + signal();
 }
 
 inline void Training::conclude() {
