@@ -106,6 +106,7 @@ struct Hidden {
 __global__ void hidden_copy_kernel(Hidden h) { h.out[threadIdx.x] = h.in[threadIdx.x]; }
 
 bool same_bits(const auto& a, const auto& b) {
+    if (a.empty() || b.empty()) return a.empty() && b.empty();
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
 }
 
@@ -337,8 +338,9 @@ void groups() {
     add(e.p, d.p, 1, n, one);
     cudaStreamSynchronize(one);
     for (size_t i = 0; i < n; i++) CHECK(e.host()[i] == value(0, i) + 1);
+    add(c.p, b.p, 1, n, two);
     cudaStreamSynchronize(two);
-    for (size_t i = 0; i < n; i++) CHECK(b.host()[i] == expected(i, ncclSum));
+    for (size_t i = 0; i < n; i++) CHECK(c.host()[i] == expected(i, ncclSum) + 1);
     // Round the ring, to oneself as well, with messages of several sizes in order.
     int next = (me + 1) % ranks, before = (me + ranks - 1) % ranks;
     for (size_t count : {size_t(0), size_t(1), n}) {
@@ -399,6 +401,48 @@ void many() {
     cudaStreamSynchronize(stream);
     CHECK(me != 1 || y.host()[0] == 1501);
     CHECK(ncclCommDestroy(second) == ncclSuccess);
+    ncclCommDestroy(comm);
+}
+
+// A communicator whose other ranks have not called yet does not hold up another, on another stream.
+void apart() {
+    init();
+    ncclComm_t second;
+    Buffer<ncclUniqueId> id(1);
+    ncclUniqueId other = {};
+    if (me == 0) ncclGetUniqueId(&other);
+    id.set({other});
+    ncclBroadcast(id.p, id.p, sizeof(other), ncclInt8, 0, comm, nullptr);
+    other = id.host()[0];
+    CHECK(ncclCommInitRank(&second, ranks, other, me) == ncclSuccess);
+    cudaStream_t one = new_stream(), two = new_stream();
+    Buffer<float> a(values<float>(me, 8)), b(values<float>(me, 8));
+    cudaDeviceSynchronize();
+    if (me == 0) ncclAllReduce(a.p, a.p, 8, ncclFloat32, ncclSum, comm, one);
+    ncclAllReduce(b.p, b.p, 8, ncclFloat32, ncclSum, second, two);
+    CHECK(cudaStreamSynchronize(two) == cudaSuccess);
+    if (me != 0) ncclAllReduce(a.p, a.p, 8, ncclFloat32, ncclSum, comm, one);
+    CHECK(cudaStreamSynchronize(one) == cudaSuccess);
+    for (size_t i = 0; i < 8; i++) CHECK(a.host()[i] == expected(i, ncclSum));
+    CHECK(same_bits(a.host(), b.host()));
+    ncclCommDestroy(second);
+    ncclCommDestroy(comm);
+}
+
+// The calls of one communicator have their turns in the order of the calls on every stream: what is
+// on the second stream is over only after what is on the first.
+void in_turn() {
+    init();
+    cudaStream_t one = new_stream(), two = new_stream();
+    Buffer<float> a(values<float>(me, 8)), b(values<float>(me, 8));
+    cudaDeviceSynchronize();
+    if (me != 0) await_flag("called");
+    ncclBroadcast(a.p, a.p, 8, ncclFloat32, 0, comm, one);
+    ncclAllReduce(b.p, b.p, 8, ncclFloat32, ncclSum, comm, two);
+    if (me == 0) raise_flag("called");
+    CHECK(cudaStreamSynchronize(two) == cudaSuccess);
+    while (cudaStreamQuery(one) == cudaErrorNotReady) std::this_thread::yield();
+    CHECK(same_bits(a.host(), values<float>(0, 8)));
     ncclCommDestroy(comm);
 }
 
@@ -716,6 +760,8 @@ const std::map<std::string, void (*)()> kScenarios = {
     {"order", order},
     {"groups", groups},
     {"many", many},
+    {"apart", apart},
+    {"in_turn", in_turn},
     {"hosts_run_on", hosts_run_on},
     {"work_waits", work_waits},
     {"results_are_late", results_are_late},
@@ -876,6 +922,11 @@ TEST_F(Nccl, ManyCallsOfSeveralCommunicators) {
     for (int count : {1, 2, 3}) expect_fine("many", count);
 }
 
+TEST_F(Nccl, StreamsGoOnApart) {
+    for (int count : {2, 3}) expect_fine("apart", count);
+    for (int count : {2, 3}) expect_fine("in_turn", count);
+}
+
 TEST_F(Nccl, HostsRunOn) {
     for (int count : {2, 3}) expect_fine("hosts_run_on", count);
 }
@@ -987,6 +1038,7 @@ TEST_F(Nccl, ARankThatDiesIsReported) {
 
 TEST_F(Nccl, ARankThatDiesBeforeAllHaveMetIsReported) {
     set("EMU_NCCL_FAULT", "1:0:die");
+    set("EMU_NCCL_TIMEOUT", "3");  // for a rank that begins when both others have ended already
     std::vector<Ended> ended = run("faults", 3);
     EXPECT_TRUE(ended[1].killed());
     for (size_t r : {0, 2}) EXPECT_TRUE(ended[r].exited(3)) << ended[r].status << ended[r].said;
