@@ -89,7 +89,7 @@ constexpr RankVariables kOpenMpiVariables = {"OpenMPI", "OMPI_COMM_WORLD_RANK",
 constexpr RankVariables kHydraVariables = {"MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID",
                                            "MPI_LOCALNRANKS"};
 
-inline Ranks read_ranks(const Environment& environment, const RankVariables& names) {
+inline Ranks read_launcher_ranks(const Environment& environment, const RankVariables& names) {
     Ranks r;
     r.source = names.source;
     r.world = rank_variable(environment, names.world, names.source, 1, kMostRanks);
@@ -207,22 +207,22 @@ inline Ranks find_ranks(const Environment& environment = own_environment) {
     auto has = [&](const char* name) { return !variable(environment, name).empty(); };
     Ranks r;
     if (has(kOwnVariables.rank) || has(kOwnVariables.world)) {
-        r = read_ranks(environment, kOwnVariables);
+        r = read_launcher_ranks(environment, kOwnVariables);
     } else if (has("TORCHELASTIC_RUN_ID")) {  // which mpirun or srun may have started, once a node
-        r = read_ranks(environment, kTorchVariables);
+        r = read_launcher_ranks(environment, kTorchVariables);
     } else if (has(kOpenMpiVariables.rank) || has(kOpenMpiVariables.world)) {
-        r = read_ranks(environment, kOpenMpiVariables);
+        r = read_launcher_ranks(environment, kOpenMpiVariables);
         check_contradiction(environment, r);
     } else if ((has(kHydraVariables.rank) || has(kHydraVariables.world)) &&
                // srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as well, and no more than those
                (has(kHydraVariables.local_rank) || !in_slurm_step(environment))) {
-        r = read_ranks(environment, kHydraVariables);
+        r = read_launcher_ranks(environment, kHydraVariables);
         check_contradiction(environment, r);
     } else if (in_slurm_step(environment)) {
         r = read_slurm_ranks(environment);
         check_contradiction(environment, r);
     } else if (has(kTorchVariables.rank) || has(kTorchVariables.world)) {
-        r = read_ranks(environment, kTorchVariables);
+        r = read_launcher_ranks(environment, kTorchVariables);
     } else {
         return r;
     }
@@ -553,10 +553,10 @@ enum class RankMessage : uint8_t {
     pulse,
     fail
 };
-enum class Operation : uint8_t { barrier, broadcast, gather, all_equal, finish };
+enum class LinkOperation : uint8_t { barrier, broadcast, gather, all_equal, finish };
 constexpr const char* kOperationNames[] = {"barrier", "broadcast", "gather", "check of", "end"};
 
-class MessageWriter {
+class BodyWriter {
   public:
     void number(uint64_t value) {
         for (int shift = 0; shift < 64; shift += 8) out_ += char(value >> shift & 255);
@@ -575,9 +575,9 @@ class MessageWriter {
 };
 
 // Fails with fail_input at the first field that is not as it must be.
-class MessageFields {
+class BodyReader {
   public:
-    explicit MessageFields(std::string_view bytes) : bytes_(bytes) {}
+    explicit BodyReader(std::string_view bytes) : bytes_(bytes) {}
     void field(uint64_t& value, uint64_t most) {
         value = number();
         if (value > most) fail_input("a number in a message is too large");
@@ -611,7 +611,7 @@ class MessageFields {
 };
 
 // Each message lists its fields once, for writing and for reading.
-struct Hello {  // the first two fields stay as they are in every version
+struct RankHello {  // the first two fields stay as they are in every version
     uint64_t magic = kRankMagic, protocol = kRankProtocol, token = 0;
     uint64_t rank = 0, world = 1, local_rank = 0, pid = 0;
     std::string host;
@@ -622,14 +622,14 @@ struct Hello {  // the first two fields stay as they are in every version
         io.field(pid, UINT64_MAX), io.field(host, kLongestName);
     }
 };
-struct Welcome {  // from rank 0, and the answer to it
+struct RankWelcome {  // from rank 0, and the answer to it
     uint64_t proof = 0;
     template <typename Io>
     void fields(Io& io) {
         io.field(proof, UINT64_MAX);
     }
 };
-struct Refusal {
+struct RankRefusal {
     uint64_t final = 0;  // whether it is of no use to come again
     std::string text;
     template <typename Io>
@@ -637,7 +637,7 @@ struct Refusal {
         io.field(final, 1), io.field(text, kLongestText);
     }
 };
-struct Member {
+struct RankMember {
     uint64_t local_rank = 0, pid = 0;
     std::string host;
     static constexpr size_t kLeastBytes = 24;
@@ -646,24 +646,24 @@ struct Member {
         io.field(local_rank, kMostRanks), io.field(pid, UINT64_MAX), io.field(host, kLongestName);
     }
 };
-struct Roster {  // who is there, by rank
-    std::vector<Member> members;
+struct RankRoster {  // who is there, by rank
+    std::vector<RankMember> members;
     template <typename Io>
     void fields(Io& io) {
         io.list(members, kMostRanks);
     }
 };
-struct Part {  // what one rank brings to an operation of all
+struct RankPart {  // what one rank brings to an operation of all
     uint64_t sequence = 0, operation = 0, limit_ms = 0;
     std::string name, payload;
     template <typename Io>
     void fields(Io& io) {
-        io.field(sequence, UINT64_MAX), io.field(operation, uint64_t(Operation::finish));
+        io.field(sequence, UINT64_MAX), io.field(operation, uint64_t(LinkOperation::finish));
         io.field(limit_ms, UINT64_MAX), io.field(name, kLongestName);
         io.field(payload, kLongestPayload);
     }
 };
-struct Whole {  // what rank 0 made of them
+struct RankWhole {  // what rank 0 made of them
     uint64_t sequence = 0;
     std::string payload;
     template <typename Io>
@@ -671,14 +671,14 @@ struct Whole {  // what rank 0 made of them
         io.field(sequence, UINT64_MAX), io.field(payload, kLongestPayload);
     }
 };
-struct Pulse {  // the process lives; how long its work has not gone on
+struct RankPulse {  // the process lives; how long its work has not gone on
     uint64_t idle_ms = 0, progress = 0;
     template <typename Io>
     void fields(Io& io) {
         io.field(idle_ms, UINT64_MAX), io.field(progress, UINT64_MAX);
     }
 };
-struct Failure {  // what ends the job
+struct RankFailure {  // what ends the job
     uint64_t exit_code = kExitMachine;
     std::string text;
     template <typename Io>
@@ -704,7 +704,7 @@ struct NamedTexts {
 
 template <typename T>
 std::string body_of(T message) {
-    MessageWriter writer;
+    BodyWriter writer;
     message.fields(writer);
     return writer.take();
 }
@@ -712,7 +712,7 @@ std::string body_of(T message) {
 // fail_input where the bytes are no such message.
 template <typename T>
 T read_body(std::string_view body) {
-    MessageFields reader(body);
+    BodyReader reader(body);
     T message;
     message.fields(reader);
     reader.end();
@@ -1003,7 +1003,7 @@ class Connection {
 // ==== meeting ====================================================================================
 
 // "rank 3 of 4, local 1, host b"
-inline std::string describe_rank(size_t rank, size_t world, const Member& member) {
+inline std::string describe_rank(size_t rank, size_t world, const RankMember& member) {
     return format("rank %zu of %zu, local %d, host %s", rank, world, int(member.local_rank),
                   one_line(member.host).c_str());
 }
@@ -1022,7 +1022,7 @@ inline uint64_t proof_of(uint64_t token) { return hash_bytes(&token, sizeof toke
 // Everybody's connections: rank 0's by rank, those of others to rank 0 alone.
 struct Met {
     std::vector<Connection> connections;
-    std::vector<Member> members;
+    std::vector<RankMember> members;
 };
 
 // "rank 2, rank 5 to rank 7"
@@ -1042,7 +1042,7 @@ inline std::string rank_list(const std::vector<size_t>& ranks) {
 // stranger costs a place among the waiting for a few seconds, and no more.
 class Gathering {
   public:
-    Gathering(const Ranks& r, const Meeting& meeting, const Member& own)
+    Gathering(const Ranks& r, const Meeting& meeting, const RankMember& own)
         : r_(r), meeting_(meeting), token_(meeting.token), peers_(size_t(r.world)) {
         met_.connections.resize(size_t(r.world));
         met_.members.resize(size_t(r.world));
@@ -1071,7 +1071,7 @@ class Gathering {
             tell_all(error);
             throw;
         }
-        Roster roster = {met_.members};
+        RankRoster roster = {met_.members};
         for (size_t rank = 1; rank < peers_.size(); rank++) {
             met_.connections[rank].reader().allow(kLongestMessage);
             met_.connections[rank].send(RankMessage::roster, roster);
@@ -1090,7 +1090,7 @@ class Gathering {
   private:
     static constexpr double kGreetingLimit_s = 3;
     static constexpr size_t kMostStrangers = 256;
-    struct Peer {
+    struct RankPeer {
         bool confirmed = false;  // it knows that it was let in
     };
 
@@ -1201,7 +1201,7 @@ class Gathering {
             if (!message) return more;
             if (message->kind != RankMessage::hello) return false;
             // Later versions may say more, but begin with the same two numbers.
-            MessageFields start(message->body);
+            BodyReader start(message->body);
             uint64_t magic = 0, protocol = 0;
             start.field(magic, UINT64_MAX), start.field(protocol, UINT64_MAX);
             if (magic != kRankMagic) return false;
@@ -1212,7 +1212,7 @@ class Gathering {
                                  (unsigned long long)protocol, (unsigned long long)kRankProtocol));
                 return false;
             }
-            return greet(stranger, read_body<Hello>(message->body));
+            return greet(stranger, read_body<RankHello>(message->body));
         } catch (const Error& error) {
             if (refused_) throw;
             return false;  // rubbish
@@ -1221,19 +1221,19 @@ class Gathering {
 
     void turn_away(Connection& stranger, uint64_t final, const std::string& why) {
         turned_away_ = stranger.address() + ": " + why;
-        stranger.send(RankMessage::refuse, Refusal{final, failure_text(why)});
+        stranger.send(RankMessage::refuse, RankRefusal{final, failure_text(why)});
     }
 
     // Whether this rank is there already, and not as the same process, which gave up waiting and
     // came again.
     bool is_another(size_t rank, uint64_t pid, const std::string& host) const {
-        const Member& there = met_.members[rank];
+        const RankMember& there = met_.members[rank];
         bool same = there.pid == pid && there.host == host;
         return peers_[rank].confirmed || (met_.connections[rank].open() && !same);
     }
 
     // Someone who speaks as we do. True where the connection stays among the strangers.
-    bool greet(Connection& stranger, const Hello& hello) {
+    bool greet(Connection& stranger, const RankHello& hello) {
         if (hello.token != token_) {
             turn_away(stranger, 0, "it is of another job");
             return false;
@@ -1258,7 +1258,7 @@ class Gathering {
             refused_ = true;
             fail_input("%s", wrong.c_str());
         }
-        stranger.send(RankMessage::welcome, Welcome{proof_of(token_)});
+        stranger.send(RankMessage::welcome, RankWelcome{proof_of(token_)});
         met_.members[rank] = {hello.local_rank, hello.pid, host};
         met_.connections[rank] = std::move(stranger);
         return true;
@@ -1276,7 +1276,7 @@ class Gathering {
         std::string where = format("rank %zu of %d on %s", rank, r_.world,
                                    one_line(met_.members[rank].host).c_str());
         if (message && message->kind == RankMessage::fail) {
-            auto failure = read_body<Failure>(message->body);
+            auto failure = read_body<RankFailure>(message->body);
             throw Error(int(failure.exit_code), failure_text(failure.text));
         }
         if (more) return;
@@ -1290,7 +1290,7 @@ class Gathering {
             Connection& peer = met_.connections[rank];
             if (!peer.open()) continue;
             peer.send(RankMessage::fail,
-                      Failure{uint64_t(error.exit_code), failure_text(error.what())});
+                      RankFailure{uint64_t(error.exit_code), failure_text(error.what())});
             peer.stop_sending();
         }
         double until =
@@ -1304,7 +1304,7 @@ class Gathering {
     Ranks r_;
     Meeting meeting_;
     uint64_t token_;
-    std::vector<Peer> peers_;
+    std::vector<RankPeer> peers_;
     Met met_;
     Descriptor listener_;
     std::vector<Connection> strangers_;
@@ -1316,7 +1316,7 @@ class Gathering {
 // The other ranks' side: tries every address of rank 0 until one of them answers as it must.
 class Joining {
   public:
-    Joining(const Ranks& r, const Meeting& meeting, const Member& own)
+    Joining(const Ranks& r, const Meeting& meeting, const RankMember& own)
         : r_(r), meeting_(meeting), own_(own) {}
 
     // fail_machine where rank 0 is not found within `limit_s`, or ends; what rank 0 says is wrong
@@ -1379,7 +1379,7 @@ class Joining {
     }
 
     bool greet(Connection& connection) {
-        Hello hello;
+        RankHello hello;
         hello.token = meeting_.token;
         hello.rank = uint64_t(r_.rank), hello.world = uint64_t(r_.world);
         hello.local_rank = own_.local_rank, hello.pid = own_.pid, hello.host = own_.host;
@@ -1391,20 +1391,20 @@ class Joining {
             std::optional<ReceivedMessage> message = next_message(connection, until);
             if (!message) return false;
             if (message->kind == RankMessage::refuse) {
-                auto refusal = read_body<Refusal>(message->body);
+                auto refusal = read_body<RankRefusal>(message->body);
                 last_ = failure_text(refusal.text);
                 final_ = refusal.final != 0;
                 if (final_) fail_input("%s", last_.c_str());
                 return false;
             }
             if (message->kind != RankMessage::welcome ||
-                read_body<Welcome>(message->body).proof != proof_of(meeting_.token))
+                read_body<RankWelcome>(message->body).proof != proof_of(meeting_.token))
                 return false;
         } catch (const Error&) {
             if (final_) throw;
             return false;  // rubbish
         }
-        connection.send(RankMessage::confirm, Welcome{meeting_.token});
+        connection.send(RankMessage::confirm, RankWelcome{meeting_.token});
         return true;
     }
 
@@ -1432,12 +1432,12 @@ class Joining {
             fail_machine("rank 0 of %d has not said for %.4g s that all ranks are there (%s)",
                          r_.world, limit_s + 5, meeting_.said.c_str());
         if (message->kind == RankMessage::fail) {
-            auto failure = read_body<Failure>(message->body);
+            auto failure = read_body<RankFailure>(message->body);
             throw Error(int(failure.exit_code), failure_text(failure.text));
         }
         Met met;
         if (message->kind == RankMessage::roster)
-            met.members = read_body<Roster>(message->body).members;
+            met.members = read_body<RankRoster>(message->body).members;
         if (met.members.size() != size_t(r_.world))
             fail_machine("rank 0 of %d does not say who is there", r_.world);
         met.connections.push_back(std::move(rank0_));
@@ -1446,7 +1446,7 @@ class Joining {
 
     Ranks r_;
     Meeting meeting_;
-    Member own_;
+    RankMember own_;
     double until_ = 0;
     Connection rank0_;
     std::string last_ = "nothing was tried";  // why the last try came to nothing
@@ -1463,7 +1463,7 @@ struct LinkOptions {
     std::string program = "train_gpt2cu";  // begins the line that is printed
     // Called from another thread, when the job has failed and this process has not ended by itself;
     // empty: prints "PROGRAM: error: TEXT" and ends the process with the exit code.
-    std::function<void(const Failure&)> on_failure;
+    std::function<void(const RankFailure&)> on_failure;
 };
 
 // This process's link to the others. The operations are called by one thread, by every rank and in
@@ -1476,8 +1476,8 @@ class RankLink {
     // fail_input where one is of another world or of a rank that is there already.
     RankLink(const Ranks& ranks, const Meeting& meeting, LinkOptions options = {})
         : ranks_(ranks), options_(std::move(options)), size_(size_t(ranks.world)) {
-        Member own = {uint64_t(ranks.local_rank), uint64_t(getpid()),
-                      one_line(options_.host.empty() ? host_name() : options_.host)};
+        RankMember own = {uint64_t(ranks.local_rank), uint64_t(getpid()),
+                          one_line(options_.host.empty() ? host_name() : options_.host)};
         if (ranks.world == 1) {
             members_ = {own};
             return;
@@ -1507,7 +1507,7 @@ class RankLink {
     }
 
     const Ranks& ranks() const { return ranks_; }
-    const std::vector<Member>& members() const { return members_; }  // by rank
+    const std::vector<RankMember>& members() const { return members_; }  // by rank
     std::string describe(int rank) const {
         return describe_rank(size_t(rank), size_, members_[size_t(rank)]);
     }
@@ -1518,14 +1518,14 @@ class RankLink {
     // The bytes of rank 0, at most 1 MiB; those of others are not looked at.
     std::string broadcast(const std::string& name, const std::string& bytes, double limit_s = 0) {
         if (size_ == 1) return bytes;
-        return exchange(Operation::broadcast, name, ranks_.rank == 0 ? bytes : "", limit_s);
+        return exchange(LinkOperation::broadcast, name, ranks_.rank == 0 ? bytes : "", limit_s);
     }
 
     // On rank 0 the bytes of every rank, by rank; nothing on others. At most 1 MiB each.
     std::vector<std::string> gather(const std::string& name, const std::string& bytes,
                                     double limit_s = 0) {
         if (size_ == 1) return {bytes};
-        exchange(Operation::gather, name, bytes, limit_s);
+        exchange(LinkOperation::gather, name, bytes, limit_s);
         return std::exchange(gathered_, {});
     }
 
@@ -1533,19 +1533,19 @@ class RankLink {
     // name whose texts differ, two ranks and what each of them has.
     void all_equal(const std::string& name, std::vector<NamedText> list, double limit_s = 0) {
         if (size_ == 1) return;
-        exchange(Operation::all_equal, name, body_of(NamedTexts{std::move(list)}), limit_s);
+        exchange(LinkOperation::all_equal, name, body_of(NamedTexts{std::move(list)}), limit_s);
     }
     void all_equal(const std::string& name, const std::string& text, double limit_s = 0) {
         all_equal(name, std::vector<NamedText>{{name, text}}, limit_s);
     }
 
     void barrier(const std::string& name, double limit_s = 0) {
-        if (size_ > 1) exchange(Operation::barrier, name, "", limit_s);
+        if (size_ > 1) exchange(LinkOperation::barrier, name, "", limit_s);
     }
 
     // The last operation: after it, ranks may leave.
     void finish(double limit_s = 0) {
-        if (size_ > 1) exchange(Operation::finish, "the run", "", limit_s);
+        if (size_ > 1) exchange(LinkOperation::finish, "the run", "", limit_s);
     }
 
     // The work of this rank has come as far as `progress` (a step). From the first call on it must
@@ -1569,7 +1569,7 @@ class RankLink {
         if (size_ == 1) return Error(exit_code, text);
         constexpr double kAnswer_s = 1;
         std::unique_lock<std::mutex> lock(mutex_);
-        Failure own = {uint64_t(exit_code & 255), failure_text(who(rank()) + ": " + text)};
+        RankFailure own = {uint64_t(exit_code & 255), failure_text(who(rank()) + ": " + text)};
         if (!failure_) {
             reported_ = own;  // taken up by the thread, after what has come from others by now
             wake();
@@ -1581,12 +1581,12 @@ class RankLink {
     }
 
   private:
-    struct Peer {
+    struct RankPeer {
         Connection connection;
         double heard_s = steady_s();
         double idle_s = 0;
         uint64_t progress = 0;
-        explicit Peer(Connection made) : connection(std::move(made)) {}
+        explicit RankPeer(Connection made) : connection(std::move(made)) {}
     };
 
     size_t rank() const { return size_t(ranks_.rank); }
@@ -1603,19 +1603,19 @@ class RankLink {
 
     // ---- operations: the calling thread ----
 
-    std::string exchange(Operation operation, const std::string& name, std::string payload,
+    std::string exchange(LinkOperation operation, const std::string& name, std::string payload,
                          double limit_s) {
         if (payload.size() > kLongestPayload)
             fail_machine("%s %s: %zu bytes are more than ranks exchange",
                          kOperationNames[int(operation)], name.c_str(), payload.size());
-        Part part;
+        RankPart part;
         part.operation = uint64_t(operation), part.name = one_line(name);
         part.limit_ms = uint64_t((limit_s > 0 ? limit_s : options_.limit_s) * 1000);
         part.payload = std::move(payload);
         std::unique_lock<std::mutex> lock(mutex_);
         throw_failure();
         part.sequence = ++sequence_;
-        waiting_ = true, finishing_ = operation == Operation::finish;
+        waiting_ = true, finishing_ = operation == LinkOperation::finish;
         if (rank() == 0) take_part(0, std::move(part));
         else peers_[0].connection.send(RankMessage::part, part);
         wake();
@@ -1630,12 +1630,12 @@ class RankLink {
 
     // ---- operations: rank 0, with the lock held ----
 
-    void take_part(size_t rank, Part part) {
+    void take_part(size_t rank, RankPart part) {
         if (parts_[rank]) {
             fail_of(rank, "sent twice for one operation");
             return;
         }
-        auto title = [](const Part& p) {
+        auto title = [](const RankPart& p) {
             return format("%s %s", kOperationNames[p.operation], one_line(p.name).c_str());
         };
         auto lead = std::find_if(parts_.begin(), parts_.end(), [](auto& p) { return bool(p); });
@@ -1654,19 +1654,19 @@ class RankLink {
     }
 
     void complete() {
-        auto operation = Operation(parts_[0]->operation);
-        Whole whole;
+        auto operation = LinkOperation(parts_[0]->operation);
+        RankWhole whole;
         whole.sequence = parts_[0]->sequence;
-        if (operation == Operation::broadcast) whole.payload = parts_[0]->payload;
-        if (operation == Operation::all_equal && !compare()) return;
+        if (operation == LinkOperation::broadcast) whole.payload = parts_[0]->payload;
+        if (operation == LinkOperation::all_equal && !compare()) return;
         gathered_.clear();
-        if (operation == Operation::gather)
+        if (operation == LinkOperation::gather)
             for (auto& part : parts_) gathered_.push_back(std::move(part->payload));
         for (auto& part : parts_) part.reset();
         for (size_t rank = 1; rank < size_; rank++)
             peers_[rank].connection.send(RankMessage::whole, whole);
         whole_ = std::move(whole);
-        finished_ = operation == Operation::finish;
+        finished_ = operation == LinkOperation::finish;
         changed_.notify_all();
     }
 
@@ -1715,7 +1715,7 @@ class RankLink {
     }
 
     // The first counts, and rank 0 passes it on.
-    void fail(Failure failure) {
+    void fail(RankFailure failure) {
         if (failure_ || finished_) return;
         failure.text = failure_text(failure.text);
         failure_ = failure, failed_s_ = steady_s();
@@ -1757,7 +1757,7 @@ class RankLink {
             looked_s = now;
             if (failure_ && !told && !stop_ && now >= failed_s_ + options_.grace_s) {
                 told = true;
-                Failure failure = *failure_;
+                RankFailure failure = *failure_;
                 lock.unlock();
                 end_process(failure);
                 lock.lock();
@@ -1770,13 +1770,13 @@ class RankLink {
     bool is_over() const {
         if (!stop_) return false;
         bool sending = std::any_of(peers_.begin(), peers_.end(),
-                                   [](const Peer& peer) { return peer.connection.sending(); });
+                                   [](const RankPeer& peer) { return peer.connection.sending(); });
         return !sending || steady_s() > stopped_s_ + (finished_ ? options_.limit_s : 0.3);
     }
 
     void poll_peers(std::unique_lock<std::mutex>& lock) {
         std::vector<struct pollfd> list = {{wake_[0].get(), POLLIN, 0}};
-        for (Peer& peer : peers_) {
+        for (RankPeer& peer : peers_) {
             short events = peer.connection.sending() ? POLLIN | POLLOUT : POLLIN;
             list.push_back({peer.connection.fd(), events, 0});
         }
@@ -1787,13 +1787,13 @@ class RankLink {
         char bytes[64];
         while (read(wake_[0].get(), bytes, sizeof bytes) > 0) {}
         lock.lock();
-        for (Peer& peer : peers_)
+        for (RankPeer& peer : peers_)
             if (peer.connection.open()) peer.connection.flush();
     }
 
     // All that has come from a peer: by rank on rank 0, and rank 0 alone on others.
     void hear(size_t from) {
-        Peer& peer = peers_[from];
+        RankPeer& peer = peers_[from];
         while (peer.connection.open()) {
             size_t rank = this->rank() == 0 ? from : 0;
             bool more = false;
@@ -1813,16 +1813,16 @@ class RankLink {
         }
     }
 
-    void take(size_t rank, Peer& peer, const ReceivedMessage& message) {
+    void take(size_t rank, RankPeer& peer, const ReceivedMessage& message) {
         if (message.kind == RankMessage::pulse) {
-            auto pulse = read_body<Pulse>(message.body);
+            auto pulse = read_body<RankPulse>(message.body);
             peer.idle_s = double(pulse.idle_ms) / 1000, peer.progress = pulse.progress;
         } else if (message.kind == RankMessage::fail) {
-            fail(read_body<Failure>(message.body));
+            fail(read_body<RankFailure>(message.body));
         } else if (message.kind == RankMessage::part && this->rank() == 0) {
-            if (!failure_) take_part(rank, read_body<Part>(message.body));
+            if (!failure_) take_part(rank, read_body<RankPart>(message.body));
         } else if (message.kind == RankMessage::whole && this->rank() != 0) {
-            whole_ = read_body<Whole>(message.body);
+            whole_ = read_body<RankWhole>(message.body);
             if (whole_->sequence != sequence_ || !waiting_) fail_input("for another operation");
             // Only finish() is the last; the others may go on.
             finished_ = finishing_;
@@ -1841,8 +1841,8 @@ class RankLink {
     double own_idle_s(double now) const { return watched_ && !waiting_ ? now - worked_s_ : 0; }
 
     void send_pulses(double now) {
-        Pulse pulse = {uint64_t(own_idle_s(now) * 1000), progress_};
-        for (Peer& peer : peers_)
+        RankPulse pulse = {uint64_t(own_idle_s(now) * 1000), progress_};
+        for (RankPeer& peer : peers_)
             // Where the last ones wait to be sent, another tells nothing.
             if (peer.connection.open() && !peer.connection.sending())
                 peer.connection.send(RankMessage::pulse, pulse);
@@ -1893,7 +1893,7 @@ class RankLink {
                        options_.timeout_s, (unsigned long long)least, (unsigned long long)most));
     }
 
-    void end_process(const Failure& failure) const {
+    void end_process(const RankFailure& failure) const {
         if (options_.on_failure) {
             options_.on_failure(failure);
             return;
@@ -1908,10 +1908,10 @@ class RankLink {
     void part_from_peers(std::unique_lock<std::mutex>& lock) {
         constexpr double kLongest_s = 0.3;
         lock.unlock();
-        for (Peer& peer : peers_) peer.connection.stop_sending();
+        for (RankPeer& peer : peers_) peer.connection.stop_sending();
         double until = steady_s() + kLongest_s;
         if (failure_ || finished_)
-            for (Peer& peer : peers_)
+            for (RankPeer& peer : peers_)
                 while (peer.connection.open() &&
                        wait_for(peer.connection.fd(), POLLIN, until - steady_s()))
                     if (!peer.connection.receive()) peer.connection.close();
@@ -1921,22 +1921,22 @@ class RankLink {
     Ranks ranks_;
     LinkOptions options_;
     size_t size_;
-    std::vector<Member> members_;
+    std::vector<RankMember> members_;
     Descriptor wake_[2];  // a pipe: the thread polls one end
     std::thread thread_;
 
     std::mutex mutex_;  // of all that follows
     std::condition_variable changed_;
-    std::vector<Peer>
+    std::vector<RankPeer>
         peers_;  // on rank 0 by rank, the first without a connection; on others rank 0
     bool stop_ = false, finished_ = false, finishing_ = false;
     bool waiting_ = false;  // in an operation
     uint64_t sequence_ = 0;
-    std::optional<Whole> whole_;
+    std::optional<RankWhole> whole_;
     std::vector<std::string> gathered_;
-    std::vector<std::optional<Part>> parts_;  // on rank 0, of the operation under way
+    std::vector<std::optional<RankPart>> parts_;  // on rank 0, of the operation under way
     double begun_s_ = 0, limit_s_ = 0;
-    std::optional<Failure> failure_, reported_;
+    std::optional<RankFailure> failure_, reported_;
     double failed_s_ = 0, stopped_s_ = 0;
     bool watched_ = false;
     double worked_s_ = 0;

@@ -15,23 +15,23 @@ void check_body(const std::string& body) {
 void check(const ReceivedMessage& message) {
     switch (message.kind) {
         case RankMessage::hello:
-            return check_body<Hello>(message.body);
+            return check_body<RankHello>(message.body);
         case RankMessage::welcome:
         case RankMessage::confirm:
-            return check_body<Welcome>(message.body);
+            return check_body<RankWelcome>(message.body);
         case RankMessage::refuse:
-            return check_body<Refusal>(message.body);
+            return check_body<RankRefusal>(message.body);
         case RankMessage::roster:
-            return check_body<Roster>(message.body);
+            return check_body<RankRoster>(message.body);
         case RankMessage::part:
             check_body<NamedTexts>(message.body);
-            return check_body<Part>(message.body);
+            return check_body<RankPart>(message.body);
         case RankMessage::whole:
-            return check_body<Whole>(message.body);
+            return check_body<RankWhole>(message.body);
         case RankMessage::pulse:
-            return check_body<Pulse>(message.body);
+            return check_body<RankPulse>(message.body);
         case RankMessage::fail:
-            return check_body<Failure>(message.body);
+            return check_body<RankFailure>(message.body);
     }
     fuzz::require(false, "its kind is known");
 }

@@ -419,9 +419,11 @@ TEST(Gpus, OneThatIsKilledIsNamed) {
 }
 
 TEST(Gpus, WhoDoesNotListenIsKilled) {
+    std::string ready = test_folder() + "/ready";
     double begun_s = steady_s();
-    RanksEnd end =
-        run_script(2, "trap '' TERM; [ $GPT2_RANK = 0 ] && exit 3; while :; do sleep 1; done");
+    RanksEnd end = run_script(2, "trap '' TERM; if [ $GPT2_RANK = 0 ]; then while [ ! -e " + ready +
+                                     " ]; do sleep 0.02; done; exit 3; fi; touch " + ready +
+                                     "; while :; do sleep 1; done");
     EXPECT_EQ(end.exit_code, 3);
     EXPECT_GT(steady_s() - begun_s, 0.35) << "after SIGTERM and the time to follow it";
     EXPECT_LT(steady_s() - begun_s, 5);
@@ -491,7 +493,7 @@ TEST(Gpus, RefusesWhatCannotBe) {
 // ---- messages ----
 
 TEST(RankMessages, ComeWholeWhateverThePartsAndAreRefusedWhenTheyAreNone) {
-    Part part;
+    RankPart part;
     part.sequence = 7, part.operation = 2, part.name = "a", part.payload = std::string("\0\n", 2);
     std::string frame = frame_of(RankMessage::part, body_of(part));
     for (size_t step = 1; step <= 2 * frame.size(); step++) {
@@ -501,7 +503,7 @@ TEST(RankMessages, ComeWholeWhateverThePartsAndAreRefusedWhenTheyAreNone) {
         for (size_t at = 0; at < twice.size(); at += step) {
             reader.add(std::string_view(twice).substr(at, step));
             while (auto message = reader.next()) {
-                Part again = read_body<Part>(message->body);
+                RankPart again = read_body<RankPart>(message->body);
                 EXPECT_EQ(body_of(again), body_of(part));
                 count++;
             }
@@ -511,13 +513,13 @@ TEST(RankMessages, ComeWholeWhateverThePartsAndAreRefusedWhenTheyAreNone) {
     }
     std::string body = body_of(part);
     for (size_t length = 0; length < body.size(); length++)
-        expect_refused(error_of([&] { read_body<Part>(body.substr(0, length)); }), "message");
-    expect_refused(error_of([&] { read_body<Part>(body + "x"); }), "longer");
+        expect_refused(error_of([&] { read_body<RankPart>(body.substr(0, length)); }), "message");
+    expect_refused(error_of([&] { read_body<RankPart>(body + "x"); }), "longer");
     part.operation = 5;
-    expect_refused(error_of([&] { read_body<Part>(body_of(part)); }), "too large");
+    expect_refused(error_of([&] { read_body<RankPart>(body_of(part)); }), "too large");
     // A list of more than there can be is not made room for.
     std::string list(8, '\377');
-    expect_refused(error_of([&] { read_body<Roster>(list); }), "too long");
+    expect_refused(error_of([&] { read_body<RankRoster>(list); }), "too long");
     auto first = [](const std::string& bytes, size_t allowed) {
         MessageReader reader;
         reader.allow(allowed);
@@ -738,7 +740,8 @@ TEST(RankLink, NoticesAProcessThatIsStopped) {
                 start_rank(rank, 3, meeting, options, [=](RankLink& link, const Say&) {
                     link.barrier("begin");
                     if (link.ranks().rank == stopped) raise(SIGSTOP);
-                    link.barrier("end");
+                    link.barrier("end");  // which rank 0 may find complete, when it goes on
+                    link.barrier("after");
                 }));
         Child child = std::move(children[size_t(stopped)]);
         children.erase(children.begin() + stopped);
@@ -891,7 +894,7 @@ TEST(RankLink, StrangersAreTurnedAwayAndDoNotHoldItUp) {
     Meeting meeting = meeting_at(free_port());
     std::vector<Child> children;
     children.push_back(start_rank(0, 3, meeting, quick(), work_through));
-    Hello hello;
+    RankHello hello;
     hello.token = meeting.token + 1, hello.rank = 1, hello.world = 3;
     std::string another = frame_of(RankMessage::hello, body_of(hello));
     hello.token = meeting.token, hello.protocol = 9;
@@ -906,7 +909,7 @@ TEST(RankLink, StrangersAreTurnedAwayAndDoNotHoldItUp) {
                                     version,
                                     frame_of(RankMessage::hello, body_of(hello)),
                                     frame_of(RankMessage::hello, "short"),
-                                    frame_of(RankMessage::part, body_of(Part{})),
+                                    frame_of(RankMessage::part, body_of(RankPart{})),
                                     another.substr(0, 20)};
     std::vector<Descriptor> open;
     for (const std::string& rubbish : kRubbish) {
@@ -923,15 +926,15 @@ TEST(RankLink, StrangersAreTurnedAwayAndDoNotHoldItUp) {
 }
 
 TEST(RankLink, WhatListensInRank0sPlaceIsNotBelieved) {
-    // One that is silent, one that sends rubbish to whoever comes, and one that sends back what it
-    // hears.
+    // One that is silent, one that sends rubbish to whoever comes, one that sends back what it
+    // hears, and one that welcomes everybody.
     Descriptor silent = listen_at(AF_INET, true, 0);
-    int rubbish_port = 0, echo_port = 0;
+    int rubbish_port = 0, echo_port = 0, eager_port = 0;
     std::vector<Child> others;
-    for (int* port : {&rubbish_port, &echo_port}) {
+    for (int* port : {&rubbish_port, &echo_port, &eager_port}) {
         Descriptor listener = listen_at(AF_INET, true, 0);
         *port = port_of(listener.get());
-        bool echo = port == &echo_port;
+        bool echo = port == &echo_port, eager = port == &eager_port;
         others.push_back(start_child([&](const Say&) {
             for (;;) {
                 if (!wait_for(listener.get(), POLLIN, 20)) return;
@@ -940,12 +943,13 @@ TEST(RankLink, WhatListensInRank0sPlaceIsNotBelieved) {
                 ssize_t count = recv(fd.get(), bytes, sizeof bytes, 0);
                 std::string answer = echo ? std::string(bytes, size_t(std::max<ssize_t>(count, 0)))
                                           : "220 mail.example ESMTP\r\n";
+                if (eager) answer = frame_of(RankMessage::welcome, body_of(RankWelcome{1}));
                 ::send(fd.get(), answer.data(), answer.size(), MSG_NOSIGNAL);
             }
         }));
     }
     Meeting meeting = meeting_at(free_port());
-    meeting.ports = {rubbish_port, echo_port, port_of(silent.get()), meeting.ports[0]};
+    meeting.ports = {rubbish_port, echo_port, eager_port, port_of(silent.get()), meeting.ports[0]};
     expect_all(run_job(2, meeting, quick(), work_through), 0, "done");
     meeting.ports = {rubbish_port};
     std::vector<Child> children;
