@@ -663,7 +663,7 @@ inline LinkOptions link_options(const TrainOptions& o, int rank) {
     LinkOptions options;
     options.limit_s = options.timeout_s = o.timeout_s;
     options.program = gpt2_program();
-    options.on_failure = [rank](const Failure& failure) {
+    options.on_failure = [rank](const RankFailure& failure) {
         if (rank == 0 || failure.text.starts_with("rank 0 "))
             print_error(failure.text.c_str(), int(failure.exit_code));
         _exit(int(failure.exit_code));

@@ -238,21 +238,21 @@ void ranks_seeds(const std::string& out) {
     auto seed = [&](RankMessage kind, const std::string& body) {
         put(out, "ranks", "\3" + frame_of(kind, body));
     };
-    Member member = {1, 2, "b"};
-    Part part;
+    RankMember member = {1, 2, "b"};
+    RankPart part;
     part.name = "the save", part.payload = "bytes";
-    seed(RankMessage::hello, body_of(Hello{}));
-    seed(RankMessage::welcome, body_of(Welcome{7}));
-    seed(RankMessage::refuse, body_of(Refusal{1, "why"}));
-    seed(RankMessage::roster, body_of(Roster{{member, member}}));
+    seed(RankMessage::hello, body_of(RankHello{}));
+    seed(RankMessage::welcome, body_of(RankWelcome{7}));
+    seed(RankMessage::refuse, body_of(RankRefusal{1, "why"}));
+    seed(RankMessage::roster, body_of(RankRoster{{member, member}}));
     seed(RankMessage::part, body_of(part));
     seed(RankMessage::part, body_of(NamedTexts{{{"--seed", "1"}, {"a", ""}}}));
-    seed(RankMessage::whole, body_of(Whole{1, "bytes"}));
-    seed(RankMessage::pulse, body_of(Pulse{1, 2}));
-    seed(RankMessage::fail, body_of(Failure{2, "why"}));
+    seed(RankMessage::whole, body_of(RankWhole{1, "bytes"}));
+    seed(RankMessage::pulse, body_of(RankPulse{1, 2}));
+    seed(RankMessage::fail, body_of(RankFailure{2, "why"}));
     put(out, "ranks",
-        "\1" + frame_of(RankMessage::pulse, body_of(Pulse{})) +
-            frame_of(RankMessage::fail, body_of(Failure{})));
+        "\1" + frame_of(RankMessage::pulse, body_of(RankPulse{})) +
+            frame_of(RankMessage::fail, body_of(RankFailure{})));
     for (const char* text : {"a:5", "[::1]:5", "file:a", "r[1-2]n[3,4],b", "4(x2),3"})
         put(out, "ranks", std::string("\1") + text);
 }
