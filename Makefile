@@ -147,7 +147,7 @@ $(FOLDER)/test_gpt2: $(FOLDER)/$(if $(filter double,$(VARIANT)),twin_double,trai
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 # What is made of a model: files, runs, and commands.
-RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli)
+RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli jobs)
 RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)
 ifeq ($(VARIANT),)  # they compute next to nothing themselves
 $(RUN_TEST_OBJECTS): OWN_FLAGS := $(TEST_FLAGS) -O0
@@ -156,7 +156,7 @@ $(FOLDER)/test_runs: $(FOLDER)/train_gpt2.o $(RUN_TEST_OBJECTS) $(FOLDER)/versio
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 # What needs no twin: text to tokens to batches.
-DATA_TESTS := $(addprefix dev/test/test_,data loader corpus tokenizer hellaswag)
+DATA_TESTS := $(addprefix dev/test/test_,data loader corpus tokenizer hellaswag ranks)
 $(FOLDER)/test_data: $(DATA_TESTS:%=$(FOLDER)/%.o)
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(TEXT_LIBRARIES)
 

@@ -695,8 +695,9 @@ inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
     }
 }
 
+// `argv`: the words of this command, with which --gpus starts the ranks.
 inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on,
-                         char** argv) {
+                         char** argv = nullptr) {
     if (!o.repeat.empty()) return repeat_command(o, start_s);
     require("--data", !o.data.empty());
     Ranks ranks = find_ranks();

@@ -1,0 +1,377 @@
+// Several ranks that train one model: that they come to what one rank comes to, from whatever
+// starts them, that a run goes on with any number of them, and that none is left when one is lost.
+// The processes are real; between them are the emulator's NCCL and the program's own link.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <thread>
+
+#include "../../commands.h"
+#include "calls.h"
+
+namespace {
+
+using Variables = std::vector<std::pair<std::string, std::string>>;
+
+// Variables of the environment, while it lives.
+class Surroundings {
+  public:
+    explicit Surroundings(const Variables& variables) : variables_(variables) {
+        for (const auto& [name, value] : variables_) setenv(name.c_str(), value.c_str(), 1);
+    }
+    ~Surroundings() {
+        for (const auto& variable : variables_) unsetenv(variable.first.c_str());
+    }
+
+  private:
+    Variables variables_;
+};
+
+class Jobs : public Cli {
+  protected:
+    void SetUp() override {
+        Cli::SetUp();
+        if (!gpt2_alone().empty()) GTEST_SKIP() << gpt2_alone();
+        setenv("EMU_DEVICES", "4", 1);
+    }
+    void TearDown() override { unsetenv("EMU_DEVICES"); }
+
+    // A step of 12 sequences, whoever takes them.
+    static std::vector<std::string> job(int ranks, const std::string& out, int steps,
+                                        const std::vector<std::string>& more = {}) {
+        std::vector<std::string> words = {
+            "train",    "--data",       "text.txt", "--layers",     "2",  "--heads",
+            "2",        "--channels",   "16",       "--context",    "16", "--total-batch-tokens",
+            "192",      "--threads",    "1",        "--dtype",      "",   "--schedule",
+            "constant", "--eval-every", "3",        "--save-every", "2",  "--sample-every",
+            "0",        "--dropout",    "0.1",      "--batch-size", "",   "--out",
+            out,        "--steps",      ""};
+        words[16] = dtype_name(test_dtype());
+        words[28] = std::to_string(ranks == 1 ? 12 : ranks == 2 ? 6 : 1);
+        words[32] = std::to_string(steps);
+        words.insert(words.end(), more.begin(), more.end());
+        return words;
+    }
+    static std::vector<std::string> gpus(int ranks, const std::string& out, int steps,
+                                         std::vector<std::string> more = {}) {
+        if (ranks > 1) more.insert(more.end(), {"--gpus", std::to_string(ranks)});
+        return job(ranks, out, steps, more);
+    }
+
+    // A rank that a launcher would start, with its words and variables, in a folder of its own for
+    // what it says.
+    struct Rank {
+        Call call;
+        pid_t process = 0;
+    };
+    Rank start_rank(int rank, const std::vector<std::string>& words,
+                    const Variables& variables) const {
+        std::string folder = path(format("rank%d", rank));
+        fs::create_directories(folder);
+        fs::copy(path("text.txt"), folder + "/text.txt", fs::copy_options::overwrite_existing);
+        Surroundings surroundings(variables);
+        Rank started{Call{folder, words}};
+        started.process = started.call.start();
+        return started;
+    }
+
+    static Outcome end_of(const Rank& rank) { return rank.call.finish(rank.process); }
+
+    // The losses of two runs, of training and where both have them of validation, differ by less
+    // than `bound` of them.
+    void expect_close(const std::string& first, const std::string& second, double bound) const {
+        auto a = losses_by_step(path(first)), b = losses_by_step(path(second));
+        ASSERT_EQ(a.size(), b.size());
+        ASSERT_FALSE(a.empty());
+        for (const auto& [step, losses] : a) {
+            auto compare = [&, step = step](const json& x, const json& y) {
+                if (!x.is_number() || !y.is_number()) return;
+                double difference = std::abs(x.get<double>() - y.get<double>());
+                EXPECT_FALSE(!(difference <= bound * x.get<double>()))
+                    << "step " << step << ": " << x << " and " << y;
+            };
+            ASSERT_TRUE(losses.first.is_number() && b[step].first.is_number()) << "step " << step;
+            compare(losses.first, b[step].first);
+            compare(losses.second, b[step].second);
+        }
+    }
+
+    // What rounding makes of another order of summing, in eight steps: a few units of the last
+    // place in float32; in bf16 a parameter may round to its neighbour.
+    static double rounding() { return test_dtype() == Dtype::bf16 ? 2e-4 : 1e-6; }
+
+    void wait_for_step(const std::string& out, size_t step) const {
+        for (int i = 0; i < 6000; i++) {
+            std::error_code ignored;
+            if (fs::exists(path(out + "/log.jsonl"), ignored)) {
+                auto losses = losses_by_step(path(out));
+                if (!losses.empty() && losses.rbegin()->first >= step) return;
+            }
+            usleep(5000);
+        }
+        ADD_FAILURE() << out << " does not come to step " << step;
+    }
+
+    // The processes of a job, by the folder that they train into, without the one that waits.
+    static std::vector<pid_t> ranks_of(pid_t parent) {
+        std::vector<pid_t> found;
+        for (const auto& entry : fs::directory_iterator("/proc")) {
+            std::string name = entry.path().filename().string();
+            if (name.find_first_not_of("0123456789") != std::string::npos) continue;
+            std::ifstream file(entry.path() / "stat");
+            std::string text((std::istreambuf_iterator<char>(file)), {});
+            size_t behind = text.rfind(") ");
+            int its_parent = 0;
+            if (behind != std::string::npos &&
+                sscanf(text.c_str() + behind, ") %*c %d", &its_parent) == 1 && its_parent == parent)
+                found.push_back(std::stoi(name));
+        }
+        std::sort(found.begin(), found.end());
+        return found;
+    }
+};
+
+TEST_F(Jobs, AnyNumberOfRanksTrainsTheSame) {
+    Outcome one = call(gpus(1, "one", 8));
+    ASSERT_EQ(one.code, 0) << one.err;
+    for (int ranks : {2, 3, 4}) {
+        std::string out = format("ranks%d", ranks);
+        Outcome many = call(gpus(ranks, out, 8));
+        ASSERT_EQ(many.code, 0) << many.err;
+        EXPECT_EQ(many.err, "");
+        expect_close("one", out, rounding());
+        EXPECT_EQ(verify_checkpoint(path(out + "/last"))["step"], 8);
+    }
+}
+
+TEST_F(Jobs, TheSameCommandGivesTheSameBits) {
+    ASSERT_EQ(call(gpus(3, "first", 5)).code, 0);
+    ASSERT_EQ(call(gpus(3, "second", 5)).code, 0);
+    EXPECT_EQ(losses_by_step(path("first")), losses_by_step(path("second")));
+    EXPECT_EQ(verify_checkpoint(path("first/last"))["files"]["model.safetensors"],
+              verify_checkpoint(path("second/last"))["files"]["model.safetensors"]);
+}
+
+// Targets that do not count are not the same number on every rank.
+TEST_F(Jobs, TargetsAreCountedOverAllRanks) {
+    call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
+    std::vector<std::string> more = {"--separate-documents", "--tokenizer", "tok"};
+    std::string documents;
+    for (int i = 0; i < 40; i++)
+        documents += json({{"text", "cat " + std::string(size_t(i % 5) * 9, 'a')}}).dump() + "\n";
+    write("text.jsonl", documents);
+    auto words = [&](int ranks, const std::string& out) {
+        std::vector<std::string> all = gpus(ranks, out, 4, more);
+        all[2] = "text.jsonl";
+        return all;
+    };
+    Outcome one = call(words(1, "one"));
+    ASSERT_EQ(one.code, 0) << one.err;
+    Outcome two = call(words(2, "two"));
+    ASSERT_EQ(two.code, 0) << two.err;
+    expect_close("one", "two", rounding());
+}
+
+TEST_F(Jobs, ARunGoesOnWithAnotherNumberOfRanks) {
+    ASSERT_EQ(call(gpus(1, "whole", 8)).code, 0);
+    int steps = 0;
+    for (int ranks : {4, 2, 1}) {
+        Outcome part = call(gpus(ranks, "parts", steps += 2));
+        ASSERT_EQ(part.code, 0) << part.err;
+    }
+    const char* other = getenv("GPT2_OTHER_BINARY");
+    if (other != nullptr && test_dtype() == Dtype::fp32) {
+        std::string own = binary();
+        setenv("GPT2_BINARY", other, 1);
+        Outcome part = call(gpus(1, "parts", 8));
+        setenv("GPT2_BINARY", own.c_str(), 1);
+        ASSERT_EQ(part.code, 0) << part.err;
+    } else {
+        ASSERT_EQ(call(gpus(3, "parts", 8)).code, 0);
+    }
+    // (The programs themselves differ by float32's rounding.)
+    expect_close("whole", "parts", std::max(rounding(), 1e-5));
+}
+
+TEST_F(Jobs, EveryLauncherIsUnderstood) {
+    ASSERT_EQ(call(gpus(2, "known", 3)).code, 0);
+    using Launcher = std::function<Variables(int)>;
+    auto text = [](int number) { return std::to_string(number); };
+    const std::vector<std::pair<std::string, Launcher>> launchers = {
+        {"mpirun",
+         [&](int r) -> Variables {
+             return {{"OMPI_COMM_WORLD_RANK", text(r)},
+                     {"OMPI_COMM_WORLD_SIZE", "2"},
+                     {"OMPI_COMM_WORLD_LOCAL_RANK", text(r)},
+                     {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}};
+         }},
+        {"hydra",
+         [&](int r) -> Variables {
+             return {{"PMI_RANK", text(r)},
+                     {"PMI_SIZE", "2"},
+                     {"MPI_LOCALRANKID", text(r)},
+                     {"MPI_LOCALNRANKS", "2"}};
+         }},
+        {"srun",
+         [&](int r) -> Variables {
+             return {{"SLURM_JOB_ID", "41"},        {"SLURM_STEP_ID", "0"},
+                     {"SLURM_PROCID", text(r)},     {"SLURM_NTASKS", "2"},
+                     {"SLURM_STEP_NUM_TASKS", "2"}, {"SLURM_LOCALID", text(r)},
+                     {"SLURM_NODEID", "0"},         {"SLURM_STEP_TASKS_PER_NODE", "2"},
+                     {"SLURM_TASKS_PER_NODE", "2"}};
+         }},
+        {"torchrun", [&](int r) -> Variables {
+             return {
+                 {"RANK", text(r)},         {"WORLD_SIZE", "2"},          {"LOCAL_RANK", text(r)},
+                 {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", "29431"}};
+         }}};
+    for (const auto& [name, variables] : launchers) {
+        std::vector<std::string> more = {"--timeout", "20"};
+        if (name != "torchrun") more.insert(more.end(), {"--rendezvous", "file:" + path(name)});
+        std::vector<Rank> ranks;
+        for (int rank : {0, 1})
+            ranks.push_back(start_rank(rank, job(2, path("by_" + name), 3, more), variables(rank)));
+        for (const Rank& rank : ranks) {
+            Outcome end = end_of(rank);
+            ASSERT_EQ(end.code, 0) << name << ": " << end.err;
+        }
+        EXPECT_EQ(losses_by_step(path("by_" + name)), losses_by_step(path("known"))) << name;
+    }
+}
+
+// The variables of a rank that --gpus would start.
+Variables own_variables(int rank, int world) {
+    return {{"OMPI_COMM_WORLD_RANK", std::to_string(rank)},
+            {"OMPI_COMM_WORLD_SIZE", std::to_string(world)},
+            {"OMPI_COMM_WORLD_LOCAL_RANK", std::to_string(rank)},
+            {"OMPI_COMM_WORLD_LOCAL_SIZE", std::to_string(world)}};
+}
+
+TEST_F(Jobs, RanksThatDifferAreRefused) {
+    const std::vector<std::pair<std::vector<std::string>, std::string>> differences = {
+        {{"--learning-rate", "0.5"}, "learning rate differs"},
+        {{"--layers", "3"}, "differs"},
+        {{"--tokenizer", "chars"}, "differs"},
+        {{"--steps", "9"}, "steps differs"}};
+    for (const auto& [words, expected] : differences) {
+        std::vector<Rank> ranks;
+        for (int rank : {0, 1}) {
+            std::vector<std::string> all =
+                job(2, path("run"), 3,
+                    {"--timeout", "20", "--rendezvous", "file:" + path("meet" + words[0])});
+            auto same = std::find(all.begin(), all.end(), words[0]);
+            if (rank == 1 && same != all.end()) same[1] = words[1];
+            else if (rank == 1) all.insert(all.end(), words.begin(), words.end());
+            ranks.push_back(start_rank(rank, all, own_variables(rank, 2)));
+        }
+        Outcome first = end_of(ranks[0]), second = end_of(ranks[1]);
+        expect_error(first, 2, expected);
+        EXPECT_EQ(second.code, 2);
+        EXPECT_EQ(second.err, "") << "said twice";
+        EXPECT_FALSE(fs::exists(path("run/log.jsonl")));
+    }
+}
+
+TEST_F(Jobs, ARankThatDoesNotComeIsNamed) {
+    Rank alone = start_rank(
+        0, job(2, path("run"), 3, {"--timeout", "1", "--rendezvous", "file:" + path("meet")}),
+        own_variables(0, 2));
+    expect_error(end_of(alone), 1, "rank 1");
+    EXPECT_FALSE(fs::exists(path("run/log.jsonl")));
+}
+
+TEST_F(Jobs, MoreRanksThanCardsAreRefused) {
+    Surroundings surroundings(Variables{{"EMU_DEVICES", "1"}});
+    Outcome outcome = call(gpus(2, "run", 3));
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_NE(outcome.err.find("rank 1 of this machine has no GPU: there are 1 here"),
+              std::string::npos)
+        << outcome.err;
+}
+
+// Killed at any moment, whichever rank it is: no process is left, the last checkpoint is whole, and
+// the run goes on to the same bits.
+TEST_F(Jobs, ARankThatIsKilledEndsTheJobAndNothingIsLost) {
+    constexpr int kKills = 10, kSteps = 40;
+    ASSERT_EQ(call(gpus(2, "whole", kSteps)).code, 0);
+    std::mt19937 random(7);
+    for (int kill = 0; kill < kKills; kill++) {
+        Call job{folder_, gpus(2, "run", kSteps, {"--timeout", "20"})};
+        pid_t parent = job.start();
+        std::vector<pid_t> ranks;
+        for (int i = 0; i < 2000 && ranks.size() < 2; i++) usleep(1000), ranks = ranks_of(parent);
+        usleep(useconds_t(random() % 600000));
+        if (ranks.size() == 2) ::kill(ranks[random() % 2], SIGKILL);
+        Outcome end = job.finish(parent);
+        if (end.code == 0) break;  // it was done before
+        for (pid_t rank : ranks) EXPECT_NE(::kill(rank, 0), 0) << "rank " << rank << " is left";
+        std::string last = path("run/last");
+        if (fs::exists(last)) { EXPECT_NO_THROW(verify_checkpoint(last)); }
+    }
+    Outcome rest = call(gpus(2, "run", kSteps));
+    EXPECT_TRUE(rest.code == 0 || rest.err.find("finished") != std::string::npos) << rest.err;
+    EXPECT_EQ(losses_by_step(path("run")), losses_by_step(path("whole")));
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["files"]["model.safetensors"],
+              verify_checkpoint(path("whole/last"))["files"]["model.safetensors"]);
+}
+
+TEST_F(Jobs, ASignalToAnyRankSavesAndStopsAll) {
+    for (size_t rank : {0, 1}) {
+        std::string out = format("run%zu", rank);
+        Call job{folder_, gpus(2, out, 1000000)};
+        pid_t parent = job.start();
+        wait_for_step(out, 3);
+        std::vector<pid_t> ranks = ranks_of(parent);
+        ASSERT_EQ(ranks.size(), 2u);
+        ::kill(ranks[rank], SIGTERM);
+        Outcome end = job.finish(parent);
+        EXPECT_EQ(end.code, 143) << end.err;
+        EXPECT_EQ(verify_checkpoint(path(out + "/last"))["step"],
+                  losses_by_step(path(out)).rbegin()->first);
+    }
+}
+
+// What NCCL says, and a rank that goes no further.
+TEST_F(Jobs, ARankThatHangsOrFailsEndsTheJob) {
+    for (const char* fault : {"1:40:error", "0:40:error", "1:40:stop"}) {
+        Surroundings surroundings(Variables{{"EMU_NCCL_FAULT", fault}});
+        Outcome end =
+            call(gpus(2, std::string("run") + fault[0] + fault[5], 1000, {"--timeout", "3"}));
+        EXPECT_EQ(end.code, 1) << fault << ": " << end.err;
+        EXPECT_NE(end.err.find("train_gpt2cu: error: rank "), std::string::npos) << end.err;
+    }
+}
+
+// A byte that is in every window has an embedding whose square is no number any more.
+TEST_F(Jobs, BadNumbersEndAllRanksWithOneDiagnosis) {
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 16, config.layers = 1, config.heads = 1;
+    config.channels = 16;
+    GPT2Ptr model(gpt2_create(config, test_shape(1, 1), 0, 1));
+    gpt2_initialise(model.get(), 5);
+    std::vector<real> wte(257 * 16);
+    gpt2_copy_out(model.get(), Group::parameters, k_wte, 0, wte.data());
+    std::fill_n(wte.begin() + ' ' * 16, 16, real(3e38));
+    gpt2_copy_in(model.get(), Group::parameters, k_wte, 0, wte.data());
+    Tokenizer tokenizer = Tokenizer::bytes();
+    save_model(model.get(), &tokenizer, path("model"));
+    Outcome end =
+        call({"train", "--model", "model", "--data", "text.txt", "--gpus", "2", "--steps", "50",
+              "--batch-size", "2", "--out", "run", "--dtype", dtype_name(test_dtype())});
+    EXPECT_EQ(end.code, 1) << end.err;
+    EXPECT_NE(end.err.find("none was applied"), std::string::npos) << end.err;
+    EXPECT_EQ(json::parse(read_file(path("run/diagnosis.json")))["bad_steps_in_a_row"], 3);
+}
+
+TEST_F(Jobs, TheClockOfRankZeroCounts) {
+    Outcome end = call(gpus(2, "run", 1000000, {"--time-limit", "3"}));
+    ASSERT_EQ(end.code, 0) << end.err;
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["finished"], true);
+    end = call(gpus(2, "stopped", 1000000, {"--early-stop", "1", "--learning-rate", "0"}));
+    ASSERT_EQ(end.code, 0) << end.err;
+    EXPECT_NE(end.out.find("early stop"), std::string::npos) << end.out;
+}
+
+}  // namespace
