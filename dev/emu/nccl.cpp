@@ -208,16 +208,22 @@ bool has_place(const ncclComm& comm, const Part& p, uint64_t number) {
     if (number < kRing) return true;
     uint64_t old = number - kRing;
     int me = comm.me();
-    auto free = [old](const Channel& other, const std::atomic<uint64_t>& compared) {
-        return other.ended.load() > old && compared.load() > old;
+    // Both sides read both places to compare them.
+    auto free = [old](const Channel& other, const std::atomic<uint64_t>& theirs,
+                      const std::atomic<uint64_t>& mine) {
+        return other.ended.load() > old && theirs.load() > old && mine.load() > old;
     };
     if (channel_of(comm, p).ended.load() <= old) return false;
+    const Rank &mine = comm.ranks.rank(me), &peer = comm.ranks.rank(is_pair(p.kind) ? p.root : me);
     if (p.kind == Kind::send)
-        return free(comm.ranks.receives(me, p.root), comm.ranks.rank(p.root).compared_pair[me]);
+        return free(comm.ranks.receives(me, p.root), peer.compared_pair[me],
+                    mine.compared_back[p.root]);
     if (p.kind == Kind::receive)
-        return free(comm.ranks.sends(p.root, me), comm.ranks.rank(p.root).compared_back[me]);
+        return free(comm.ranks.sends(p.root, me), peer.compared_back[me],
+                    mine.compared_pair[p.root]);
     for (int r = 0; r < comm.count(); r++)
-        if (!free(comm.ranks.collectives(r), comm.ranks.rank(r).compared[me])) return false;
+        if (!free(comm.ranks.collectives(r), comm.ranks.rank(r).compared[me], mine.compared[r]))
+            return false;
     return true;
 }
 
@@ -473,6 +479,7 @@ void announce(ncclComm* comm, Part* p, uint32_t group_size, uint32_t index) {
     Channel& channel = channel_of(*comm, *p);
     p->number = channel.announced.load();
     host_blocks([&] {
+        compare_all(*comm);
         return comm->aborted || comm->error != ncclSuccess || has_place(*comm, *p, p->number);
     });
     if (!has_place(*comm, *p, p->number)) return;  // nobody will take part any more
