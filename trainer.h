@@ -2112,6 +2112,8 @@ inline void Training::report() {
     const GPT2Config& c = choice_.config;
     GPT2Shape shape = gpt2_shape(model_.get());
     screen_.line("machine    " + describe_machine(peak_));
+    for (int rank = 0; world_ > 1 && rank < world_; rank++)
+        screen_.line((rank == 0 ? "ranks      " : "           ") + link_.describe(rank));
     screen_.line("computing  " + describe_computing(shape));
     screen_.line("data       " + data_.description);
     screen_.line("tokenizer  " + describe_tokenizer(data_.tokenizer));
@@ -2120,11 +2122,13 @@ inline void Training::report() {
                c.layers, c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str(),
                choice_.folder.empty() ? "" : ", from ", choice_.folder.c_str()));
     for (const std::string& line : size_report(c, shape)) screen_.line(line);
-    screen_.line(format("step       %s tokens: %d x %d sequences of %d; an epoch is %s steps",
-                        with_commas(tokens_a_step()).c_str(), micro_batches_, o_.batch_size, T_,
-                        with_commas(size_t(std::ceil(double(loader_->windows_per_epoch()) /
-                                                     double(sequences_a_step()))))
-                            .c_str()));
+    std::string ranks = world_ > 1 ? format("%d ranks x ", world_) : "";
+    screen_.line(format(
+        "step       %s tokens: %s%d x %d sequences of %d; an epoch is %s steps",
+        with_commas(tokens_a_step()).c_str(), ranks.c_str(), micro_batches_, o_.batch_size, T_,
+        with_commas(
+            size_t(std::ceil(double(loader_->windows_per_epoch()) / double(sequences_a_step()))))
+            .c_str()));
     report_goal();
     screen_.line("out        " + folder_.out);
     if (!folder_.note.empty()) screen_.line("note       " + folder_.note);
@@ -2170,6 +2174,10 @@ inline ordered_json Training::start_record() {
     record["arguments"] = o_.arguments;
     record["settings"] = settings_;
     record["computing"] = describe_computing(gpt2_shape(model_.get()));
+    if (world_ > 1) {
+        record["ranks"] = ordered_json::array();
+        for (int rank = 0; rank < world_; rank++) record["ranks"].push_back(link_.describe(rank));
+    }
     record["run"] = identity_;
     record["data"] = ordered_json::array();
     const std::vector<Shard>& shards = loader_->shards();
