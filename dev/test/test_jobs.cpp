@@ -241,7 +241,23 @@ TEST_F(Jobs, EveryLauncherIsUnderstood) {
     }
 }
 
-// The variables of a rank that --gpus would start.
+// OpenMPI itself, from the distribution.
+TEST_F(Jobs, MpirunStartsThem) {
+    if (system("command -v mpirun >/dev/null 2>&1") != 0)
+        GTEST_SKIP() << "no mpirun here (the package openmpi-bin)";
+    for (int ranks : {2, 3, 4}) {
+        std::string known = format("known%d", ranks), out = format("run%d", ranks);
+        ASSERT_EQ(call(gpus(ranks, known, 3)).code, 0);
+        std::string command = "cd " + folder_ +
+                              " && mpirun --allow-run-as-root --oversubscribe -np " +
+                              std::to_string(ranks) + " " + binary();
+        for (const std::string& word : job(ranks, out, 3)) command += " " + word;
+        ASSERT_EQ(system((command + " >out 2>err").c_str()), 0) << read_file(path("err"));
+        EXPECT_EQ(losses_by_step(path(out)), losses_by_step(path(known)));
+    }
+}
+
+// The variables of a rank that mpirun would start.
 Variables own_variables(int rank, int world) {
     return {{"OMPI_COMM_WORLD_RANK", std::to_string(rank)},
             {"OMPI_COMM_WORLD_SIZE", std::to_string(world)},
