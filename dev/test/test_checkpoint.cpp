@@ -7,6 +7,7 @@
 
 #include <csignal>
 #include <limits>
+#include <random>
 
 #include "../../convert.h"
 #include "models.h"
@@ -103,6 +104,21 @@ TEST(Safetensors, WritesTheBytesThatTheReferenceImplementationWrites) {
     EXPECT_EQ(read_file(path), reference_file());
     EXPECT_EQ(digest, digest_file(path));
     EXPECT_EQ(digest.bytes, reference_file().size());
+}
+
+// Files of no part, of one, and of several that are read at a time, whole or not.
+TEST(FileDigest, IsThatOfTheWholeFileAtEverySize) {
+    std::string path = join_path(test_folder(), "file");
+    std::mt19937 random(3);
+    constexpr size_t kPart = 1 << 20;
+    std::string content(9 * kPart + 1, 0);
+    for (char& c : content) c = char(random());
+    for (size_t size : {size_t(0), size_t(1), size_t(4095), size_t(4096), kPart - 1, kPart,
+                        kPart + 1, 4 * kPart - 1, 4 * kPart, 4 * kPart + 1, 5 * kPart, 8 * kPart,
+                        8 * kPart + 1, 9 * kPart + 1}) {
+        put_file(path, std::string_view(content).substr(0, size));
+        EXPECT_EQ(digest_file(path), (FileDigest{size, hash_bytes(content.data(), size)})) << size;
+    }
 }
 
 TEST(Safetensors, EveryHalfAndEveryBfloat16HasItsValue) {

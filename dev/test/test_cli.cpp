@@ -620,6 +620,7 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     fs::resize_file(path("val.bin"), 1100);
     expect_error(call.finish(child), 1, "val.bin: had 2024 bytes and has 1100 since");
+    EXPECT_EQ(verify_checkpoint(path("run3/last"))["step"], newest_logged(path("run3/log.jsonl")));
 }
 
 TEST_F(Cli, OrdersOfDataAreChecked) {
