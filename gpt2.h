@@ -452,10 +452,10 @@ struct GPT2;  // parameters, gradients, moments and activations, in the twin's o
 // first_sequence + b.
 struct GPT2Pass {
     bool training = false;
-    bool completes = true;  // the last of its step: its backward pass adds up gradients over ranks
     double loss_scale = 1;
     uint64_t seed = 0, step = 0, first_sequence = 0;
     real* logits = nullptr;  // host (B,T,V), written when given
+    bool completes = true;   // the last of its step: its backward pass adds up gradients over ranks
 };
 
 // Decoupled weight decay [Loshchilov & Hutter 2017, arXiv:1711.05101]; step counts from 1.
