@@ -456,6 +456,9 @@ TEST(Gpus, SignalsGoToAllAndSavingIsNotDisturbed) {
             "touch %s/ready$GPT2_RANK; while :; do sleep 0.05; done",
             signal, folder.c_str(), folder.c_str(), 128 + signal, signal, folder.c_str());
         Child child = start_child([&](const Say& say) {
+            // Where the tests run in the background of a shell it may be ignored, and no script
+            // can trap it.
+            ::signal(signal, SIG_DFL);
             RanksEnd end = run_script(2, script);
             say(std::to_string(end.exit_code) + end.text);
         });
