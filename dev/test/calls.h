@@ -58,6 +58,8 @@ struct Call {
         struct rlimit limit = {file_limit, file_limit};
         setrlimit(RLIMIT_FSIZE, &limit);
         signal(SIGXFSZ, SIG_IGN);  // a write beyond the limit fails instead
+        // Where the tests run in the background of a shell, it has left these ignored.
+        for (int stops : {SIGINT, SIGHUP, SIGTERM}) signal(stops, SIG_DFL);
         if (chdir(folder.c_str()) != 0) _exit(126);
         execv(argv[0], argv.data());
         _exit(127);
