@@ -2700,7 +2700,8 @@ struct Peers {
     cudaEvent_t ready = nullptr;   // gradients, to be summed
     cudaEvent_t summed = nullptr;  // all of a step
 
-    void leave();
+    void leave();  // once nothing is under way
+    void abort();  // whatever is: nothing waits for a rank any more
 };
 
 struct GPT2 {
@@ -2737,6 +2738,7 @@ struct GPT2 {
     Peers peers;
 
     ~GPT2() {
+        if (std::uncaught_exceptions() > 0) peers.abort();
         if (stream != nullptr) cudaStreamSynchronize(stream);
         if (copy_stream != nullptr) cudaStreamSynchronize(copy_stream);
         if (snapshot_stream != nullptr) cudaStreamSynchronize(snapshot_stream);
@@ -3105,6 +3107,10 @@ std::string gpt2_job_id() {
     return std::string(id.internal, sizeof id.internal);
 }
 
+void Peers::abort() {
+    if (comm != nullptr) ncclCommAbort(std::exchange(comm, nullptr));
+}
+
 void Peers::leave() {
     if (stream != nullptr) cudaStreamSynchronize(stream);
     if (comm != nullptr) ncclCommDestroy(comm);
@@ -3190,6 +3196,7 @@ static void sum_over_ranks(GPT2* model, int l) {
 std::string gpt2_alone() { return "this program was built without NCCL, and trains on one GPU"; }
 std::string gpt2_job_id() { fail_input("%s", gpt2_alone().c_str()); }
 void Peers::leave() {}
+void Peers::abort() {}
 void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
 void gpt2_share(GPT2*) {}
 static void sum_over_ranks(GPT2*, int) {}

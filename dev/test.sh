@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 CXX=${CXX:-g++}
 make="${MAKE:-make} --no-print-directory"
-log=build/test.part
+log=build/test.part.$$
 passed=0 failed=0 skipped=0
 mkdir -p build
 
@@ -270,20 +270,40 @@ build_emulated() {
     return 1
 }
 
+# beside NAME WORD...: this script, with those words, on the core that the tests here leave free;
+# `part TITLE beside_ended NAME` waits for it, prints what it said and counts what it counted.
+beside() {
+    name=$1
+    shift
+    { dev/test.sh "$@" >"build/beside.$name" 2>&1; echo $? >"build/beside.$name.status"; } </dev/null &
+}
+
+# What such a script printed, once it has ended, with its exit code.
+beside_ended() {
+    while [ ! -e "build/beside.$1.status" ]; do sleep 0.2; done
+    cat "build/beside.$1"
+    return "$(cat "build/beside.$1.status")"
+}
+
+# emulated_dtype DTYPE FOLDER: the model in three thread orders, and runs.
+emulated_dtype() {
+    for order in 0 1 2; do
+        emulated "$2/test_gpt2cu_emu, $1, thread order $order" \
+            GPT2_TEST_DTYPE="$1" EMU_ORDER=$order OMP_NUM_THREADS=1 "$2/test_gpt2cu_emu"
+    done
+    emulated "$2/test_runscu_emu, $1" GPT2_TEST_DTYPE="$1" OMP_NUM_THREADS=1 \
+        GPT2_BINARY="$2/train_gpt2cu_emu" GPT2_OTHER_BINARY="$2/train_gpt2" EMU_ORDER=0 \
+        "$2/test_runscu_emu"
+}
+
 emulated_tests() {
-    rm -rf build/cache
+    rm -rf build/cache build/beside.*
     build_emulated "$CXX" "" || return
     emulated "$folder/test_emu" "$folder/test_emu"
+    beside bf16 emulated-bf16 "$folder"
     for order in 0 1 2; do kernel_checks "$folder" $order; done
-    for dtype in fp32 bf16; do
-        for order in 0 1 2; do
-            emulated "$folder/test_gpt2cu_emu, $dtype, thread order $order" \
-                GPT2_TEST_DTYPE=$dtype EMU_ORDER=$order OMP_NUM_THREADS=1 "$folder/test_gpt2cu_emu"
-        done
-        emulated "$folder/test_runscu_emu, $dtype" GPT2_TEST_DTYPE=$dtype OMP_NUM_THREADS=1 \
-            GPT2_BINARY="$folder/train_gpt2cu_emu" GPT2_OTHER_BINARY="$folder/train_gpt2" \
-            EMU_ORDER=0 "$folder/test_runscu_emu"
-    done
+    emulated_dtype fp32 "$folder"
+    part "on the other core meanwhile: bf16" beside_ended bf16
     emulated_kills 10
     # What a machine with a GPU will be asked; its checks have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
@@ -435,6 +455,13 @@ EOF
     cuda_tests
     build_tests
     ;;
+emulated-bf16)  # a part of `test`: see beside
+    emulated_dtype bf16 "$2"
+    rm -f $log $log.*
+    echo "$passed passed, $failed failed, $skipped skipped"
+    [ "$failed" -eq 0 ]
+    exit
+    ;;
 cuda)
     $make programs
     cuda_tests
@@ -456,5 +483,6 @@ sanitize)
     exit 2
     ;;
 esac
+rm -f $log $log.*
 echo "$passed passed, $failed failed, $skipped skipped" | tee build/test.log
 [ "$failed" -eq 0 ]

@@ -349,14 +349,17 @@ TEST_F(Jobs, ASignalToAnyRankSavesAndStopsAll) {
     }
 }
 
-// What NCCL says, and a rank that goes no further.
+// What NCCL says is what is said, and a rank that goes no further is named.
 TEST_F(Jobs, ARankThatHangsOrFailsEndsTheJob) {
-    for (const char* fault : {"1:40:error", "0:40:error", "1:40:stop"}) {
+    const std::vector<std::pair<std::string, std::string>> faults = {
+        {"1:40:error", ": NCCL: "}, {"0:40:error", ": NCCL: "}, {"1:40:stop", "rank 1 of 2"}};
+    for (const auto& [fault, expected] : faults) {
         Surroundings surroundings(Variables{{"EMU_NCCL_FAULT", fault}});
-        Outcome end =
-            call(gpus(2, std::string("run") + fault[0] + fault[5], 1000, {"--timeout", "3"}));
+        std::string out = "run" + fault.substr(0, 1) + fault.substr(5);
+        Outcome end = call(gpus(2, out, 1000, {"--timeout", "3"}));
         EXPECT_EQ(end.code, 1) << fault << ": " << end.err;
         EXPECT_NE(end.err.find("train_gpt2cu: error: rank "), std::string::npos) << end.err;
+        EXPECT_NE(end.err.find(expected), std::string::npos) << end.err;
     }
 }
 
