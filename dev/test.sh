@@ -422,9 +422,9 @@ thread_sanitizer_tests() {
 sanitized_kernels() {
     build_emulated "$1" "$2" || return
     emulated "$folder/test_emu" "$folder/test_emu"
-    # How far the twin in float is off is a matter of a few roundings, which -O1 and clang++'s lanes
-    # move; what is asked here is whether memory and order are right.
-    kernel_checks "$folder" 0 --factor 4
+    # clang++ adds up the twin's sums in lanes, which loses fewer digits than a kernel can keep.
+    case $1 in *clang*) factor=4 ;; *) factor=2 ;; esac
+    kernel_checks "$folder" 0 --factor $factor
     for dtype in fp32 bf16; do
         emulated "$folder/test_gpt2cu_emu, $dtype" GPT2_TEST_DTYPE=$dtype OMP_NUM_THREADS=1 \
             "$folder/test_gpt2cu_emu" --gtest_filter='Golden.*'
