@@ -674,7 +674,6 @@ inline LinkOptions link_options(const TrainOptions& o, int rank) {
 // Trains as one rank of a job, or alone. An error on any rank is an error of all.
 inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
                          const std::string& how_to_go_on) {
-    constexpr double kPatience_s = 86400;  // for the last save of rank 0
     if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
         fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
     RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
@@ -686,7 +685,7 @@ inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
     try {
         if (ranks.world > 1) gpt2_select_device(ranks.local_rank);
         int code = Training(o, start_s, how_to_go_on, link).run();
-        link.finish(kPatience_s);
+        link.finish(kPatience_s);  // rank 0 may be saving
         return code;
     } catch (const Error& error) {
         Error first = link.report_failure(error.exit_code, error.what());

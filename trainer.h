@@ -685,6 +685,10 @@ struct Evaluation {
     double perplexity() const { return std::exp(loss); }
 };
 
+// How long a rank waits for what another does that may take long: to read or save a large model, to
+// tokenize a corpus. One that dies or hangs meanwhile is noticed all the same.
+constexpr double kPatience_s = 86400;
+
 // A number of each rank's, summed in the order of ranks, so that all have the same sum. `name` says
 // in messages what it is.
 inline double sum_over_ranks(RankLink& link, const std::string& name, double value) {
@@ -692,13 +696,13 @@ inline double sum_over_ranks(RankLink& link, const std::string& name, double val
     std::string bytes(sizeof value, 0);
     memcpy(bytes.data(), &value, sizeof value);
     double sum = 0;
-    for (const std::string& part : link.gather(name, bytes)) {
+    for (const std::string& part : link.gather(name, bytes, kPatience_s)) {
         double theirs = 0;
         if (part.size() == sizeof theirs) memcpy(&theirs, part.data(), sizeof theirs);
         sum += theirs;
     }
     memcpy(bytes.data(), &sum, sizeof sum);
-    bytes = link.broadcast(name, bytes);
+    bytes = link.broadcast(name, bytes, kPatience_s);
     if (bytes.size() == sizeof sum) memcpy(&sum, bytes.data(), sizeof sum);
     return sum;
 }
@@ -2048,8 +2052,6 @@ class Training {
     int leave(const ordered_json& record, bool best, bool last);
     void conclude();
 
-    static constexpr double kPatience_s = 86400;  // for what rank 0 does while others wait
-
     const TrainOptions& o_;
     Screen screen_;
     double start_s_;
@@ -2211,13 +2213,14 @@ inline void Training::compare_ranks() {
                                          o_.eval_batches, count_tokens(data_.val))});
     list.push_back(
         {"samples and saves", format("every %zu and %zu steps", o_.sample_every, o_.save_every)});
-    link_.all_equal("the options", std::move(list));
+    link_.all_equal("the options", std::move(list), kPatience_s);
 }
 
 // Meets the other ranks' models, and gives them what rank 0 has read.
 inline void Training::join_ranks() {
     if (world_ == 1) return;
-    gpt2_join(model_.get(), link_.broadcast("the id of NCCL", leads() ? gpt2_job_id() : ""));
+    gpt2_join(model_.get(),
+              link_.broadcast("the id of NCCL", leads() ? gpt2_job_id() : "", kPatience_s));
     share_state();
 }
 
@@ -2227,7 +2230,8 @@ inline void Training::share_state() {
     ordered_json root = to_json(state_, identity_, settings_, o_.seed);
     root["step"] = state_.step;
     root["elapsed_before_s"] = elapsed_before_s_;
-    json theirs = parse_json(link_.broadcast("the state of the run", root.dump()), "rank 0");
+    json theirs =
+        parse_json(link_.broadcast("the state of the run", root.dump(), kPatience_s), "rank 0");
     if (!leads()) {
         state_ = read_state(theirs, "rank 0");
         elapsed_before_s_ = theirs.value("elapsed_before_s", 0.0);
@@ -2251,7 +2255,7 @@ inline bool Training::agree(bool wish) {
     } catch (const Error& error) {
         mine["error"] = error.what(), mine["exit_code"] = error.exit_code;
     }
-    std::vector<std::string> all = link_.gather("step", mine.dump());
+    std::vector<std::string> all = link_.gather("step", mine.dump(), kPatience_s);
     ordered_json agreed;
     if (leads()) {
         double save_s = saver_ ? saver_->last_save_s() : 0;
@@ -2265,7 +2269,7 @@ inline bool Training::agree(bool wish) {
             agreed["error"] = theirs["error"], agreed["exit_code"] = theirs["exit_code"];
         }
     }
-    json common = parse_json(link_.broadcast("step", agreed.dump()), "rank 0");
+    json common = parse_json(link_.broadcast("step", agreed.dump(), kPatience_s), "rank 0");
     agreed_ = {common.value("elapsed_s", 0.0), common.value("step_s", 0.0),
                common.value("window_s", 0.0), common.value("save_s", 0.0)};
     agreed_signal_ = common.value("signal", 0);
