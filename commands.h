@@ -185,6 +185,11 @@ inline void add_rank_options(CLI::App* app, TrainOptions& o) {
                "start N processes on this machine, one for each GPU; mpirun, srun and torchrun "
                "start them themselves")
         ->default_str("one process");
+    add_number(app, "--zero", o.zero, 0, kZeroStages - 1, "STAGE",
+               "what each process holds but a part of: 0 nothing, 1 the states of the optimizer, "
+               "2 also the gradients, which are then sent for every batch");
+    add_choice(app, "--reduce", o.reduce, {"fp32", "bf16"},
+               "the type in which gradients are summed over the processes");
     add_text(app, "--rendezvous", o.rendezvous, "WHERE",
              "where the processes meet: host:port, on which rank 0 listens, or file:PATH, a folder "
              "that all see")
@@ -747,7 +752,7 @@ inline int plan_command(const PlanOptions& p) {
         printf("data       %s\n", data.description.c_str());
     }
     const GPT2Config& c = choice.config;
-    GPT2Shape shape = training_shape(o, c, T, true);
+    GPT2Shape shape = training_shape(o, c, T, true, std::max(o.gpus, 1));
     printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %s\n", c.layers,
            c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str());
     for (const std::string& line : size_report(c, shape)) printf("%s\n", line.c_str());
@@ -793,7 +798,7 @@ inline LoadedModel load_for_inference(const std::string& path, const std::string
     config.dropout = 0;
     LoadedModel loaded{nullptr, model_tokenizer(tokenizer, folder, config)};
     shape.T = std::min(shape.T, config.context);
-    loaded.model.reset(gpt2_create(config, shape, 0, 1));
+    loaded.model.reset(gpt2_create(config, shape));
     load_model_noted(loaded.model.get(), folder);
     return loaded;
 }
@@ -1344,7 +1349,7 @@ inline int dump_command(const DumpOptions& o) {
     config.dropout = 0;
     DumpBatch batch = read_dump_batch(o.tokens, config);
     shape.B = batch.B, shape.T = batch.T, shape.training = true;
-    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(config, shape));
     load_model_noted(model.get(), folder);
     size_t rows = batch.inputs.size();
     std::vector<real> logits(rows * size_t(config.vocab_size));

@@ -249,14 +249,23 @@ struct GPT2Shape {
     bool tf32 = false;          // float32 products round what they multiply to 10 bits (CUDA)
     bool deterministic = true;  // only algorithms that give the same bits every time
     bool snapshot = false;      // it can be copied while it trains: see gpt2_snapshot_begin
+    int world = 1;              // ranks that train it together
+    int zero = 0;               // what each of them holds but a part of: 0 nothing, 1 the states of
+                                // the optimizer, 2 also the gradients
+    Dtype reduce = Dtype::fp32;  // what gradients are rounded to on their way to other ranks
 };
 constexpr int kRecomputeLevels = 4;  // of GPT2Shape::recompute
+constexpr int kZeroStages = 3;       // of GPT2Shape::zero
 
 // Sizes that the twins choose for themselves.
 struct TwinSizes {
     size_t classifier_rows;    // rows of logits that exist at a time, at most
     size_t attention_scratch;  // numbers that attention works in
     size_t reduce_rows;        // partial sums of a bias or layer norm gradient
+    size_t parameters;         // numbers of the parameters that products read,
+    size_t masters;            // of their float32 copy where those are bf16,
+    size_t gradients;          // of the gradients that it holds,
+    size_t moments;            // and of each moment
 };
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
 
@@ -354,8 +363,9 @@ struct MemoryRow {
 constexpr std::array<Group, 3> kSnapshotGroups = {Group::parameters, Group::first_moments,
                                                   Group::second_moments};
 
-inline size_t snapshot_bytes(const GPT2Config& config) {
-    return kSnapshotGroups.size() * sizeof(real) * allocated_parameters(config);
+// Of groups of so many numbers each.
+inline size_t snapshot_bytes(size_t numbers) {
+    return kSnapshotGroups.size() * sizeof(real) * numbers;
 }
 
 // The number of a snapshot at which one of its groups begins; `numbers` is the size of a group.
@@ -380,15 +390,16 @@ inline const char* activation_group(int index) {
 
 // What the tensors of both tables take, by group: what a twin allocates for them.
 inline std::vector<MemoryRow> tensor_memory(const GPT2Config& config, const GPT2Shape& shape) {
-    size_t numbers = allocated_parameters(config);
+    TwinSizes twin = gpt2_sizes(config, shape);
     std::vector<MemoryRow> rows;
-    if (shape.dtype == Dtype::bf16) rows.push_back({"parameters, bf16", 2 * numbers});
+    if (shape.dtype == Dtype::bf16) rows.push_back({"parameters, bf16", 2 * twin.parameters});
+    size_t exact = shape.dtype == Dtype::fp32 ? twin.parameters : twin.masters;
     if (shape.dtype == Dtype::fp32 || shape.training)
-        rows.push_back({"parameters", sizeof(real) * numbers});
+        rows.push_back({"parameters", sizeof(real) * exact});
     if (shape.training) {
-        rows.push_back({"gradients", sizeof(real) * numbers});
-        rows.push_back({"first moments", sizeof(real) * numbers});
-        rows.push_back({"second moments", sizeof(real) * numbers});
+        rows.push_back({"gradients", sizeof(real) * twin.gradients});
+        rows.push_back({"first moments", sizeof(real) * twin.moments});
+        rows.push_back({"second moments", sizeof(real) * twin.moments});
     }
     ActivationTable table = activation_table(config, shape);
     for (int i = 0; i < kActivationRows; i++) {
@@ -456,6 +467,7 @@ struct GPT2Pass {
     uint64_t seed = 0, step = 0, first_sequence = 0;
     real* logits = nullptr;  // host (B,T,V), written when given
     bool completes = true;   // the last of its step: its backward pass adds up gradients over ranks
+    bool alone = false;      // of this rank only: nothing is added up over ranks
 };
 
 // Decoupled weight decay [Loshchilov & Hutter 2017, arXiv:1711.05101]; step counts from 1.
@@ -493,16 +505,18 @@ size_t gpt2_memory_free();
 std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape);
 
 // Allocates everything, zeroed; throws Error (exit code 1) naming the group and bytes that memory
-// lacked. world ranks of one job each create a model of their own share of the batch, and join.
-GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, int world);
+// lacked. Of a job of several ranks each creates a model of its own share of the batch, and joins.
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank = 0);
 void gpt2_destroy(GPT2* model);
 
 // Several ranks, each with a model of the same configuration, train as one: loss and gradients of a
 // step are summed over all of them by the pass that completes it, so that every rank makes the same
-// update. gpt2_alone says why this program cannot be one of several, or nothing. Each rank selects
-// the device that is its own before anything else asks for one; rank 0 makes an id, which all give
-// to gpt2_join. join and share are called by every rank, and return when all have; share gives the
-// parameters and moments of rank 0 to all. They fail with exit code 1 where a rank is lost.
+// update, or, where the shape shards them, its part of it [Rajbhandari et al. 2020, "ZeRO: Memory
+// Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054]. gpt2_alone says why
+// this program cannot be one of several, or nothing. Each rank selects the device that is its own
+// before anything else asks for one; rank 0 makes an id, which all give to gpt2_join. join and
+// share are called by every rank, and return when all have; share gives the parameters and moments
+// that rank 0 was given by copy_in to all. They fail with exit code 1 where a rank is lost.
 std::string gpt2_alone();
 void gpt2_select_device(int local_rank);
 std::string gpt2_job_id();
@@ -532,13 +546,16 @@ GPT2Stats gpt2_previous_stats(GPT2* model);
 void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits);
 
 // One row of the tensor table, of one layer, to and from host memory (file_rows, cols), in this
-// program's orientation, without padding. A row that is not present cannot be copied.
+// program's orientation, without padding. A row that is not present cannot be copied. Where the
+// shape shards a group, copy_in is for rank 0, before gpt2_share, and copy_out writes zeros for
+// what other ranks hold, and rounded parameters where the float32 ones are elsewhere.
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
 
 // Copies parameters and moments, as the last update left them, to the snapshot that the shape asked
 // for. begin returns at once: passes of the next step run beside the copy, and the update after
-// them waits for its end, as wait does. A whole snapshot stays as it is until the next begin;
+// them waits for its end, as wait does. Where the shape shards a group every rank calls begin, and
+// the snapshot, which rank 0 has, is of all. A whole snapshot stays as it is until the next begin;
 // snapshot_tensor is where one row of one layer of it lies, in host memory, as gpt2_copy_out would
 // write it; any thread may read it.
 void gpt2_snapshot_begin(GPT2* model);

@@ -255,7 +255,7 @@ TEST(Gradient, Classifier) {
 
 // A model with every parameter random, so that nothing is 0 or 1 by its initialisation.
 GPT2Ptr random_model(const GPT2Config& config, const GPT2Shape& shape, unsigned seed = 1) {
-    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(config, shape));
     ParameterTable table = parameter_table(config);
     for (int index = 0; index < kParameterRows; index++) {
         const ParameterRow& row = table[size_t(index)];
@@ -631,7 +631,7 @@ TEST(Model, InitialisationFollowsTheTable) {
     GPT2Config config;
     named_config("tiny", &config);
     config.vocab_size = 1000;
-    GPT2Ptr model(gpt2_create(config, training_shape(1, 8), 0, 1));
+    GPT2Ptr model(gpt2_create(config, training_shape(1, 8)));
     gpt2_initialise(model.get(), 42);
     ParameterTable table = parameter_table(config);
     for (int index = 0; index < kParameterRows; index++) {
@@ -662,7 +662,7 @@ TEST(Model, InitialisationFollowsTheTable) {
 // The loss of a fresh model is near that of a uniform guess.
 TEST(Model, FirstLossIsNearLogV) {
     GPT2Config config = odd_config();
-    GPT2Ptr model(gpt2_create(config, training_shape(3, 17), 0, 1));
+    GPT2Ptr model(gpt2_create(config, training_shape(3, 17)));
     gpt2_initialise(model.get(), 1);
     Batch batch(3, 17, config.vocab_size, 1);
     EXPECT_NEAR(forward_loss(model.get(), batch, 3, 17, GPT2Pass{}), std::log(61), 0.1);
@@ -900,7 +900,7 @@ TEST(Model, OverfitsOneBatch) {
     GPT2Config config;
     named_config("tiny", &config);
     config.vocab_size = 257, config.context = 16, config.channels = 64;
-    GPT2Ptr model(gpt2_create(config, training_shape(2, 16), 0, 1));
+    GPT2Ptr model(gpt2_create(config, training_shape(2, 16)));
     gpt2_initialise(model.get(), 1);
     Batch batch(2, 16, config.vocab_size, 1);
     double loss = 0;
@@ -1050,7 +1050,7 @@ TEST(Model, ASnapshotIsTheModelAsItWasWhenItBegan) {
     GPT2Config config = odd_config();
     GPT2Shape shape = training_shape(2, 8);
     shape.snapshot = true;
-    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(config, shape));
     gpt2_initialise(model.get(), 3);
     Batch batch(2, 8, config.vocab_size, 4);
     auto step = [&](uint64_t number) {
@@ -1125,8 +1125,7 @@ TEST(Model, TooLargeForTheMachineIsSaidBeforeItIsAllocated) {
     GPT2Config config;
     named_config("gpt2-xl", &config);
     config.layers = 900, config.channels = 4096, config.heads = 64;
-    std::string error =
-        error_of([&] { gpt2_destroy(gpt2_create(config, training_shape(1, 64), 0, 1)); });
+    std::string error = error_of([&] { gpt2_destroy(gpt2_create(config, training_shape(1, 64))); });
     EXPECT_EQ(error.substr(0, 18), "1 out of memory: p") << error;
     EXPECT_NE(error.find("a smaller --model would fit"), std::string::npos) << error;
 }
@@ -1228,7 +1227,7 @@ void from_file_order(const ParameterRow& row, const std::vector<double>& file,
 
 // A model that trains, with the fixture's parameters, for `rows` sequences at a time.
 GPT2Ptr fixture_model(const Fixture& fixture, int rows) {
-    GPT2Ptr model(gpt2_create(fixture.config, training_shape(rows, fixture.T), 0, 1));
+    GPT2Ptr model(gpt2_create(fixture.config, training_shape(rows, fixture.T)));
     for_each_tensor(fixture.config,
                     [&](int index, const ParameterRow& row, int layer, std::string name) {
                         std::vector<real> host;

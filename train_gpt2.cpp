@@ -37,8 +37,14 @@ constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gr
 // their gradient; a model that generates sees up to `context` keys.
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
     size_t keys = size_t(shape.generate > 0 ? config.context : shape.T);
-    return {size_t(kClassifierRows), size_t(shape.threads) * 2 * kAttentionRows * keys,
-            size_t(kReduceRows)};
+    size_t numbers = allocated_parameters(config);
+    return {size_t(kClassifierRows),
+            size_t(shape.threads) * 2 * kAttentionRows * keys,
+            size_t(kReduceRows),
+            numbers,
+            numbers,
+            numbers,
+            numbers};
 }
 
 // e^x in a form that compilers turn into vector code. For float: x = n ln2 + r with |r| <= ln2 / 2,
@@ -748,7 +754,7 @@ std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& sh
     size_t largest = 0;
     for (const ParameterRow& row : parameter_table(config))
         largest = std::max(largest, row.file_size());
-    if (shape.snapshot) rows.push_back({"snapshot", snapshot_bytes(config)});
+    if (shape.snapshot) rows.push_back({"snapshot", snapshot_bytes(allocated_parameters(config))});
     rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
     rows.push_back({"program, libraries", kProgramBytes});
     return rows;
@@ -768,7 +774,7 @@ static void check_memory(const GPT2Config& config, const GPT2Shape& shape) {
                  double(needed - free) / 1048576, what_would_fit(config, shape, free).c_str());
 }
 
-GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int) {
     validate(config);
     check_range("--threads", shape.threads, 1, 4096);
     check_range("--batch-size", shape.B, 1, 1 << 24);
@@ -788,7 +794,8 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int, int) {
     for (size_t group = 0; group < (shape.training ? 4u : 1u); group++)
         model->groups[group] = allocate(model->parameters, kGroups[group]);
     if (shape.snapshot)
-        model->snapshot = allocate(snapshot_bytes(config) / sizeof(real), "the snapshot");
+        model->snapshot =
+            allocate(snapshot_bytes(model->parameters) / sizeof(real), "the snapshot");
     size_t numbers = 0, offset = 0;
     for (const ActivationRow& row : model->activation_rows) numbers += row.allocated();
     model->activation_memory = allocate(numbers, "activations");

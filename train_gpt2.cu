@@ -40,7 +40,7 @@ constexpr int kMostChannels = kColumns * kRowThreads;
 constexpr int kMostHeadSize = 128;
 constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
 constexpr int kReduceRows = 1024;      // partial sums of a bias or layer norm gradient
-constexpr int kNormBlocks = 1024;      // partial sums of the global norm
+constexpr int kNormBlocks = 1024;      // partial sums of the global norm, of a bucket
 constexpr size_t kWorkspaceBytes = size_t(32) << 20;  // what NVIDIA advises for cuBLASLt on Hopper
 
 // What kernels use of the hardware beyond CUDA C++: shared memory, tensor cores and copies that go
@@ -2568,27 +2568,33 @@ __global__ void global_norm_kernel(double* partial, const float* gradients, size
 }
 
 // One block adds up the blocks' sums.
-__global__ void global_norm_root_kernel(double* norm, const double* partial, int blocks) {
+__global__ void global_norm_root_kernel(double* squares, const double* partial, int blocks) {
     size_t offset = 0;
     Shared<double> sums = shared_array<double>(offset, kWarp);
     double sum = 0;
     for (int i = int(threadIdx.x); i < blocks; i += int(blockDim.x)) sum += partial[i];
     sum = block_sum_double(sum, sums);
-    if (threadIdx.x == 0) *norm = sqrt(sum);
+    if (threadIdx.x == 0) *squares = sum;
 }
 
-// norm = sqrt(sum of squares) of N gradients, a multiple of kRowAlignment of them, on the device;
-// scratch (kNormBlocks)
-static void global_norm(double* norm, double* scratch, const float* gradients, size_t N,
-                        cudaStream_t stream) {
+// Sums of the squares of N gradients, a multiple of kRowAlignment of them, to at most kNormBlocks
+// numbers of partial. Returns how many.
+static int global_norm_part(double* partial, const float* gradients, size_t N,
+                            cudaStream_t stream) {
     constexpr int kThreads = 256;
     size_t needed = (N / (2 * kWide<float>)+kThreads - 1) / kThreads;
     int blocks = int(std::min({needed, size_t(8 * multiprocessors()), size_t(kNormBlocks)}));
     launch("global_norm", global_norm_kernel, unsigned(blocks), kThreads, kWarp * sizeof(double),
-           stream, scratch, gradients, N);
+           stream, partial, gradients, N);
+    return blocks;
+}
+
+// squares = the square of the norm: the sum of `blocks` numbers of partial, in a fixed order
+static void global_norm(double* squares, const double* partial, int blocks, cudaStream_t stream) {
+    constexpr int kThreads = 256;
     launch("global_norm, root", global_norm_root_kernel, 1u,
            unsigned(std::min(round_up(blocks, kWarp), kThreads)), kWarp * sizeof(double), stream,
-           norm, scratch, blocks);
+           squares, partial, blocks);
 }
 
 // ==== adamw ======================================================================================
@@ -2596,12 +2602,14 @@ static void global_norm(double* norm, double* scratch, const float* gradients, s
 // What the norm and the loss allow the update to do, decided on the device so that the host need
 // not wait for them.
 struct UpdateGate {
-    double loss, norm;
+    double loss, squares;  // of the gradients, summed
+    double norm;
     float grad_scale;
     int apply;  // 0: loss or norm is not finite, and nothing may change
 };
 
 __global__ void update_gate_kernel(UpdateGate* gate, double grad_clip) {
+    gate->norm = sqrt(gate->squares);
     gate->apply = isfinite(gate->norm) && isfinite(gate->loss);
     double scale = grad_clip > 0 ? grad_clip / (gate->norm + 1e-6) : 1;
     gate->grad_scale = float(scale < 1 ? scale : 1);
@@ -2690,15 +2698,75 @@ struct BatchSlot {
     static size_t numbers(size_t BT) { return 5 * BT + 1; }
 };
 
+// Where tensors lie in the memory of a group: in buckets, one for each layer and a last one for
+// those that exist once, because ranks add up gradients, and send each other what they have
+// updated, a bucket at a time. Within a bucket the tensors that decay come first, so that AdamW
+// takes it in two runs. It divides into equal parts, one for each rank, whose bounds every wide
+// load finds aligned.
+struct Layout {
+    struct Bucket {
+        size_t begin = 0, size = 0;  // numbers of a group
+        size_t decayed = 0;          // from its begin on, those that decay
+    };
+    std::vector<Bucket> buckets;
+    std::array<size_t, kParameterRows> places = {};  // of a row in its bucket
+    size_t numbers = 0;                              // of a whole group
+
+    Layout() = default;
+    Layout(const GPT2Config& config, int world) {
+        ParameterTable rows = parameter_table(config);
+        Bucket layer, once;
+        for (bool decays : {true, false}) {
+            for (size_t i = 0; i < kParameterRows; i++) {
+                if (!rows[i].present || rows[i].decays != decays) continue;
+                Bucket& bucket = rows[i].per_layer() ? layer : once;
+                places[i] = bucket.size;
+                bucket.size += aligned(rows[i].size());
+                if (decays) bucket.decayed = bucket.size;
+            }
+        }
+        size_t whole = kRowAlignment * size_t(world);
+        for (int l = 0; l <= config.layers; l++) {
+            Bucket bucket = l < config.layers ? layer : once;
+            bucket.size = (bucket.size + whole - 1) / whole * whole;
+            bucket.begin = numbers;
+            numbers += bucket.size;
+            buckets.push_back(bucket);
+        }
+    }
+    const Bucket& layer() const { return buckets.front(); }  // all of them are alike
+    const Bucket& once() const { return buckets.back(); }
+};
+
+// What a rank holds of a group: all of it, or of each bucket its part.
+static bool shards(const GPT2Shape& shape, Group group) {
+    if (shape.world == 1 || shape.zero == 0) return false;
+    if (group == Group::parameters) return shape.dtype == Dtype::bf16;  // the float32 ones
+    return group != Group::gradients || shape.zero == 2;
+}
+
+// Gradients that are sharded exist whole for the tensors that are there once, which every layer may
+// add to, and for two layers: while one is summed over ranks, backward computes the next.
+constexpr size_t kLayersInFlight = 2;
+
+static size_t gradient_numbers(const Layout& layout, const GPT2Shape& shape) {
+    if (!shards(shape, Group::gradients)) return layout.numbers;
+    size_t layers = layout.buckets.size() - 1;
+    return layout.once().size + layers * layout.layer().size / size_t(shape.world) +
+           kLayersInFlight * layout.layer().size;
+}
+
 // The other ranks of a job: the stream on which sums over them are made, so that the backward pass
-// goes on meanwhile.
+// goes on meanwhile, and updated parameters sent, so that the next forward pass does.
 struct Peers {
 #    ifdef GPT2_NCCL
     ncclComm_t comm = nullptr;
 #    endif
     cudaStream_t stream = nullptr;
-    cudaEvent_t ready = nullptr;   // gradients, to be summed
-    cudaEvent_t summed = nullptr;  // all of a step
+    cudaEvent_t ready = nullptr;   // what is to be sent
+    cudaEvent_t summed = nullptr;  // the gradients of a step, all of them
+    std::array<cudaEvent_t, kLayersInFlight> layer_summed = {};  // where gradients are sharded
+    std::vector<cudaEvent_t> arrived;  // updated parameters, by bucket, where states are sharded
 
     void leave();  // once nothing is under way
     void abort();  // whatever is: nothing waits for a rank any more
@@ -2709,15 +2777,17 @@ struct GPT2 {
     GPT2Shape shape;
     ParameterTable parameter_rows;
     ActivationTable activation_rows;
-    size_t parameters = 0;
+    Layout layout;
     std::vector<void*> allocations;
     std::array<float*, 4> groups = {};  // by Group; parameters are null where only bf16 ones are
     bf16* narrow_parameters = nullptr;  // what products read in bf16
+    bf16* narrow_gradients = nullptr;   // of a bucket, on their way to other ranks
     std::array<void*, kActivationRows> activations = {};
     double* norm_scratch = nullptr;
     UpdateGate* gate = nullptr;
 
     float* snapshot = nullptr;  // pinned
+    float* staging = nullptr;   // a part of another rank, on its way to or from there
     bool snapshot_begun = false;
     cudaEvent_t snapshot_ready = nullptr, snapshot_copied = nullptr;
 
@@ -2728,13 +2798,13 @@ struct GPT2 {
     uint64_t passes = 0, updates = 0;
     UpdateGate* host_gates = nullptr;  // pinned: of two updates in turn, and one asked for
     std::array<cudaEvent_t, 2> gate_copied = {};
-    cudaEvent_t stats_copied = nullptr;
-    std::vector<int> counts;      // of each token
-    std::vector<char> host_copy;  // of a tensor, on its way
-    int B = 0, T = 0;             // of the last forward
+    cudaEvent_t reached = nullptr;  // what the host waits for
+    std::vector<int> counts;        // of each token
+    std::vector<char> host_copy;    // of a tensor, on its way
+    int B = 0, T = 0;               // of the last forward
     GPT2Pass pass;
 
-    int rank = 0, world = 1;
+    int rank = 0;
     Peers peers;
 
     ~GPT2() {
@@ -2752,7 +2822,7 @@ struct GPT2 {
         }
         cudaFreeHost(host_gates);
         cudaFreeHost(snapshot);
-        for (cudaEvent_t event : {snapshot_ready, snapshot_copied, stats_copied})
+        for (cudaEvent_t event : {snapshot_ready, snapshot_copied, reached})
             if (event != nullptr) cudaEventDestroy(event);
         for (cudaEvent_t event : gate_copied)
             if (event != nullptr) cudaEventDestroy(event);
@@ -2767,26 +2837,63 @@ struct GPT2 {
     ParameterPointers<const Float> parameters_of(int l) const {
         const void* memory = narrow_parameters;
         if (memory == nullptr) memory = groups[size_t(Group::parameters)];
-        return pointers(static_cast<const Float*>(memory), l);
+        const Float* all = static_cast<const Float*>(memory);
+        return pointers(all + layout.buckets[size_t(l)].begin, all + layout.once().begin);
     }
     ParameterPointers<float> gradients_of(int l) const {
-        return pointers(groups[size_t(Group::gradients)], l);
+        return pointers(gradients_at(size_t(l)), gradients_at(layout.buckets.size() - 1));
     }
 
     template <class Number>
-    ParameterPointers<Number> pointers(Number* memory, int l) const {
+    ParameterPointers<Number> pointers(Number* layer, Number* once) const {
         ParameterPointers<Number> tensors;
-        size_t offset = 0;
-#    define X(name, ...)                                                                  \
-        {                                                                                 \
-            const ParameterRow& row = parameter_rows[k_##name];                           \
-            size_t layer = row.count > 1 ? size_t(l) * row.size() : 0;                    \
-            if (row.present && memory != nullptr) tensors.name = memory + offset + layer; \
-            offset += row.allocated();                                                    \
+#    define X(name, ...)                                                      \
+        {                                                                     \
+            const ParameterRow& row = parameter_rows[k_##name];               \
+            Number* bucket = row.per_layer() ? layer : once;                  \
+            if (row.present) tensors.name = bucket + layout.places[k_##name]; \
         }
         GPT2_PARAMETER_TABLE(X)
 #    undef X
         return tensors;
+    }
+
+    // This rank's part of a bucket.
+    size_t part_size(size_t bucket) const {
+        return layout.buckets[bucket].size / size_t(shape.world);
+    }
+    size_t part_begin(size_t bucket) const { return size_t(rank) * part_size(bucket); }
+    bool shards_states() const { return shards(shape, Group::first_moments); }
+    bool shards_gradients() const { return shards(shape, Group::gradients); }
+
+    // Where backward writes the gradients of a bucket, and where this rank's part of their sum is.
+    // Sharded ones lie in this order: once, the parts of the layers, the layers in flight.
+    float* gradients_at(size_t bucket) const {
+        float* all = groups[size_t(Group::gradients)];
+        if (!shards_gradients()) return all + layout.buckets[bucket].begin;
+        size_t layers = layout.buckets.size() - 1, size = layout.layer().size;
+        if (bucket == layers) return all;
+        return all + layout.once().size + layers * part_size(0) + bucket % kLayersInFlight * size;
+    }
+    float* gradient_part(size_t bucket) const {
+        if (shards_gradients() && bucket + 1 < layout.buckets.size())
+            return groups[size_t(Group::gradients)] + layout.once().size + bucket * part_size(0);
+        return gradients_at(bucket) + part_begin(bucket);
+    }
+
+    // The numbers of a bucket that this rank updates, and where they are in a group: its part, or
+    // all of them.
+    size_t updated_begin(size_t bucket) const { return shards_states() ? part_begin(bucket) : 0; }
+    size_t updated_size(size_t bucket) const {
+        return shards_states() ? part_size(bucket) : layout.buckets[bucket].size;
+    }
+    float* updated(Group group, size_t bucket) const {
+        if (group == Group::gradients)
+            return shards_states() ? gradient_part(bucket) : gradients_at(bucket);
+        size_t begin = layout.buckets[bucket].begin;
+        bool part = shards(shape, group);
+        return groups[size_t(group)] +
+               (part ? begin / size_t(shape.world) : begin + updated_begin(bucket));
     }
 
     template <class Float>
@@ -2820,25 +2927,52 @@ void with_type(Dtype dtype, F f) {
 
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
     size_t delta = size_t(shape.B) * size_t(shape.T) * size_t(config.heads);
-    return {kClassifierRows, shape.training ? delta : 0, kReduceRows};
+    Layout layout(config, shape.world);
+    auto held = [&](Group group) {
+        return shards(shape, group) ? layout.numbers / size_t(shape.world) : layout.numbers;
+    };
+    return {kClassifierRows,
+            shape.training ? delta : 0,
+            kReduceRows,
+            layout.numbers,
+            held(Group::parameters),
+            gradient_numbers(layout, shape),
+            held(Group::first_moments)};
 }
 
-static std::vector<MemoryRow> memory_beside_tensors(const GPT2Shape& shape) {
+// Numbers of the largest part of a bucket.
+static size_t largest_part(const Layout& layout, const GPT2Shape& shape) {
+    return std::max(layout.layer().size, layout.once().size) / size_t(shape.world);
+}
+
+static size_t sums_bytes(const GPT2Config& config) {
+    return sizeof(UpdateGate) + (size_t(config.layers) + 1) * kNormBlocks * sizeof(double);
+}
+
+static std::vector<MemoryRow> memory_beside_tensors(const GPT2Config& config,
+                                                    const GPT2Shape& shape) {
     size_t BT = size_t(shape.B) * size_t(shape.T);
-    return {{"batches", 2 * BatchSlot::numbers(BT) * sizeof(int)},
-            {"library workspace", kWorkspaceBytes},
-            {"sums", kNormBlocks * sizeof(double) + sizeof(UpdateGate)}};
+    std::vector<MemoryRow> rows = {{"batches", 2 * BatchSlot::numbers(BT) * sizeof(int)},
+                                   {"library workspace", kWorkspaceBytes},
+                                   {"sums", sums_bytes(config)}};
+    Layout layout(config, shape.world);
+    size_t part = largest_part(layout, shape), world = size_t(shape.world);
+    if (shape.world > 1 && shape.training && shape.reduce == Dtype::bf16)
+        rows.push_back({"gradients to send", part * world * sizeof(bf16)});
+    if (shards(shape, Group::first_moments) && shape.snapshot)
+        rows.push_back({"a part to save", part * sizeof(float)});
+    return rows;
 }
 
 std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
     std::vector<MemoryRow> rows = tensor_memory(config, shape);
-    for (const MemoryRow& row : memory_beside_tensors(shape)) rows.push_back(row);
+    for (const MemoryRow& row : memory_beside_tensors(config, shape)) rows.push_back(row);
     return rows;
 }
 
 std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape) {
     if (!shape.snapshot) return {};
-    return {{"snapshot, not on the card", snapshot_bytes(config)}};
+    return {{"snapshot, not on the card", snapshot_bytes(Layout(config, shape.world).numbers)}};
 }
 
 static void require_device();
@@ -2913,20 +3047,20 @@ static void allocate_slots(GPT2* model) {
         check(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming), "event");
         check(cudaEventCreateWithFlags(&slot.read, cudaEventDisableTiming), "event");
     }
-    auto* sums = static_cast<char*>(
-        allocate(model, kNormBlocks * sizeof(double) + sizeof(UpdateGate), "sums"));
-    model->norm_scratch = reinterpret_cast<double*>(sums);
-    model->gate = reinterpret_cast<UpdateGate*>(sums + kNormBlocks * sizeof(double));
+    auto* sums = static_cast<char*>(allocate(model, sums_bytes(model->config), "sums"));
+    model->gate = reinterpret_cast<UpdateGate*>(sums);
+    model->norm_scratch = reinterpret_cast<double*>(sums + sizeof(UpdateGate));
     check(cudaMallocHost(reinterpret_cast<void**>(&model->host_gates), 3 * sizeof(UpdateGate)),
           "pinned memory");
     for (cudaEvent_t& event : model->gate_copied)
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
-    check(cudaEventCreateWithFlags(&model->stats_copied, cudaEventDisableTiming), "event");
+    check(cudaEventCreateWithFlags(&model->reached, cudaEventDisableTiming), "event");
     model->counts.resize(size_t(model->config.vocab_size));
 }
 
+// Moments of a model that was never saved are zeros, where other ranks get them from here too.
 static void allocate_snapshot(GPT2* model) {
-    size_t bytes = snapshot_bytes(model->config);
+    size_t bytes = snapshot_bytes(model->layout.numbers);
     if (cudaMallocHost(reinterpret_cast<void**>(&model->snapshot), bytes) != cudaSuccess) {
         cudaGetLastError();
         fail_machine(
@@ -2934,9 +3068,20 @@ static void allocate_snapshot(GPT2* model) {
             "--background-save off would do without",
             double(bytes) / 1048576);
     }
-    check(cudaStreamCreateWithFlags(&model->snapshot_stream, cudaStreamNonBlocking), "stream");
-    for (cudaEvent_t* event : {&model->snapshot_ready, &model->snapshot_copied})
-        check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+    if (!model->shards_states()) return;
+    memset(model->snapshot, 0, bytes);
+    size_t part = largest_part(model->layout, model->shape);
+    void* memory = allocate(model, part * sizeof(float), "a part to save");
+    model->staging = static_cast<float*>(memory);
+}
+
+// Buffers and events between ranks, which only a job of several has.
+static void allocate_exchange(GPT2* model) {
+    const GPT2Shape& shape = model->shape;
+    if (shape.world == 1 || !shape.training || shape.reduce != Dtype::bf16) return;
+    size_t numbers = largest_part(model->layout, shape) * size_t(shape.world);
+    void* memory = allocate(model, numbers * sizeof(bf16), "gradients to send");
+    model->narrow_gradients = static_cast<bf16*>(memory);
 }
 
 // Where the winners of timed products are kept: XDG_CACHE_HOME, or .cache in the home folder.
@@ -2968,7 +3113,7 @@ static void tune_products(GPT2* model) {
     gpt2_zero_gradients(model);
 }
 
-GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, int world) {
+GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank) {
     validate(config);
     check_range("--batch-size", shape.B, 1, 1 << 24);
     check_range("--sequence-length", shape.T, 1, config.context);
@@ -2984,15 +3129,18 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank, in
     auto model = std::make_unique<GPT2>();
     model->config = config;
     model->shape = shape;
-    model->rank = rank, model->world = world;
+    model->rank = rank;
     model->parameter_rows = parameter_table(config);
     model->activation_rows = activation_table(config, shape);
-    model->parameters = allocated_parameters(config);
-    check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking), "stream");
-    check(cudaStreamCreateWithFlags(&model->copy_stream, cudaStreamNonBlocking), "stream");
+    model->layout = Layout(config, shape.world);
+    for (cudaStream_t* stream : {&model->stream, &model->copy_stream, &model->snapshot_stream})
+        check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "stream");
+    for (cudaEvent_t* event : {&model->snapshot_ready, &model->snapshot_copied})
+        check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
     allocate_tensors(model.get());
     allocate_slots(model.get());
     if (shape.snapshot) allocate_snapshot(model.get());
+    allocate_exchange(model.get());
     check(cudaStreamSynchronize(model->stream), "gpt2_create");  // the copy stream sees zeros too
     ProductOptions options = {shape.tf32, shape.deterministic, worth_tuning(config, shape),
                               product_cache_folder()};
@@ -3006,18 +3154,40 @@ void gpt2_destroy(GPT2* model) { delete model; }
 const GPT2Config& gpt2_config(const GPT2* model) { return model->config; }
 const GPT2Shape& gpt2_shape(const GPT2* model) { return model->shape; }
 
+static size_t bucket_of(const GPT2* model, int row, int layer) {
+    return model->parameter_rows[size_t(row)].per_layer() ? size_t(layer)
+                                                          : model->layout.buckets.size() - 1;
+}
+
 static size_t tensor_offset(const GPT2* model, int row, int layer) {
-    size_t offset = size_t(layer) * model->parameter_rows[size_t(row)].size();
-    for (int i = 0; i < row; i++) offset += model->parameter_rows[size_t(i)].allocated();
-    return offset;
+    size_t bucket = bucket_of(model, row, layer);
+    return model->layout.buckets[bucket].begin + model->layout.places[size_t(row)];
+}
+
+// Waits until the device has nothing to do, and updated parameters have come from every rank.
+static void wait_for_device(const GPT2* model, const char* what);
+
+// What this rank holds of a tensor of a sharded group, and zeros for the rest.
+static void copy_part_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    size_t bucket = bucket_of(model, row, layer), first = model->layout.places[size_t(row)];
+    size_t N = model->parameter_rows[size_t(row)].file_size();
+    size_t part = model->part_begin(bucket), end = part + model->part_size(bucket);
+    std::fill(host, host + N, real(0));
+    size_t from = std::max(first, part), to = std::min(first + N, end);
+    if (from >= to) return;
+    check(cudaMemcpy(host + (from - first), model->updated(group, bucket) + (from - part),
+                     (to - from) * sizeof(float), cudaMemcpyDeviceToHost),
+          "gpt2_copy_out");
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
-    check(cudaStreamSynchronize(model->stream), "gpt2_copy_out");
+    wait_for_device(model, "gpt2_copy_out");
     const float* memory = model->groups[size_t(group)];
-    if (memory != nullptr) {
+    bool sharded = shards(model->shape, group);
+    if (sharded && group != Group::parameters) return copy_part_out(model, group, row, layer, host);
+    if (memory != nullptr && !sharded) {
         check(cudaMemcpy(host, memory + offset, N * sizeof(float), cudaMemcpyDeviceToHost),
               "gpt2_copy_out");
         return;
@@ -3029,16 +3199,22 @@ void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* hos
     for (size_t i = 0; i < N; i++) host[i] = __bfloat162float(narrow[i]);
 }
 
-// Parameters go to the float32 copy and, rounded to nearest, to the bf16 one, where they are.
+// Parameters go to the float32 copy and, rounded to nearest, to the bf16 one, where they are. What
+// is sharded goes to the snapshot, from which gpt2_share takes every rank's part.
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     gpt2_snapshot_wait(model);
-    check(cudaStreamSynchronize(model->stream), "gpt2_copy_in");
+    wait_for_device(model, "gpt2_copy_in");
     float* memory = model->groups[size_t(group)];
-    if (memory != nullptr)
+    if (shards(model->shape, group)) {
+        assert(model->snapshot != nullptr);
+        float* kept = model->snapshot + snapshot_offset(group, model->layout.numbers) + offset;
+        std::copy(host, host + N, kept);
+    } else if (memory != nullptr) {
         check(cudaMemcpy(memory + offset, host, N * sizeof(float), cudaMemcpyHostToDevice),
               "gpt2_copy_in");
+    }
     if (group != Group::parameters || model->narrow_parameters == nullptr) return;
     std::vector<bf16> narrow(N);
     for (size_t i = 0; i < N; i++) narrow[i] = __float2bfloat16_rn(host[i]);
@@ -3064,32 +3240,102 @@ void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {
     for (size_t i = 0; i < buffer.size; i++) host[i] = __bfloat162float(narrow[i]);
 }
 
+static void wait_for(const GPT2* model, cudaEvent_t event, const char* what);
+static void parameters_arrive(const GPT2* model);
+static void gather_snapshot(GPT2* model, Group group);
+
 // The copy has a stream of its own, which begins when the updates so far are done; the next update
 // waits for it on the device, so that the host waits for nothing.
 void gpt2_snapshot_begin(GPT2* model) {
-    assert(model->shape.snapshot);
+    assert(model->shape.snapshot || model->shards_states());
     cudaStream_t stream = model->snapshot_stream;
+    parameters_arrive(model);
     check(cudaEventRecord(model->snapshot_ready, model->stream), "snapshot");
     check(cudaStreamWaitEvent(stream, model->snapshot_ready, 0), "snapshot");
-    for (Group group : kSnapshotGroups)
-        check(cudaMemcpyAsync(model->snapshot + snapshot_offset(group, model->parameters),
-                              model->groups[size_t(group)], model->parameters * sizeof(float),
-                              cudaMemcpyDeviceToHost, stream),
-              "snapshot");
+    for (Group group : kSnapshotGroups) {
+        if (shards(model->shape, group)) gather_snapshot(model, group);
+        else if (model->shape.snapshot)
+            check(
+                cudaMemcpyAsync(model->snapshot + snapshot_offset(group, model->layout.numbers),
+                                model->groups[size_t(group)], model->layout.numbers * sizeof(float),
+                                cudaMemcpyDeviceToHost, stream),
+                "snapshot");
+    }
     check(cudaEventRecord(model->snapshot_copied, stream), "snapshot");
     model->snapshot_begun = true;
 }
 
 void gpt2_snapshot_wait(GPT2* model) {
-    if (model->snapshot_begun) check(cudaEventSynchronize(model->snapshot_copied), "snapshot");
+    if (model->snapshot_begun) wait_for(model, model->snapshot_copied, "snapshot");
 }
 
 const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
-    return model->snapshot + snapshot_offset(group, model->parameters) +
+    return model->snapshot + snapshot_offset(group, model->layout.numbers) +
            tensor_offset(model, row, layer);
 }
 
 // ==== ranks ======================================================================================
+
+// Eight numbers a thread, in 128-bit accesses: reads 4 N bytes and writes 2 N.
+__global__ void narrow_numbers_kernel(bf16* out, const float* inp, size_t N) {
+    constexpr int Width = kWide<float>;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2 * Width;
+    if (i >= N) return;
+    float values[2 * Width];
+    load_pack<float, Width>(values, inp + i);
+    load_pack<float, Width>(values + Width, inp + i + Width);
+    store_pack<bf16, 2 * Width>(out + i, values);
+}
+
+// The same the other way. Reads 2 N bytes, or 4 N, and writes 4 N; with `add` it reads those too.
+template <class Float>
+__global__ void widen_numbers_kernel(float* out, const Float* inp, size_t N, bool add) {
+    constexpr int Width = kWide<Float>, Half = kWide<float>;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
+    if (i >= N) return;
+    float values[Width], before[Half];
+    load_pack<Float, Width>(values, inp + i);
+#    pragma unroll
+    for (int k = 0; k < Width; k += Half) {
+        if (add) {
+            load_pack<float, Half>(before, out + i + k);
+#    pragma unroll
+            for (int j = 0; j < Half; j++) values[k + j] += before[j];
+        }
+        store_pack<float, Half>(out + i + k, values + k);
+    }
+}
+
+// out = inp (N), a multiple of kRowAlignment, rounded to nearest
+static void narrow_numbers(bf16* out, const float* inp, size_t N, cudaStream_t stream) {
+    launch("narrow_numbers", narrow_numbers_kernel,
+           pack_blocks<float, 2 * kWide<float>>(N, kPackThreads), kPackThreads, 0, stream, out, inp,
+           N);
+}
+
+// out = inp or, with `add`, out += inp (N), a multiple of kRowAlignment
+template <class Float>
+void widen_numbers(float* out, const Float* inp, size_t N, bool add, cudaStream_t stream) {
+    launch("widen_numbers", widen_numbers_kernel<Float>,
+           pack_blocks<Float, kWide<Float>>(N, kPackThreads), kPackThreads, 0, stream, out, inp, N,
+           add);
+}
+
+// The next kernels wait until the updated parameters of a bucket have come from all ranks.
+static void bucket_arrives(const GPT2* model, size_t bucket) {
+    if (!model->peers.arrived.empty())
+        check(cudaStreamWaitEvent(model->stream, model->peers.arrived[bucket], 0), "parameters");
+}
+
+static void parameters_arrive(const GPT2* model) {
+    for (size_t b = 0; b < model->layout.buckets.size(); b++) bucket_arrives(model, b);
+}
+
+static void wait_for_device(const GPT2* model, const char* what) {
+    parameters_arrive(model);
+    check(cudaEventRecord(model->reached, model->stream), what);
+    wait_for(model, model->reached, what);
+}
 
 #    ifdef GPT2_NCCL
 
@@ -3114,7 +3360,8 @@ void Peers::abort() {
 void Peers::leave() {
     if (stream != nullptr) cudaStreamSynchronize(stream);
     if (comm != nullptr) ncclCommDestroy(comm);
-    for (cudaEvent_t event : {ready, summed})
+    for (cudaEvent_t event : arrived) cudaEventDestroy(event);
+    for (cudaEvent_t event : {ready, summed, layer_summed[0], layer_summed[1]})
         if (event != nullptr) cudaEventDestroy(event);
     if (stream != nullptr) cudaStreamDestroy(stream);
 }
@@ -3139,56 +3386,161 @@ void gpt2_join(GPT2* model, const std::string& bytes) {
     memcpy(id.internal, bytes.data(), bytes.size());
     Peers& peers = model->peers;
     check(cudaStreamCreateWithFlags(&peers.stream, cudaStreamNonBlocking), "stream");
-    for (cudaEvent_t* event : {&peers.ready, &peers.summed})
+    auto create = [](cudaEvent_t* event) {
         check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
-    check(ncclCommInitRank(&peers.comm, model->world, id, model->rank), "ncclCommInitRank");
+    };
+    for (cudaEvent_t* event : {&peers.ready, &peers.summed}) create(event);
+    for (cudaEvent_t& event : peers.layer_summed) create(&event);
+    if (model->shards_states()) peers.arrived.resize(model->layout.buckets.size());
+    for (cudaEvent_t& event : peers.arrived) create(&event);
+    check(ncclCommInitRank(&peers.comm, model->shape.world, id, model->rank), "ncclCommInitRank");
 }
+
+// What the peers' stream does next comes after what the model's stream was given so far.
+static void peers_follow(GPT2* model, const char* what) {
+    check(cudaEventRecord(model->peers.ready, model->stream), what);
+    check(cudaStreamWaitEvent(model->peers.stream, model->peers.ready, 0), what);
+}
+
+// One part of a bucket between rank 0, in whose snapshot it has its place, and the rank that holds
+// it; other ranks have no part in it.
+static void exchange_part(GPT2* model, Group group, size_t bucket, int holder, bool to_snapshot) {
+    const char* what = "the parts of the optimizer";
+    ncclComm_t comm = model->peers.comm;
+    cudaStream_t stream = model->snapshot_stream;
+    size_t N = model->part_size(bucket);
+    float* held = model->updated(group, bucket);
+    if (model->rank > 0) {
+        if (holder != model->rank) return;
+        if (to_snapshot) check(ncclSend(held, N, ncclFloat32, 0, comm, stream), what);
+        else check(ncclRecv(held, N, ncclFloat32, 0, comm, stream), what);
+        return;
+    }
+    if (holder > 0) held = model->staging;
+    float* kept = model->snapshot + snapshot_offset(group, model->layout.numbers) +
+                  model->layout.buckets[bucket].begin + size_t(holder) * N;
+    if (to_snapshot) {
+        if (holder > 0) check(ncclRecv(held, N, ncclFloat32, holder, comm, stream), what);
+        check(cudaMemcpyAsync(kept, held, N * sizeof(float), cudaMemcpyDeviceToHost, stream), what);
+    } else {
+        check(cudaMemcpyAsync(held, kept, N * sizeof(float), cudaMemcpyHostToDevice, stream), what);
+        if (holder > 0) check(ncclSend(held, N, ncclFloat32, holder, comm, stream), what);
+    }
+}
+
+// The parts of all ranks to or from the snapshot of rank 0.
+static void exchange_parts(GPT2* model, Group group, bool to_snapshot) {
+    for (size_t bucket = 0; bucket < model->layout.buckets.size(); bucket++)
+        for (int holder = 0; holder < model->shape.world; holder++)
+            exchange_part(model, group, bucket, holder, to_snapshot);
+}
+
+static void gather_snapshot(GPT2* model, Group group) { exchange_parts(model, group, true); }
 
 void gpt2_share(GPT2* model) {
     Peers& peers = model->peers;
     gpt2_snapshot_wait(model);
-    check(cudaEventRecord(peers.ready, model->stream), "gpt2_share");
-    check(cudaStreamWaitEvent(peers.stream, peers.ready, 0), "gpt2_share");
+    parameters_arrive(model);
+    peers_follow(model, "gpt2_share");
+    check(cudaStreamWaitEvent(model->snapshot_stream, peers.ready, 0), "gpt2_share");
     auto share = [&](void* memory, size_t bytes) {
         if (memory == nullptr) return;
         check(ncclBroadcast(memory, memory, bytes, ncclUint8, 0, peers.comm, peers.stream),
               "gpt2_share");
     };
-    for (Group group : {Group::parameters, Group::first_moments, Group::second_moments})
-        share(model->groups[size_t(group)], model->parameters * sizeof(float));
-    share(model->narrow_parameters, model->parameters * sizeof(bf16));
+    for (Group group : kSnapshotGroups) {
+        if (shards(model->shape, group)) exchange_parts(model, group, false);
+        else share(model->groups[size_t(group)], model->layout.numbers * sizeof(float));
+    }
+    share(model->narrow_parameters, model->layout.numbers * sizeof(bf16));
+    check(cudaEventRecord(model->snapshot_copied, model->snapshot_stream), "gpt2_share");
+    check(cudaStreamWaitEvent(peers.stream, model->snapshot_copied, 0), "gpt2_share");
     check(cudaEventRecord(peers.summed, peers.stream), "gpt2_share");
     check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "gpt2_share");
     wait_for(model, peers.summed, "gpt2_share");
 }
 
-// dweight = sum over ranks of dweight, in place, of the tensors of layer l, or, for l < 0, of those
-// that exist once; then the loss too. They are finished on the model's stream, and nothing there
-// writes to them again before the update, so that the sums overlap with the rest of the backward
-// pass. Each rank sends and gets 2 (world - 1) / world of their bytes.
-static void sum_over_ranks(GPT2* model, int l) {
+// Gradients of a bucket on their way: sums over ranks, in place, of this rank's part, or of all of
+// it where every rank updates all of it.
+static void reduce_bucket(GPT2* model, size_t bucket, ncclDataType_t type, void* numbers,
+                          size_t width) {
     Peers& peers = model->peers;
-    if (peers.comm == nullptr || !model->pass.completes) return;
-    check(cudaEventRecord(peers.ready, model->stream), "gradients");
-    check(cudaStreamWaitEvent(peers.stream, peers.ready, 0), "gradients");
+    size_t size = model->layout.buckets[bucket].size, part = model->part_size(bucket);
+    if (!model->shards_states())
+        return check(ncclAllReduce(numbers, numbers, size, type, ncclSum, peers.comm, peers.stream),
+                     "gradients");
+    void* sums = static_cast<char*>(numbers) + model->part_begin(bucket) * width;
+    check(ncclReduceScatter(numbers, sums, part, type, ncclSum, peers.comm, peers.stream),
+          "gradients");
+}
+
+// dweight = sum over ranks of dweight, in place, of the tensors of a bucket, once the pass that
+// completes a step has them; with the last bucket the loss too. They are finished on the model's
+// stream, and nothing there writes to them again before the update, so that the sums overlap with
+// the rest of the backward pass. Sharded gradients of a layer are summed in every pass, and added
+// to this rank's part: their memory is needed again for the layer two before it. Each rank sends
+// and gets 2 (world - 1) / world of their bytes, or half of that where it updates a part.
+static void sum_over_ranks(GPT2* model, size_t bucket) {
+    Peers& peers = model->peers;
+    bool layer = bucket + 1 < model->layout.buckets.size();
+    bool adds = layer && model->shards_gradients();
+    if (peers.comm == nullptr || model->pass.alone || !(model->pass.completes || adds)) return;
+    peers_follow(model, "gradients");
+    float* gradients = model->gradients_at(bucket);
+    bf16* narrow = model->narrow_gradients;
+    size_t size = model->layout.buckets[bucket].size;
+    if (narrow != nullptr) narrow_numbers(narrow, gradients, size, peers.stream);
     check(ncclGroupStart(), "gradients");
-    float* offset = model->groups[size_t(Group::gradients)];
-    for (const ParameterRow& row : model->parameter_rows) {
-        float* gradients = offset + size_t(std::max(l, 0)) * row.size();
-        offset += row.allocated();
-        if (row.size() == 0 || row.per_layer() != (l >= 0)) continue;
-        check(ncclAllReduce(gradients, gradients, row.size(), ncclFloat32, ncclSum, peers.comm,
-                            peers.stream),
-              "gradients");
-    }
-    if (l < 0) {
+    if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
+    else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
+    if (!layer) {
         double* loss = &model->gate->loss;
         check(ncclAllReduce(loss, loss, 1, ncclFloat64, ncclSum, peers.comm, peers.stream), "loss");
     }
     check(ncclGroupEnd(), "gradients");
-    if (l >= 0) return;
+    size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
+    float* sums = model->updated(Group::gradients, bucket);
+    if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
+    else if (adds) widen_numbers(sums, gradients + first, N, true, peers.stream);
+    if (adds)
+        check(cudaEventRecord(peers.layer_summed[bucket % kLayersInFlight], peers.stream),
+              "gradients");
+    if (layer) return;
     check(cudaEventRecord(peers.summed, peers.stream), "gradients");
     check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "gradients");
+}
+
+// The squares of all ranks' parts.
+static void sum_squares_over_ranks(GPT2* model) {
+    Peers& peers = model->peers;
+    if (peers.comm == nullptr) return;
+    peers_follow(model, "the norm");
+    double* squares = &model->gate->squares;
+    check(ncclAllReduce(squares, squares, 1, ncclFloat64, ncclSum, peers.comm, peers.stream),
+          "the norm");
+    check(cudaEventRecord(peers.summed, peers.stream), "the norm");
+    check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "the norm");
+}
+
+// Where states are sharded, every rank's updated part of a bucket to all, while the model's stream
+// goes on: what reads the bucket waits for it. Each rank sends and gets (world - 1) / world of it.
+static void send_parameters(GPT2* model, size_t bucket) {
+    Peers& peers = model->peers;
+    if (peers.comm == nullptr || !model->shards_states()) return;
+    peers_follow(model, "parameters");
+    size_t begin = model->layout.buckets[bucket].begin, part = model->part_size(bucket);
+    size_t mine = begin + model->part_begin(bucket);
+    float* exact = model->groups[size_t(Group::parameters)];
+    bf16* narrow = model->narrow_parameters;
+    if (narrow != nullptr)
+        check(ncclAllGather(narrow + mine, narrow + begin, part, ncclBfloat16, peers.comm,
+                            peers.stream),
+              "parameters");
+    else
+        check(
+            ncclAllGather(exact + mine, exact + begin, part, ncclFloat32, peers.comm, peers.stream),
+            "parameters");
+    check(cudaEventRecord(peers.arrived[bucket], peers.stream), "parameters");
 }
 
 #    else
@@ -3199,7 +3551,10 @@ void Peers::leave() {}
 void Peers::abort() {}
 void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
 void gpt2_share(GPT2*) {}
-static void sum_over_ranks(GPT2*, int) {}
+static void gather_snapshot(GPT2*, Group) {}
+static void sum_over_ranks(GPT2*, size_t) {}
+static void sum_squares_over_ranks(GPT2*) {}
+static void send_parameters(GPT2*, size_t) {}
 static void wait_for(const GPT2*, cudaEvent_t event, const char* what) {
     check(cudaEventSynchronize(event), what);
 }
@@ -3331,7 +3686,9 @@ static void model_forward(GPT2* model, const int* inputs, const int* targets) {
     auto p = model->parameters_of<Float>(0);
     auto a = model->activations_of<Float>(0);
     int B = model->B, T = model->T, C = config.channels;
+    bucket_arrives(model, model->layout.buckets.size() - 1);
     encoder_forward(a.encoded, inputs, p.wte, p.wpe, B, T, C, model->stream);
+    bucket_arrives(model, 0);
     Dropout dropout = model->dropout(RandomUse::encoder, 0);
     if (dropout.probability > 0)
         dropout_forward(a.encoded, a.encoded, dropout, B, T, C, model->stream);
@@ -3340,6 +3697,7 @@ static void model_forward(GPT2* model, const int* inputs, const int* targets) {
     const Float* residual = a.encoded;
     for (int l = 0; l < config.layers; l++) {
         attention_half_forward(model, residual, l, B, T);
+        if (l + 1 < config.layers) bucket_arrives(model, size_t(l) + 1);
         mlp_half_forward<Float>(model, l, B, T);
         residual = model->activations_of<Float>(l).residual3;
     }
@@ -3423,6 +3781,7 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
     assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
     assert(n >= 1 && position >= 0 && position + n <= model->config.context);
     model->pass = GPT2Pass{};
+    parameters_arrive(model);
     with_type(model->shape.dtype,
               [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
 }
@@ -3462,6 +3821,17 @@ static void block_recompute(GPT2* model, const Float* inp, int l) {
     if (level >= 1) gelu_forward(a.fch_gelu, a.fch, size_t(BT) * size_t(F), model->stream);
 }
 
+// Sharded gradients of a layer begin at zero in every pass, in the memory of an earlier layer's,
+// which must have been summed over ranks before.
+static void begin_layer_gradients(GPT2* model, int l) {
+    if (!model->shards_gradients()) return;
+    cudaEvent_t summed = model->peers.layer_summed[size_t(l) % kLayersInFlight];
+    if (summed != nullptr) check(cudaStreamWaitEvent(model->stream, summed, 0), "gpt2_backward");
+    check(cudaMemsetAsync(model->gradients_at(size_t(l)), 0,
+                          model->layout.layer().size * sizeof(float), model->stream),
+          "gpt2_backward");
+}
+
 // forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
 // a.dresidual is the gradient of residual3 on entry and of inp on exit.
 template <class Float>
@@ -3473,6 +3843,7 @@ static void block_backward(GPT2* model, const Float* inp, int l) {
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
     Products& products = *model->products;
     cudaStream_t stream = model->stream;
+    begin_layer_gradients(model, l);
     block_recompute(model, inp, l);
 
     const Float* dbranch = branch_gradient<Float>(model, RandomUse::mlp_projection, l);
@@ -3510,13 +3881,13 @@ static void model_backward(GPT2* model) {
     for (int l = L - 1; l >= 0; l--) {
         const Float* inp = l == 0 ? a.encoded : model->activations_of<Float>(l - 1).residual3;
         block_backward(model, inp, l);
-        sum_over_ranks(model, l);
+        sum_over_ranks(model, size_t(l));
     }
     const BatchSlot& slot = model->slot();
     const int *tokens = slot.device + 2 * BT, *starts = tokens + BT, *places = starts + BT + 1;
     encoder_backward(d.wte, d.wpe, branch_gradient<Float>(model, RandomUse::encoder, 0),
                      TokenBuckets{tokens, starts, places, slot.different}, B, T, C, model->stream);
-    sum_over_ranks(model, -1);
+    sum_over_ranks(model, model->layout.buckets.size() - 1);
 }
 
 void gpt2_backward(GPT2* model) {
@@ -3532,31 +3903,54 @@ void gpt2_zero_gradients(GPT2* model) {
           "gpt2_zero_gradients");
     if (!model->shape.training) return;
     check(cudaMemsetAsync(model->groups[size_t(Group::gradients)], 0,
-                          model->parameters * sizeof(float), model->stream),
+                          gradient_numbers(model->layout, model->shape) * sizeof(float),
+                          model->stream),
           "gpt2_zero_gradients");
 }
 
+// gate->squares = sum of squares of all gradients: of this rank's parts, and so of all ranks'
+static void sum_squares(GPT2* model) {
+    int blocks = 0;
+    for (size_t b = 0; b < model->layout.buckets.size(); b++)
+        blocks += global_norm_part(model->norm_scratch + blocks, model->gradient_part(b),
+                                   model->part_size(b), model->stream);
+    global_norm(&model->gate->squares, model->norm_scratch, blocks, model->stream);
+    sum_squares_over_ranks(model);
+}
+
+// AdamW over what this rank updates of a bucket: the tensors that decay, then the others.
+template <class Float>
+static void update_bucket(GPT2* model, size_t b, const AdamW& adamw) {
+    const Layout::Bucket& bucket = model->layout.buckets[b];
+    size_t first = model->updated_begin(b), end = first + model->updated_size(b);
+    for (bool decays : {true, false}) {
+        size_t from = std::max(first, decays ? 0 : bucket.decayed);
+        size_t to = std::min(end, decays ? bucket.decayed : bucket.size);
+        if (from >= to) continue;
+        auto in = [&](Group group) { return model->updated(group, b) + (from - first); };
+        Float* narrow = nullptr;
+        if constexpr (sizeof(Float) == 2) narrow = model->narrow_parameters + bucket.begin + from;
+        adamw_update(in(Group::parameters), narrow, in(Group::first_moments),
+                     in(Group::second_moments), in(Group::gradients), to - from, adamw,
+                     decays ? adamw.weight_decay : 0, model->gate, model->stream);
+    }
+}
+
 // Norm, gate and AdamW follow each other on the device, and the stats of the step on their way to
-// the host: nothing here waits.
+// the host: nothing here waits. Forward needs the tensors that exist once first, then the layers
+// from the first on: so are they updated, and sent.
 void gpt2_update(GPT2* model, const AdamW& adamw) {
-    auto [params, grads, m, v] = model->groups;
     cudaStream_t stream = model->stream;
-    global_norm(&model->gate->norm, model->norm_scratch, grads, model->parameters, stream);
+    sum_squares(model);
     launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream, model->gate, adamw.grad_clip);
     if (model->snapshot_begun)  // what it copies is about to change
         check(cudaStreamWaitEvent(stream, model->snapshot_copied, 0), "gpt2_update");
-    size_t offset = 0;
-    for (const ParameterRow& row : model->parameter_rows) {
-        size_t N = row.allocated();
-        if (N == 0) continue;
-        double weight_decay = row.decays ? adamw.weight_decay : 0;
-        if (model->narrow_parameters != nullptr)
-            adamw_update(params + offset, model->narrow_parameters + offset, m + offset, v + offset,
-                         grads + offset, N, adamw, weight_decay, model->gate, stream);
-        else
-            adamw_update(params + offset, static_cast<float*>(nullptr), m + offset, v + offset,
-                         grads + offset, N, adamw, weight_decay, model->gate, stream);
-        offset += N;
+    size_t buckets = model->layout.buckets.size();
+    for (size_t i = 0; i < buckets; i++) {
+        size_t bucket = (i + buckets - 1) % buckets;
+        with_type(model->shape.dtype,
+                  [&]<class Float>() { update_bucket<Float>(model, bucket, adamw); });
+        send_parameters(model, bucket);
     }
     size_t turn = model->updates++ % 2;
     check(cudaMemcpyAsync(&model->host_gates[turn], model->gate, sizeof(UpdateGate),
@@ -3570,8 +3964,8 @@ GPT2Stats gpt2_stats(GPT2* model) {
     check(cudaMemcpyAsync(now, model->gate, sizeof(UpdateGate), cudaMemcpyDeviceToHost,
                           model->stream),
           "gpt2_stats");
-    check(cudaEventRecord(model->stats_copied, model->stream), "gpt2_stats");
-    wait_for(model, model->stats_copied, "gpt2_stats");
+    check(cudaEventRecord(model->reached, model->stream), "gpt2_stats");
+    wait_for(model, model->reached, "gpt2_stats");
     return {now->loss, now->norm};
 }
 

@@ -131,7 +131,8 @@ struct TrainOptions {
     bool overfit_one_batch = false;
     std::string out, resume = "auto", repeat;
     int gpus = 0;  // processes to start on this machine; 0: only this one, or a launcher's
-    std::string rendezvous;
+    int zero = 0;  // what each rank holds but a part of: see GPT2Shape
+    std::string reduce = "fp32", rendezvous;
     double timeout_s = 60;               // until a rank without progress is taken for lost
     std::vector<std::string> arguments;  // as they were typed, for the log
     FILE* screen = stdout;               // where progress is shown
@@ -1510,12 +1511,11 @@ class Saver {
     void begin(Checkpoint checkpoint) {
         wait();
         content_ = std::move(checkpoint);
+        take_snapshot();
         handed_over_ = !o_.background;
-        if (!o_.background) return save_now();
-        content_->tensors = [model = model_](Group group, int row, int layer) {
-            return gpt2_snapshot_tensor(model, group, row, layer);
-        };
-        gpt2_snapshot_begin(model_);
+        if (o_.background) return;
+        gpt2_snapshot_wait(model_);
+        save_now();
     }
 
     // To be called when the step after begin() was launched.
@@ -1543,8 +1543,17 @@ class Saver {
     void finish(Checkpoint checkpoint) {
         wait();
         content_ = std::move(checkpoint);
+        take_snapshot();
+        gpt2_snapshot_wait(model_);
         for (save_now(); failures_ > 0; save_now())
             std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
+    }
+
+    // Forgets a save that failed: the run goes back to before it.
+    void give_up() {
+        wait();
+        content_.reset();
+        failures_ = 0;
     }
 
     // Until no save is at work.
@@ -1561,6 +1570,15 @@ class Saver {
 
   private:
     static constexpr int kTries = 3;
+
+    // The content is the snapshot's, where the model has one.
+    void take_snapshot() {
+        if (!gpt2_shape(model_).snapshot) return;
+        content_->tensors = [model = model_](Group group, int row, int layer) {
+            return gpt2_snapshot_tensor(model, group, row, layer);
+        };
+        gpt2_snapshot_begin(model_);
+    }
 
     std::string save() {
         double begin_s = now_s();
@@ -1747,14 +1765,20 @@ inline bool chooses_snapshot(const TrainOptions& o, const GPT2Config& config, GP
            (machine == 0 || total_bytes(gpt2_host_memory(config, shape)) <= machine);
 }
 
-// The shape of the model that trains: with a cache for one sequence when it also samples.
+// The shape of the model that trains on one of `world` ranks: with a cache for one sequence when it
+// also samples. Where states are sharded the snapshot is what they are saved from.
 inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
-                                bool samples) {
+                                bool samples, int world) {
     GPT2Shape shape = choose_shape(o.compute);
+    shape.world = world;
+    if (world > 1) {
+        shape.zero = o.zero;
+        shape.reduce = o.reduce == "bf16" ? Dtype::bf16 : Dtype::fp32;
+    }
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = samples && o.sample_every > 0 ? 1 : 0;
     shape.recompute = choose_recompute(o.recompute, config, shape, gpt2_memory_free());
-    shape.snapshot = chooses_snapshot(o, config, shape);
+    shape.snapshot = shape.zero > 0 || chooses_snapshot(o, config, shape);
     return shape;
 }
 
@@ -1845,10 +1869,11 @@ class Training {
         prepare_model();
         if (leads()) {
             log_.emplace(folder_.out, state_.step);
-            Saver::Options saving = {folder_.out,
-                                     {o_.keep, o_.keep_every},
-                                     gpt2_shape(model_.get()).snapshot,
-                                     o_.save_retry_s};
+            Saver::Options saving = {
+                folder_.out,
+                {o_.keep, o_.keep_every},
+                gpt2_shape(model_.get()).snapshot && o_.background_save != "off",
+                o_.save_retry_s};
             saver_.emplace(saving, model_.get(), [this] {
                 folder_.lock->renew();
                 log_->sync();
@@ -1972,11 +1997,11 @@ class Training {
 
     void prepare_model() {
         bool samples = data_.tokenizer.has_value();
-        GPT2Shape shape = training_shape(o_, choice_.config, T_, samples);
+        GPT2Shape shape = training_shape(o_, choice_.config, T_, samples, world_);
         shape.snapshot = shape.snapshot && leads();
         const char* dtype = dtype_name(shape.dtype);
         leader_first("the model", [&] {  // the others find the products that it has timed
-            model_.reset(gpt2_create(choice_.config, shape, rank_, world_));
+            model_.reset(gpt2_create(choice_.config, shape, rank_));
         });
         if (!leads()) {
             // what rank 0 has comes below
@@ -2106,6 +2131,11 @@ inline std::string describe_computing(const GPT2Shape& shape) {
     std::string text = dtype_name(shape.dtype);
     if (shape.tf32 && shape.dtype == Dtype::fp32) text += " with tf32 products";
     if (!shape.deterministic) text += ", not deterministic";
+    if (shape.reduce == Dtype::bf16) text += ", gradients summed in bf16";
+    if (shape.zero > 0)
+        text += format(", %s sharded over %d ranks",
+                       shape.zero == 2 ? "gradients and optimizer states" : "optimizer states",
+                       shape.world);
     return text + format(", recompute level %d", shape.recompute);
 }
 
@@ -2205,12 +2235,14 @@ inline void Training::compare_ranks() {
     std::vector<NamedText> list = {{"the program", std::string(gpt2_program())},
                                    {"its version", gpt2_version()}};
     for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
-    GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value());
+    GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value(), world_);
     shape.recompute = 0;  // each rank as much as its memory asks for
     ordered_json settings = run_settings(o_, goal_, shape);
     for (const auto& [key, value] : settings.items()) list.push_back({key, value.dump()});
     list.push_back({"evaluation", format("every %zu steps, %zu batches, %zu windows", o_.eval_every,
                                          o_.eval_batches, count_tokens(data_.val))});
+    list.push_back(
+        {"what is sharded", format("--zero %d, --reduce %s", o_.zero, o_.reduce.c_str())});
     list.push_back(
         {"samples and saves", format("every %zu and %zu steps", o_.sample_every, o_.save_every)});
     link_.all_equal("the options", std::move(list), kPatience_s);
@@ -2375,7 +2407,7 @@ inline ordered_json Training::diagnose(const LaunchedStep& bad) {
     fetch_batches();
     size_t batch = size_t(o_.batch_size) * size_t(T_);
     GPT2Pass pass;
-    pass.training = true, pass.seed = o_.seed, pass.step = bad.step - 1;
+    pass.training = true, pass.alone = true, pass.seed = o_.seed, pass.step = bad.step - 1;
     pass.loss_scale = 1 / double(targets_.size());
     gpt2_zero_gradients(model_.get());
     for (int m = 0; m < micro_batches_; m++) {
@@ -2462,7 +2494,7 @@ inline bool Training::roll_back() {
     link_.rest();
     std::string checkpoint;
     if (leads()) {
-        saver_->wait();
+        saver_->give_up();
         checkpoint = latest_checkpoint(folder_.out);
     }
     checkpoint = link_.broadcast("the checkpoint to go back to", checkpoint, kPatience_s);
@@ -2607,6 +2639,7 @@ inline void Training::sample() {
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
     link_.rest();
+    if (!saver_ && gpt2_shape(model_.get()).zero > 0) gpt2_snapshot_begin(model_.get());
     if (!saver_) return;
     state_.elapsed_s = elapsed_s();
     state_.finished = last;

@@ -272,7 +272,7 @@ bool compare_steps() {
     GPT2Config config;
     GPT2Shape shape;
     shape.B = B, shape.T = T, shape.training = true, shape.threads = threads();
-    GPT2Ptr own(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr own(gpt2_create(config, shape));
     gpt2_initialise(own.get(), 1);
     PlainModel plain(config, B, T);
     plain.copy_parameters(own.get());

@@ -25,7 +25,7 @@ class Bench {
     explicit Bench(const std::string& out) : out_(out), tokens_(BT + 1) {
         shape_.B = B, shape_.T = T, shape_.training = true, shape_.snapshot = true;
         shape_.threads = omp_get_max_threads();
-        model_.reset(gpt2_create(config_, shape_, 0, 1));
+        model_.reset(gpt2_create(config_, shape_));
         gpt2_initialise(model_.get(), 1);
         for (size_t i = 0; i < tokens_.size(); i++)
             tokens_[i] =

@@ -81,12 +81,13 @@ static void check_untouched() {
 static void check_gate(double loss, double norm, double grad_clip, bool apply, double scale) {
     checks.label = format("update_gate loss %g norm %g clip %g", loss, norm, grad_clip);
     UpdateGate before = {};
-    before.loss = loss, before.norm = norm;
+    before.loss = loss, before.squares = norm * norm;
     Device<UpdateGate> gate(std::vector<UpdateGate>{before});
     launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream(), static_cast<UpdateGate*>(gate),
            grad_clip);
     UpdateGate after = gate.copy_out()[0];
     expect_equal("whether to apply", {double(after.apply)}, {apply ? 1. : 0.});
+    if (std::isfinite(norm)) expect_equal("norm", {after.norm}, {std::sqrt(norm * norm)});
     if (apply) expect_equal("scale", {double(after.grad_scale)}, {double(float(scale))});
 }
 

@@ -53,7 +53,7 @@ constexpr Group kStored[] = {Group::parameters, Group::first_moments, Group::sec
 inline GPT2Ptr model_of(const GPT2Config& config) {
     GPT2Shape shape;
     shape.training = true;
-    return GPT2Ptr(gpt2_create(config, shape, 0, 1));
+    return GPT2Ptr(gpt2_create(config, shape));
 }
 
 // Visits every tensor that a model has: visit(row's index, row, layer).

@@ -930,7 +930,7 @@ TEST_F(Cuda, ThePlanIsWhatIsTaken) {
         GPT2Shape shape = training_shape(4, 128);
         shape.recompute = recompute, shape.generate = 1;
         size_t before = gpt2_memory_free(), planned = total_bytes(gpt2_memory(config, shape));
-        GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+        GPT2Ptr model(gpt2_create(config, shape));
         size_t taken = before - gpt2_memory_free();
         EXPECT_NEAR(double(taken), double(planned), 0.002 * double(planned)) << recompute;
     }

@@ -230,7 +230,7 @@ TEST(Plan, AddsUpToWhatTheTwinAllocates) {
             GPT2Config config = default_config();
             config.vocab_size = 1000;
             GPT2Shape shape = test_shape(3, 17, training, generate);
-            size_t parameters = allocated_parameters(config), narrow = 0, exact = 0;
+            size_t parameters = gpt2_sizes(config, shape).parameters, narrow = 0, exact = 0;
             for (const ActivationRow& row : activation_table(config, shape))
                 (row.narrow ? narrow : exact) += row.allocated();
             exact += parameters * (training ? 4 : 1);
@@ -641,7 +641,7 @@ TEST(Run, TargetsAcrossDocumentsHaveNoLossAndNoGradient) {
     auto gradient = [&](std::vector<int> of, double* loss) {
         for (size_t b = 0; b < 2; b++) separate_documents(&inputs[b * T], &of[b * T], T, kEnd);
         EXPECT_EQ(std::count(of.begin(), of.end(), kIgnore), 3);
-        GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+        GPT2Ptr model(gpt2_create(config, shape));
         gpt2_initialise(model.get(), 1);
         GPT2Pass pass;
         pass.training = true, pass.loss_scale = 1.0 / (2 * T - 3);
@@ -761,7 +761,7 @@ TEST(Run, ALossThatIsNotANumberEndsIt) {
     run.options.steps = 1;
     EXPECT_EQ(run.train(), 0);
     GPT2Config config = read_config(resolve_model_folder(run.options.out));
-    GPT2Ptr model(gpt2_create(config, GPT2Shape{}, 0, 1));
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{}));
     load_model(model.get(), resolve_model_folder(run.options.out));
     std::vector<real> huge(size_t(config.channels), std::numeric_limits<real>::max());
     gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, huge.data());
@@ -786,7 +786,7 @@ struct RunWithOneBadWindow : SmallRun {
         GPT2Config config;
         config.vocab_size = 257, config.layers = 2, config.heads = 2, config.channels = 12;
         config.context = 9, config.tied = false;
-        GPT2Ptr model(gpt2_create(config, test_shape(1, 9), 0, 1));
+        GPT2Ptr model(gpt2_create(config, test_shape(1, 9)));
         gpt2_initialise(model.get(), 5);
         std::vector<real> wte(257 * 12);
         gpt2_copy_out(model.get(), Group::parameters, k_wte, 0, wte.data());
@@ -930,7 +930,7 @@ struct FailingSaver {
         GPT2Config config = odd_config();
         GPT2Shape shape = training_shape(1, 4);
         shape.snapshot = true;
-        model.reset(gpt2_create(config, shape, 0, 1));
+        model.reset(gpt2_create(config, shape));
         gpt2_initialise(model.get(), 1);
         saver.emplace(Saver::Options{out, {0}, background, retry_s}, model.get(), [this] {
             if (tries++ < failures) fail_machine("no space");
@@ -1109,7 +1109,7 @@ TEST(Evaluate, CountsEveryTokenOnceWhateverTheBatch) {
     GPT2Config config;
     config.vocab_size = 257, config.context = 8;
     config.layers = 1, config.heads = 2, config.channels = 8;
-    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}, 0, 1));
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}));
     gpt2_initialise(model.get(), 1);
     std::string text = some_text(20);
     std::vector<int> ids = Tokenizer::bytes().encode(text);
@@ -1133,7 +1133,7 @@ TEST(Evaluate, LeavesOutWhatFollowsTheEndOfADocument) {
     GPT2Config config;
     config.vocab_size = 30, config.context = 8;
     config.layers = 1, config.heads = 2, config.channels = 8;
-    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}, 0, 1));
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}));
     gpt2_initialise(model.get(), 1);
     std::vector<int> ids = random_ids(101, 30, 3), bytes(30, 1);
     write_shard(path, ids);
@@ -1156,7 +1156,7 @@ TEST(Evaluate, ScoresHellaSwagAsTheLogitsSay) {
     config.layers = 2, config.heads = 2, config.channels = 16;
     GPT2Shape shape{B, kContext};
     shape.dtype = test_dtype();
-    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(config, shape));
     gpt2_initialise(model.get(), 3);
     std::vector<ChoiceExample> examples(7);
     std::mt19937 random(4);
@@ -1228,7 +1228,7 @@ TEST(Sampling, GoesOnBeyondTheContextAndIsRepeatable) {
     config.vocab_size = 257, config.context = 6;
     config.layers = 1, config.heads = 2, config.channels = 8;
     GPT2Shape shape{1, 4, false, 1, 1};
-    GPT2Ptr model(gpt2_create(config, shape, 0, 1));
+    GPT2Ptr model(gpt2_create(config, shape));
     gpt2_initialise(model.get(), 3);
     Tokenizer tokenizer = Tokenizer::bytes();
     auto draw = [&](uint64_t seed, size_t tokens) {
