@@ -26,6 +26,7 @@ struct SampleOptions {
     uint64_t seed = 42;
     SamplerOptions sampler;
     ComputeOptions compute;
+    RankOptions ranks;
 };
 
 struct EvaluateOptions {
@@ -33,6 +34,7 @@ struct EvaluateOptions {
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
+    RankOptions ranks;
     bool as_json = false, separate_documents = false;
 };
 
@@ -135,9 +137,10 @@ inline void add_compute_options(CLI::App* app, ComputeOptions& o) {
     add_choice(app, "--tf32", o.tf32, {"on", "off"},
                "float32 products of numbers rounded to 10 bits, on the tensor cores of a card "
                "(CUDA only)");
-    add_choice(app, "--deterministic", o.deterministic, {"on", "off"},
-               "only algorithms that give the same bits every time; off allows faster ones "
-               "(CUDA only)");
+    add_choice(app, "--deterministic", o.deterministic, {"on", "off", "ranks"},
+               "on: the same bits every time; ranks: for any number of GPUs too, at the same "
+               "--batch-size and --total-batch-tokens, for more memory and messages; off: whatever "
+               "is fastest (CUDA only)");
     add_number(app, "--threads", o.threads, 1, 4096, "N", "threads of the processor")
         ->default_str("all cores");
 }
@@ -179,23 +182,29 @@ inline void add_length_options(CLI::App* app, TrainOptions& o) {
     app->get_option("--time-limit")->default_str("120 for text under 10 MB, else one epoch");
 }
 
-inline void add_rank_options(CLI::App* app, TrainOptions& o) {
+inline void add_rank_options(CLI::App* app, RankOptions& o) {
     app->option_defaults()->group("Several GPUs");
     add_number(app, "--gpus", o.gpus, 1, 1024, "N",
                "start N processes on this machine, one for each GPU; mpirun, srun and torchrun "
                "start them themselves")
         ->default_str("one process");
-    add_number(app, "--zero", o.zero, 0, kZeroStages - 1, "STAGE",
-               "what each process holds but a part of: 0 nothing, 1 the states of the optimizer, "
-               "2 also the gradients, which are then sent for every batch");
-    add_choice(app, "--reduce", o.reduce, {"fp32", "bf16"},
-               "the type in which gradients are summed over the processes");
     add_text(app, "--rendezvous", o.rendezvous, "WHERE",
              "where the processes meet: host:port, on which rank 0 listens, or file:PATH, a folder "
              "that all see")
         ->default_str("as the launcher says");
     add_number(app, "--timeout", o.timeout_s, 1, 1e6, "SECONDS",
                "the job ends when a rank neither comes nor goes on for so long");
+}
+
+inline void add_sharding_options(CLI::App* app, TrainOptions& o) {
+    add_number(app, "--zero", o.zero, 0, kZeroStages - 1, "STAGE",
+               "what each process holds but a part of: 0 nothing, 1 the states of the optimizer, "
+               "2 also the gradients, which are then sent for every batch");
+    add_number(app, "--log-every", o.log_every, 0, kMaxSteps, "STEPS",
+               "log how long each process computes in a step and waits for data, and say which "
+               "holds up the others; 0: never");
+    add_choice(app, "--reduce", o.reduce, {"fp32", "bf16"},
+               "the type in which gradients are summed over the processes");
 }
 
 inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {
@@ -292,7 +301,8 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_jsonl_field(app, o.jsonl_field);
     add_model_options(app, o.model);
     add_length_options(app, o);
-    add_rank_options(app, o);
+    add_rank_options(app, o.ranks);
+    add_sharding_options(app, o);
     add_optimizer_options(app, o);
     app->option_defaults()->group("Computing");
     add_compute_options(app, o.compute);
@@ -321,6 +331,7 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
     add_number(app, "--num-samples", o.num_samples, 1, 1e6, "N", "samples to make");
     add_text(app, "--out", o.out, "FILE", "write there")->default_str("standard output");
     add_compute_options(app, o.compute);
+    add_rank_options(app, o.ranks);
 }
 
 inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
@@ -343,6 +354,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
                   "leave the first token after each <|endoftext|> out");
     app->add_flag("--json", o.as_json, "one JSON object in place of text");
     add_compute_options(app, o.compute);
+    add_rank_options(app, o.ranks);
 }
 
 inline void add_tokenizer_file(CLI::App* app, TokenizerOptions& o) {
@@ -664,7 +676,7 @@ inline int print_error(const char* message, int code);
 
 // How this rank meets the others and watches them. What ends the job is said by rank 0, or by all
 // where that is lost; a rank that waits for the GPU meanwhile is ended from outside.
-inline LinkOptions link_options(const TrainOptions& o, int rank) {
+inline LinkOptions link_options(const RankOptions& o, int rank) {
     LinkOptions options;
     options.limit_s = options.timeout_s = o.timeout_s;
     options.program = gpt2_program();
@@ -676,20 +688,15 @@ inline LinkOptions link_options(const TrainOptions& o, int rank) {
     return options;
 }
 
-// Trains as one rank of a job, or alone. An error on any rank is an error of all.
-inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
-                         const std::string& how_to_go_on) {
+// Runs `command` as one rank of a job, or alone. An error on any rank is an error of all.
+inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
+                       const std::function<int(RankLink&)>& command) {
     if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
         fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
     RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
-    std::unique_ptr<FILE, int (*)(FILE*)> nowhere(nullptr, fclose);
-    if (ranks.rank > 0) {
-        nowhere.reset(fopen("/dev/null", "w"));
-        o.screen = nowhere.get();
-    }
     try {
         if (ranks.world > 1) gpt2_select_device(ranks.local_rank);
-        int code = Training(o, start_s, how_to_go_on, link).run();
+        int code = command(link);
         link.finish(kPatience_s);  // rank 0 may be saving
         return code;
     } catch (const Error& error) {
@@ -699,17 +706,30 @@ inline int train_as_rank(TrainOptions o, const Ranks& ranks, double start_s,
     }
 }
 
-// `argv`: the words of this command, with which --gpus starts the ranks.
-inline int train_command(const TrainOptions& o, double start_s, const std::string& how_to_go_on,
-                         char** argv = nullptr) {
-    if (!o.repeat.empty()) return repeat_command(o, start_s);
-    require("--data", !o.data.empty());
+// The same on every rank, which --gpus starts with the words `argv` of this command.
+inline int run_on_ranks(const RankOptions& o, char** argv,
+                        const std::function<int(RankLink&)>& command) {
     Ranks ranks = find_ranks();
-    if (!must_start_ranks(ranks, o.gpus)) return train_as_rank(o, ranks, start_s, how_to_go_on);
+    if (!must_start_ranks(ranks, o.gpus)) return run_as_rank(o, ranks, command);
     if (std::string why = gpt2_alone(); !why.empty())
         fail_input("--gpus %d: %s", o.gpus, why.c_str());
     RanksEnd end = run_ranks(o.gpus, own_program(argv[0]), argv);
     return end.text.empty() ? end.exit_code : print_error(end.text.c_str(), end.exit_code);
+}
+
+// `argv`: the words of this command.
+inline int train_command(TrainOptions o, double start_s, const std::string& how_to_go_on,
+                         char** argv = nullptr) {
+    if (!o.repeat.empty()) return repeat_command(o, start_s);
+    require("--data", !o.data.empty());
+    return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
+        std::unique_ptr<FILE, int (*)(FILE*)> nowhere(nullptr, fclose);
+        if (link.ranks().rank > 0) {
+            nowhere.reset(fopen("/dev/null", "w"));
+            o.screen = nowhere.get();
+        }
+        return Training(o, start_s, how_to_go_on, link).run();
+    });
 }
 
 // Operations and time of a run; no time where nothing is known of the device's rate.
@@ -752,7 +772,7 @@ inline int plan_command(const PlanOptions& p) {
         printf("data       %s\n", data.description.c_str());
     }
     const GPT2Config& c = choice.config;
-    GPT2Shape shape = training_shape(o, c, T, true, std::max(o.gpus, 1));
+    GPT2Shape shape = training_shape(o, c, T, true, std::max(o.ranks.gpus, 1));
     printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %s\n", c.layers,
            c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str());
     for (const std::string& line : size_report(c, shape)) printf("%s\n", line.c_str());
@@ -784,69 +804,100 @@ inline std::optional<Tokenizer> model_tokenizer(const std::string& name, const s
     return tokenizer;
 }
 
-// Fills a model from a folder's weights; says on stderr when they are of another precision.
-inline void load_model_noted(GPT2* model, const std::string& folder) {
+// Fills a model from a folder's weights; rank 0 says on stderr when they are of another precision.
+inline void load_model_noted(GPT2* model, const std::string& folder, int rank = 0) {
     load_any_model(model, folder);
     std::string note = any_conversion_note(folder);
-    if (!note.empty()) fprintf(stderr, "note: %s\n", note.c_str());
+    if (!note.empty() && rank == 0) fprintf(stderr, "note: %s\n", note.c_str());
 }
 
 inline LoadedModel load_for_inference(const std::string& path, const std::string& tokenizer,
-                                      GPT2Shape shape) {
+                                      GPT2Shape shape, int rank = 0) {
     std::string folder = resolve_model(path);
     GPT2Config config = read_any_config(folder);
     config.dropout = 0;
     LoadedModel loaded{nullptr, model_tokenizer(tokenizer, folder, config)};
     shape.T = std::min(shape.T, config.context);
-    loaded.model.reset(gpt2_create(config, shape));
-    load_model_noted(loaded.model.get(), folder);
+    loaded.model.reset(gpt2_create(config, shape, rank));
+    load_model_noted(loaded.model.get(), folder, rank);
     return loaded;
 }
 
-// The prompt as tokens; what cannot be kept of it is said on stderr.
+// The prompt as tokens; rank 0 says on stderr what cannot be kept of it.
 inline std::vector<int> prompt_tokens(const std::string& prompt, const Tokenizer& tokenizer,
-                                      int context) {
+                                      int context, int rank) {
     std::string missing;
     std::vector<int> ids = tokenizer.encode(prompt, &missing);
-    if (!missing.empty())
+    if (!missing.empty() && rank == 0)
         fprintf(stderr,
                 "note: characters of the prompt that the vocabulary lacks are dropped: %s\n",
                 one_line(missing).c_str());
     std::vector<int> tokens = starting_tokens(ids, tokenizer, context);
-    if (ids.size() > tokens.size())
+    if (ids.size() > tokens.size() && rank == 0)
         fprintf(stderr, "note: the prompt has %zu tokens, the context %d: its last %zu are used\n",
                 ids.size(), context, tokens.size());
     return tokens;
 }
 
-inline int sample_command(const SampleOptions& o) {
-    require("--model", !o.model.empty());
-    check_sampler_options(o.sampler);
+// Where samples go: a file, or standard output as they come. False: nobody reads any more.
+class SampleOutput {
+  public:
+    explicit SampleOutput(const std::string& path) {
+        if (!path.empty()) file_.emplace(path);
+    }
+    bool emit(std::string_view bytes) {
+        if (file_) return file_->write(bytes.data(), bytes.size()), true;
+        return fwrite(bytes.data(), 1, bytes.size(), stdout) == bytes.size() && fflush(stdout) == 0;
+    }
+    void commit() {
+        if (file_) file_->commit();
+    }
+
+  private:
+    std::optional<AtomicFile> file_;
+};
+
+// Samples in turns, each rank one of them: rank 0 writes its own as its tokens come, and the others
+// behind it.
+inline int sample_on_rank(const SampleOptions& o, RankLink& link) {
+    int rank = link.ranks().rank, world = link.ranks().world;
     GPT2Shape shape = choose_shape(o.compute);
     shape.T = 128, shape.generate = 1;  // a longer prompt goes in by parts
-    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, rank);
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
     int context = gpt2_config(loaded.model.get()).context;
-    std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, context);
-    std::optional<AtomicFile> file;
-    if (!o.out.empty()) file.emplace(o.out);
-    auto emit = [&](std::string_view bytes) {
-        if (file) return file->write(bytes.data(), bytes.size()), true;
-        return fwrite(bytes.data(), 1, bytes.size(), stdout) == bytes.size() && fflush(stdout) == 0;
-    };
-    for (size_t i = 0; i < o.num_samples; i++) {
-        if (o.num_samples > 1)
-            emit(format("== sample %zu of %zu, seed %zu ==\n", i + 1, o.num_samples,
-                        size_t(o.seed + i)));
+    std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, context, rank);
+    SampleOutput output(rank == 0 ? o.out : "");
+    auto sample = [&](size_t i, const std::function<bool(std::string_view)>& emit) {
+        std::string heading =
+            format("== sample %zu of %zu, seed %zu ==\n", i + 1, o.num_samples, size_t(o.seed + i));
         Sampler sampler(o.sampler, o.seed + i);
-        if (!emit(o.prompt)) break;
+        if (!emit((o.num_samples > 1 ? heading : "") + o.prompt)) return false;
         generate_text(loaded.model.get(), *loaded.tokenizer, tokens, o.max_new_tokens, sampler,
                       emit);
-        if (!emit("\n")) break;
+        return emit("\n");
+    };
+    bool read = true;
+    for (size_t first = 0; first < o.num_samples && read; first += size_t(world)) {
+        std::string own;
+        size_t i = first + size_t(rank);
+        if (rank == 0) read = sample(i, [&](std::string_view bytes) { return output.emit(bytes); });
+        else if (i < o.num_samples)
+            sample(i, [&](std::string_view bytes) { return own += bytes, true; });
+        if (world == 1) continue;
+        for (const std::string& text : gather_long(link, "samples", own, kPatience_s))
+            read = read && output.emit(text);
+        read = link.broadcast("samples", read ? "on" : "", kPatience_s) == "on";
     }
-    if (file) file->commit();
+    output.commit();
     return 0;
+}
+
+inline int sample_command(const SampleOptions& o, char** argv) {
+    require("--model", !o.model.empty());
+    check_sampler_options(o.sampler);
+    return run_on_ranks(o.ranks, argv, [&](RankLink& link) { return sample_on_rank(o, link); });
 }
 
 // --data of `evaluate`, all of it.
@@ -902,9 +953,28 @@ inline void write_choice_lines(const std::string& path, const std::vector<Choice
     write_file_atomic(path, text);
 }
 
+// The scores of all examples, on rank 0, from the ranks that made them.
+inline void gather_scores(std::vector<ChoiceScore>* scores, RankLink& link) {
+    static_assert(std::is_trivially_copyable_v<ChoiceScore>);
+    int rank = link.ranks().rank, world = link.ranks().world;
+    if (world == 1) return;
+    auto [first, last] = part_of_rank(scores->size(), rank, world);
+    std::string own(reinterpret_cast<const char*>(scores->data() + first),
+                    (last - first) * sizeof(ChoiceScore));
+    std::vector<std::string> all = gather_long(link, "the scores", own, kPatience_s);
+    for (int r = 0; r < int(all.size()); r++) {
+        auto [begin, end] = part_of_rank(scores->size(), r, world);
+        if (all[size_t(r)].size() != (end - begin) * sizeof(ChoiceScore))
+            fail_machine("rank %d: scores of %zu bytes", r, all[size_t(r)].size());
+        memcpy(static_cast<void*>(scores->data() + begin), all[size_t(r)].data(),
+               all[size_t(r)].size());
+    }
+}
+
 // `evaluate --hellaswag`: see hellaswag.h for what is computed.
-inline int hellaswag_command(const EvaluateOptions& o) {
+inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
     double start_s = now_s();
+    int rank = link.ranks().rank, world = link.ranks().world;
     std::string folder = resolve_model(o.model);
     GPT2Config config = read_any_config(folder);
     std::optional<Tokenizer> tokenizer = model_tokenizer(o.tokenizer, folder, config);
@@ -914,9 +984,11 @@ inline int hellaswag_command(const EvaluateOptions& o) {
     int context = choose_sequence_length(o.sequence_length, config);
     shape.B = o.batch_size;
     shape.T = int(std::min(size_t(context), longest_choice(examples)));
-    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, rank);
     std::vector<ChoiceScore> scores =
-        score_choices(examples, shape.B, shape.T, target_losses(loaded.model.get()));
+        score_choices(examples, shape.B, shape.T, target_losses(loaded.model.get()), rank, world);
+    gather_scores(&scores, link);
+    if (rank > 0) return 0;
     ChoiceResult result = count_choices(examples, scores);
     if (result.rows_cut > 0)
         fprintf(stderr,
@@ -948,18 +1020,12 @@ inline int hellaswag_command(const EvaluateOptions& o) {
     return 0;
 }
 
-inline int evaluate_command(const EvaluateOptions& o) {
-    require("--model", !o.model.empty());
-    if (!o.hellaswag.empty()) {
-        if (!o.data.empty()) fail_input("--data and --hellaswag: give one of them");
-        return hellaswag_command(o);
-    }
-    if (!o.out.empty()) fail_input("--out: is for --hellaswag");
-    require("--data", !o.data.empty());
+// `evaluate --data`, whose batches the ranks take in turns.
+inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
     GPT2Config config = read_any_config(resolve_model(o.model));
     GPT2Shape shape = choose_shape(o.compute);
     shape.B = o.batch_size, shape.T = choose_sequence_length(o.sequence_length, config);
-    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape);
+    LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, link.ranks().rank);
     std::vector<Shard> shards = evaluation_shards(o, loaded);
     std::vector<int> bytes;
     if (loaded.tokenizer) {
@@ -968,7 +1034,8 @@ inline int evaluate_command(const EvaluateOptions& o) {
     }
     int separator = o.separate_documents ? document_separator(loaded.tokenizer) : -1;
     Evaluation e =
-        evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator);
+        evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator, &link);
+    if (link.ranks().rank > 0) return 0;
     if (!o.as_json) {
         printf("%s\n%s tokens in %s windows of %d, %.1f s\n", describe_evaluation(e).c_str(),
                with_commas(e.tokens).c_str(), with_commas(e.windows).c_str(), shape.T, e.seconds);
@@ -985,6 +1052,17 @@ inline int evaluate_command(const EvaluateOptions& o) {
     root["seconds"] = e.seconds;
     printf("%s\n", json_text(root, -1).c_str());
     return 0;
+}
+
+inline int evaluate_command(const EvaluateOptions& o, char** argv) {
+    require("--model", !o.model.empty());
+    bool choices = !o.hellaswag.empty();
+    if (choices && !o.data.empty()) fail_input("--data and --hellaswag: give one of them");
+    if (!choices && !o.out.empty()) fail_input("--out: is for --hellaswag");
+    require("--data", choices || !o.data.empty());
+    return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
+        return choices ? hellaswag_on_rank(o, link) : evaluate_on_rank(o, link);
+    });
 }
 
 // ==== commands: tokenizer, shard =================================================================
@@ -1503,8 +1581,8 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
         return train_command(train, start_s, command_to_go_on(argc, argv), argv);
     }
     if (name == "plan") return plan_command(o.plan);
-    if (name == "sample") return sample_command(o.sample);
-    if (name == "evaluate") return evaluate_command(o.evaluate);
+    if (name == "sample") return sample_command(o.sample, argv);
+    if (name == "evaluate") return evaluate_command(o.evaluate, argv);
     if (name == "shard") return shard_command(o.shard);
     if (name == "dump") return dump_command(o.dump);
     if (name == "export") return export_command(o.exporting);

@@ -253,6 +253,8 @@ struct GPT2Shape {
     int zero = 0;               // what each of them holds but a part of: 0 nothing, 1 the states of
                                 // the optimizer, 2 also the gradients
     Dtype reduce = Dtype::fp32;  // what gradients are rounded to on their way to other ranks
+    int leaves = 0;  // batches of a step, over all ranks, whose gradients are added up in one tree,
+                     // whoever made them; 0: in whatever order is fastest (CUDA)
 };
 constexpr int kRecomputeLevels = 4;  // of GPT2Shape::recompute
 constexpr int kZeroStages = 3;       // of GPT2Shape::zero
@@ -460,7 +462,8 @@ struct GPT2;  // parameters, gradients, moments and activations, in the twin's o
 // One forward pass. loss_scale is 1 / (targets that count in the whole step, over micro-batches and
 // ranks), so that gradients and losses summed over the passes of a step are those of the mean.
 // Dropout (training only) is decided by seed, step and the sequence's place in the step,
-// first_sequence + b.
+// first_sequence + b. Of several ranks, one takes the first B sequences, the next the B behind
+// them, and so on round.
 struct GPT2Pass {
     bool training = false;
     double loss_scale = 1;
@@ -482,6 +485,9 @@ struct GPT2Stats {
     double grad_norm;  // of the last update, before clipping
     // When that update was done, in seconds of the steady clock; 0: when the stats were asked for.
     double finished_s = 0;
+    // What the device took for its own share of the passes before that update, which others of a
+    // job do not delay; 0: not measured.
+    double compute_s = 0;
 };
 
 // Operations/s of products that the device can do at best: measured, or published for it, as

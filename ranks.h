@@ -364,7 +364,7 @@ struct RanksEnd {
 
 struct RunRanksOptions {
     double settle_s = 2;  // from the first failure to SIGTERM: the others are told of it anyway
-    double grace_s = 10;  // from then to SIGKILL
+    double grace_s = 3;   // from then to SIGKILL
 };
 
 // Whether this process is to start the ranks of --gpus N itself; fail_input where a launcher has
@@ -449,6 +449,8 @@ class RankProcesses {
                                                         {kOwnVariables.local_world, count}};
         for (auto [name, value] : kNumbers) setenv(name, std::to_string(value).c_str(), 1);
         setenv("GPT2_JOB", job.c_str(), 1);
+        int threads = std::max(int(std::thread::hardware_concurrency()) / count, 1);
+        setenv("OMP_NUM_THREADS", std::to_string(threads).c_str(), 0);
         sigaction(SIGCHLD, &child_before_, nullptr);
         pthread_sigmask(SIG_SETMASK, &mask_before_, nullptr);
         execv(program.c_str(), argv);
@@ -514,11 +516,12 @@ class RankProcesses {
     RanksEnd end_;
 };
 
-// Runs `count` copies of `program` with `argv`, each with its rank in GPT2_RANK and so on, and
-// waits for them. To be called before there is a thread or a GPU is touched. SIGINT, SIGTERM,
-// SIGHUP, SIGUSR1 and SIGUSR2 go to all; when one fails, the others get SIGTERM and then SIGKILL;
-// when this process dies, so do they (on Linux). Returns the exit code of the first that failed,
-// 128 + the signal where that killed it. fail_machine where one cannot be started.
+// Runs `count` copies of `program` with `argv`, each with its rank in GPT2_RANK and so on and its
+// share of the processor's threads, unless OMP_NUM_THREADS is set, and waits for them. To be called
+// before there is a thread or a GPU is touched. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to
+// all; when one fails, the others get SIGTERM and then SIGKILL; when this process dies, so do they
+// (on Linux). Returns the exit code of the first that failed, 128 + the signal where that killed
+// it. fail_machine where one cannot be started.
 inline RanksEnd run_ranks(int count, const std::string& program, char* const* argv,
                           const RunRanksOptions& options = {}) {
     if (count < 1 || count > 1024) fail_input("--gpus %d: must be from 1 to 1024", count);
@@ -1942,3 +1945,22 @@ class RankLink {
     double worked_s_ = 0;
     uint64_t progress_ = 0;
 };
+
+// gather() of however many bytes, `piece` at a time.
+inline std::vector<std::string> gather_long(RankLink& link, const std::string& name,
+                                            const std::string& bytes, double limit_s = 0,
+                                            size_t piece = 1 << 19) {
+    if (link.ranks().world == 1) return {bytes};
+    size_t pieces = 0;
+    for (const std::string& size : link.gather(name, std::to_string(bytes.size()), limit_s))
+        pieces = std::max(pieces, std::stoul(size) / piece + 1);
+    pieces = std::stoul(link.broadcast(name, std::to_string(pieces), limit_s));
+    std::vector<std::string> all;
+    for (size_t i = 0; i < pieces; i++) {
+        size_t begin = std::min(i * piece, bytes.size());
+        std::vector<std::string> parts = link.gather(name, bytes.substr(begin, piece), limit_s);
+        all.resize(parts.size());
+        for (size_t rank = 0; rank < parts.size(); rank++) all[rank] += parts[rank];
+    }
+    return all;
+}

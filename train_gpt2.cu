@@ -2707,6 +2707,7 @@ struct Layout {
     struct Bucket {
         size_t begin = 0, size = 0;  // numbers of a group
         size_t decayed = 0;          // from its begin on, those that decay
+        size_t used = 0;             // without what makes the parts equal
     };
     std::vector<Bucket> buckets;
     std::array<size_t, kParameterRows> places = {};  // of a row in its bucket
@@ -2728,6 +2729,7 @@ struct Layout {
         size_t whole = kRowAlignment * size_t(world);
         for (int l = 0; l <= config.layers; l++) {
             Bucket bucket = l < config.layers ? layer : once;
+            bucket.used = bucket.size;
             bucket.size = (bucket.size + whole - 1) / whole * whole;
             bucket.begin = numbers;
             numbers += bucket.size;
@@ -2740,7 +2742,7 @@ struct Layout {
 
 // What a rank holds of a group: all of it, or of each bucket its part.
 static bool shards(const GPT2Shape& shape, Group group) {
-    if (shape.world == 1 || shape.zero == 0) return false;
+    if (shape.zero == 0) return false;
     if (group == Group::parameters) return shape.dtype == Dtype::bf16;  // the float32 ones
     return group != Group::gradients || shape.zero == 2;
 }
@@ -2756,6 +2758,11 @@ static size_t gradient_numbers(const Layout& layout, const GPT2Shape& shape) {
            kLayersInFlight * layout.layer().size;
 }
 
+// Levels of a tree over the leaves of a step: see add_leaf_kernel.
+static size_t tree_levels(const GPT2Shape& shape) {
+    return size_t(std::bit_width(unsigned(shape.leaves)));
+}
+
 // The other ranks of a job: the stream on which sums over them are made, so that the backward pass
 // goes on meanwhile, and updated parameters sent, so that the next forward pass does.
 struct Peers {
@@ -2763,9 +2770,9 @@ struct Peers {
     ncclComm_t comm = nullptr;
 #    endif
     cudaStream_t stream = nullptr;
-    cudaEvent_t ready = nullptr;   // what is to be sent
-    cudaEvent_t summed = nullptr;  // the gradients of a step, all of them
-    std::array<cudaEvent_t, kLayersInFlight> layer_summed = {};  // where gradients are sharded
+    cudaEvent_t ready = nullptr;       // what is to be sent
+    cudaEvent_t summed = nullptr;      // the gradients of a step, all of them
+    std::vector<cudaEvent_t> sent;     // gradients of a pass, by GPT2::place_of
     std::vector<cudaEvent_t> arrived;  // updated parameters, by bucket, where states are sharded
 
     void leave();  // once nothing is under way
@@ -2782,6 +2789,10 @@ struct GPT2 {
     std::array<float*, 4> groups = {};  // by Group; parameters are null where only bf16 ones are
     bf16* narrow_parameters = nullptr;  // what products read in bf16
     bf16* narrow_gradients = nullptr;   // of a bucket, on their way to other ranks
+    void* pieces = nullptr;             // of this rank's part of a bucket, from every rank
+    float* tree = nullptr;              // sums of gradients: see add_leaf_kernel
+    double* row_squares = nullptr;      // of the gradients, kRowAlignment at a time
+    double* leaf_losses = nullptr;
     std::array<void*, kActivationRows> activations = {};
     double* norm_scratch = nullptr;
     UpdateGate* gate = nullptr;
@@ -2798,10 +2809,11 @@ struct GPT2 {
     uint64_t passes = 0, updates = 0;
     UpdateGate* host_gates = nullptr;  // pinned: of two updates in turn, and one asked for
     std::array<cudaEvent_t, 2> gate_copied = {};
-    cudaEvent_t reached = nullptr;  // what the host waits for
-    std::vector<int> counts;        // of each token
-    std::vector<char> host_copy;    // of a tensor, on its way
-    int B = 0, T = 0;               // of the last forward
+    std::array<cudaEvent_t, 2> begun = {}, computed = {};  // the passes of a step
+    cudaEvent_t reached = nullptr;                         // what the host waits for
+    std::vector<int> counts;                               // of each token
+    std::vector<char> host_copy;                           // of a tensor, on its way
+    int B = 0, T = 0;                                      // of the last forward
     GPT2Pass pass;
 
     int rank = 0;
@@ -2824,8 +2836,9 @@ struct GPT2 {
         cudaFreeHost(snapshot);
         for (cudaEvent_t event : {snapshot_ready, snapshot_copied, reached})
             if (event != nullptr) cudaEventDestroy(event);
-        for (cudaEvent_t event : gate_copied)
-            if (event != nullptr) cudaEventDestroy(event);
+        for (const auto& events : {gate_copied, begun, computed})
+            for (cudaEvent_t event : events)
+                if (event != nullptr) cudaEventDestroy(event);
         if (stream != nullptr) cudaStreamDestroy(stream);
         if (copy_stream != nullptr) cudaStreamDestroy(copy_stream);
         if (snapshot_stream != nullptr) cudaStreamDestroy(snapshot_stream);
@@ -2865,6 +2878,16 @@ struct GPT2 {
     size_t part_begin(size_t bucket) const { return size_t(rank) * part_size(bucket); }
     bool shards_states() const { return shards(shape, Group::first_moments); }
     bool shards_gradients() const { return shards(shape, Group::gradients); }
+    bool is_layer(size_t bucket) const { return bucket + 1 < layout.buckets.size(); }
+
+    // Whether the gradients of a bucket are summed over ranks in every pass, not once a step, and
+    // which other buckets' memory they have: those of the same place.
+    bool sums_every_pass(size_t bucket) const {
+        return shape.leaves > 0 || (is_layer(bucket) && shards_gradients());
+    }
+    size_t place_of(size_t bucket) const {
+        return is_layer(bucket) && shards_gradients() ? bucket % kLayersInFlight : bucket;
+    }
 
     // Where backward writes the gradients of a bucket, and where this rank's part of their sum is.
     // Sharded ones lie in this order: once, the parts of the layers, the layers in flight.
@@ -2873,12 +2896,17 @@ struct GPT2 {
         if (!shards_gradients()) return all + layout.buckets[bucket].begin;
         size_t layers = layout.buckets.size() - 1, size = layout.layer().size;
         if (bucket == layers) return all;
-        return all + layout.once().size + layers * part_size(0) + bucket % kLayersInFlight * size;
+        return all + layout.once().size + layers * part_size(0) + place_of(bucket) * size;
     }
     float* gradient_part(size_t bucket) const {
-        if (shards_gradients() && bucket + 1 < layout.buckets.size())
+        if (shards_gradients() && is_layer(bucket))
             return groups[size_t(Group::gradients)] + layout.once().size + bucket * part_size(0);
         return gradients_at(bucket) + part_begin(bucket);
+    }
+
+    // The tree of this rank's part of a bucket's gradients.
+    float* tree_of(size_t bucket) const {
+        return tree + tree_levels(shape) * layout.buckets[bucket].begin / size_t(shape.world);
     }
 
     // The numbers of a bucket that this rank updates, and where they are in a group: its part, or
@@ -2949,6 +2977,12 @@ static size_t sums_bytes(const GPT2Config& config) {
     return sizeof(UpdateGate) + (size_t(config.layers) + 1) * kNormBlocks * sizeof(double);
 }
 
+// Sums of this rank's parts on every level, the squares of all rows, and the losses.
+static size_t tree_bytes(const Layout& layout, const GPT2Shape& shape) {
+    return tree_levels(shape) * layout.numbers / size_t(shape.world) * sizeof(float) +
+           (layout.numbers / kRowAlignment + size_t(shape.leaves)) * sizeof(double);
+}
+
 static std::vector<MemoryRow> memory_beside_tensors(const GPT2Config& config,
                                                     const GPT2Shape& shape) {
     size_t BT = size_t(shape.B) * size_t(shape.T);
@@ -2957,8 +2991,14 @@ static std::vector<MemoryRow> memory_beside_tensors(const GPT2Config& config,
                                    {"sums", sums_bytes(config)}};
     Layout layout(config, shape.world);
     size_t part = largest_part(layout, shape), world = size_t(shape.world);
-    if (shape.world > 1 && shape.training && shape.reduce == Dtype::bf16)
+    bool narrow = shape.reduce == Dtype::bf16;
+    if (shape.training && narrow)
         rows.push_back({"gradients to send", part * world * sizeof(bf16)});
+    if (shape.training && shape.leaves > 0) {
+        rows.push_back(
+            {"gradients received", part * world * (narrow ? sizeof(bf16) : sizeof(float))});
+        rows.push_back({"sums in a tree", tree_bytes(layout, shape)});
+    }
     if (shards(shape, Group::first_moments) && shape.snapshot)
         rows.push_back({"a part to save", part * sizeof(float)});
     return rows;
@@ -3054,6 +3094,8 @@ static void allocate_slots(GPT2* model) {
           "pinned memory");
     for (cudaEvent_t& event : model->gate_copied)
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+    for (auto* events : {&model->begun, &model->computed})
+        for (cudaEvent_t& event : *events) check(cudaEventCreate(&event), "event");
     check(cudaEventCreateWithFlags(&model->reached, cudaEventDisableTiming), "event");
     model->counts.resize(size_t(model->config.vocab_size));
 }
@@ -3075,13 +3117,19 @@ static void allocate_snapshot(GPT2* model) {
     model->staging = static_cast<float*>(memory);
 }
 
-// Buffers and events between ranks, which only a job of several has.
-static void allocate_exchange(GPT2* model) {
-    const GPT2Shape& shape = model->shape;
-    if (shape.world == 1 || !shape.training || shape.reduce != Dtype::bf16) return;
-    size_t numbers = largest_part(model->layout, shape) * size_t(shape.world);
-    void* memory = allocate(model, numbers * sizeof(bf16), "gradients to send");
-    model->narrow_gradients = static_cast<bf16*>(memory);
+// What gradients need on their way to a sum, beside their own memory.
+static void allocate_sums(GPT2* model) {
+    for (const MemoryRow& row : memory_beside_tensors(model->config, model->shape)) {
+        if (row.group == "gradients to send")
+            model->narrow_gradients = static_cast<bf16*>(allocate(model, row.bytes, row.group));
+        if (row.group == "gradients received")
+            model->pieces = allocate(model, row.bytes, row.group);
+        if (row.group != "sums in a tree") continue;
+        auto* squares = static_cast<double*>(allocate(model, row.bytes, row.group));
+        model->row_squares = squares;
+        model->leaf_losses = squares + model->layout.numbers / kRowAlignment;
+        model->tree = reinterpret_cast<float*>(model->leaf_losses + model->shape.leaves);
+    }
 }
 
 // Where the winners of timed products are kept: XDG_CACHE_HOME, or .cache in the home folder.
@@ -3140,7 +3188,7 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank) {
     allocate_tensors(model.get());
     allocate_slots(model.get());
     if (shape.snapshot) allocate_snapshot(model.get());
-    allocate_exchange(model.get());
+    allocate_sums(model.get());
     check(cudaStreamSynchronize(model->stream), "gpt2_create");  // the copy stream sees zeros too
     ProductOptions options = {shape.tf32, shape.deterministic, worth_tuning(config, shape),
                               product_cache_folder()};
@@ -3276,6 +3324,25 @@ const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int la
 
 // ==== ranks ======================================================================================
 
+// sum += level, and level = sum, of Width numbers
+template <int Width>
+__device__ void add_level(float* sum, const float* level) {
+    constexpr int Half = kWide<float>;
+    float numbers[Half];
+#    pragma unroll
+    for (int k = 0; k < Width; k += Half) {
+        load_pack<float, Half>(numbers, level + k);
+#    pragma unroll
+        for (int j = 0; j < Half; j++) sum[k + j] += numbers[j];
+    }
+}
+template <int Width>
+__device__ void store_level(float* level, const float* sum) {
+    constexpr int Half = kWide<float>;
+#    pragma unroll
+    for (int k = 0; k < Width; k += Half) store_pack<float, Half>(level + k, sum + k);
+}
+
 // Eight numbers a thread, in 128-bit accesses: reads 4 N bytes and writes 2 N.
 __global__ void narrow_numbers_kernel(bf16* out, const float* inp, size_t N) {
     constexpr int Width = kWide<float>;
@@ -3290,20 +3357,13 @@ __global__ void narrow_numbers_kernel(bf16* out, const float* inp, size_t N) {
 // The same the other way. Reads 2 N bytes, or 4 N, and writes 4 N; with `add` it reads those too.
 template <class Float>
 __global__ void widen_numbers_kernel(float* out, const Float* inp, size_t N, bool add) {
-    constexpr int Width = kWide<Float>, Half = kWide<float>;
+    constexpr int Width = kWide<Float>;
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
     if (i >= N) return;
-    float values[Width], before[Half];
+    float values[Width];
     load_pack<Float, Width>(values, inp + i);
-#    pragma unroll
-    for (int k = 0; k < Width; k += Half) {
-        if (add) {
-            load_pack<float, Half>(before, out + i + k);
-#    pragma unroll
-            for (int j = 0; j < Half; j++) values[k + j] += before[j];
-        }
-        store_pack<float, Half>(out + i + k, values + k);
-    }
+    if (add) add_level<Width>(values, out + i);
+    store_level<Width>(out + i, values);
 }
 
 // out = inp (N), a multiple of kRowAlignment, rounded to nearest
@@ -3319,6 +3379,73 @@ void widen_numbers(float* out, const Float* inp, size_t N, bool add, cudaStream_
     launch("widen_numbers", widen_numbers_kernel<Float>,
            pack_blocks<Float, kWide<Float>>(N, kPackThreads), kPackThreads, 0, stream, out, inp, N,
            add);
+}
+
+// A tree over leaves that come one after the other, as the digits of a binary number that counts
+// them: level k of the tree (levels,N) is the sum of 2^k leaves while that digit of their number is
+// 1. A leaf carries as far as an addition of 1 does, so that every sum is of neighbours, whichever
+// rank made them and however many come at a time. Reads and writes, for each level that it passes
+// and the one where it ends, 4 N bytes.
+template <class Float>
+__global__ void add_leaf_kernel(float* tree, const Float* leaf, unsigned number, size_t N) {
+    constexpr int Width = kWide<Float>;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
+    if (i >= N) return;
+    float sum[Width];
+    load_pack<Float, Width>(sum, leaf + i);
+    for (; number & 1; number /= 2, tree += N) add_level<Width>(sum, tree + i);
+    store_level<Width>(tree + i, sum);
+}
+
+// The sum of the `leaves` that the tree holds, from its lowest level up. Reads 4 N bytes for each
+// digit that is 1, and writes 4 N.
+__global__ void add_tree_kernel(float* sums, const float* tree, unsigned leaves, size_t N) {
+    constexpr int Width = kWide<float>;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
+    if (i >= N) return;
+    float sum[Width] = {};
+    for (; leaves > 0; leaves /= 2, tree += N)
+        if (leaves & 1) add_level<Width>(sum, tree + i);
+    store_level<Width>(sums + i, sum);
+}
+
+// The sums of the squares of rows of kRowAlignment gradients, a warp a row.
+__global__ void row_squares_kernel(double* squares, const float* gradients, size_t rows) {
+    constexpr int Width = int(kRowAlignment) / kWarp;
+    size_t row = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+    if (row >= rows) return;
+    float g[Width];
+    load_pack<float, Width>(g, gradients + row * kRowAlignment + threadIdx.x % kWarp * Width);
+    double sum = 0;
+#    pragma unroll
+    for (int k = 0; k < Width; k++) sum += double(g[k]) * double(g[k]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) squares[row] = sum;
+}
+
+// tree (levels,N), of which there were `number` leaves before, gets one more (N).
+template <class Float>
+void add_leaf(float* tree, const Float* leaf, size_t number, size_t N, cudaStream_t stream) {
+    launch("add_leaf", add_leaf_kernel<Float>, pack_blocks<Float, kWide<Float>>(N, kPackThreads),
+           kPackThreads, 0, stream, tree, leaf, unsigned(number), N);
+}
+
+// sums (N) = all leaves of tree (levels,N)
+static void add_tree(float* sums, const float* tree, size_t leaves, size_t N, cudaStream_t stream) {
+    launch("add_tree", add_tree_kernel, pack_blocks<float, kWide<float>>(N, kPackThreads),
+           kPackThreads, 0, stream, sums, tree, unsigned(leaves), N);
+}
+
+// squares (rows) of gradients (rows,kRowAlignment)
+static void row_squares(double* squares, const float* gradients, size_t rows, cudaStream_t stream) {
+    launch("row_squares", row_squares_kernel,
+           pack_blocks<float, kRowAlignment / kWarp>(rows * kRowAlignment, kPackThreads),
+           kPackThreads, 0, stream, squares, gradients, rows);
+}
+
+// The place of this pass's first rank among the leaves of the step.
+static size_t first_leaf(const GPT2* model) {
+    return size_t(model->pass.first_sequence) / size_t(model->shape.B) - size_t(model->rank);
 }
 
 // The next kernels wait until the updated parameters of a bucket have come from all ranks.
@@ -3360,8 +3487,9 @@ void Peers::abort() {
 void Peers::leave() {
     if (stream != nullptr) cudaStreamSynchronize(stream);
     if (comm != nullptr) ncclCommDestroy(comm);
-    for (cudaEvent_t event : arrived) cudaEventDestroy(event);
-    for (cudaEvent_t event : {ready, summed, layer_summed[0], layer_summed[1]})
+    for (const std::vector<cudaEvent_t>& events : {sent, arrived})
+        for (cudaEvent_t event : events) cudaEventDestroy(event);
+    for (cudaEvent_t event : {ready, summed})
         if (event != nullptr) cudaEventDestroy(event);
     if (stream != nullptr) cudaStreamDestroy(stream);
 }
@@ -3390,9 +3518,10 @@ void gpt2_join(GPT2* model, const std::string& bytes) {
         check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
     };
     for (cudaEvent_t* event : {&peers.ready, &peers.summed}) create(event);
-    for (cudaEvent_t& event : peers.layer_summed) create(&event);
+    peers.sent.resize(model->layout.buckets.size());
     if (model->shards_states()) peers.arrived.resize(model->layout.buckets.size());
-    for (cudaEvent_t& event : peers.arrived) create(&event);
+    for (std::vector<cudaEvent_t>* events : {&peers.sent, &peers.arrived})
+        for (cudaEvent_t& event : *events) create(&event);
     check(ncclCommInitRank(&peers.comm, model->shape.world, id, model->rank), "ncclCommInitRank");
 }
 
@@ -3400,6 +3529,12 @@ void gpt2_join(GPT2* model, const std::string& bytes) {
 static void peers_follow(GPT2* model, const char* what) {
     check(cudaEventRecord(model->peers.ready, model->stream), what);
     check(cudaStreamWaitEvent(model->peers.stream, model->peers.ready, 0), what);
+}
+
+// What the model's stream does next comes after the sums that were asked for so far.
+static void model_follows(GPT2* model, const char* what) {
+    check(cudaEventRecord(model->peers.summed, model->peers.stream), what);
+    check(cudaStreamWaitEvent(model->stream, model->peers.summed, 0), what);
 }
 
 // One part of a bucket between rank 0, in whose snapshot it has its place, and the rank that holds
@@ -3474,6 +3609,12 @@ static void reduce_bucket(GPT2* model, size_t bucket, ncclDataType_t type, void*
           "gradients");
 }
 
+// Numbers in place, each the sum over ranks of that number.
+static void sum_doubles_over_ranks(GPT2* model, double* numbers, size_t N, const char* what) {
+    Peers& peers = model->peers;
+    check(ncclAllReduce(numbers, numbers, N, ncclFloat64, ncclSum, peers.comm, peers.stream), what);
+}
+
 // dweight = sum over ranks of dweight, in place, of the tensors of a bucket, once the pass that
 // completes a step has them; with the last bucket the loss too. They are finished on the model's
 // stream, and nothing there writes to them again before the update, so that the sums overlap with
@@ -3482,9 +3623,8 @@ static void reduce_bucket(GPT2* model, size_t bucket, ncclDataType_t type, void*
 // and gets 2 (world - 1) / world of their bytes, or half of that where it updates a part.
 static void sum_over_ranks(GPT2* model, size_t bucket) {
     Peers& peers = model->peers;
-    bool layer = bucket + 1 < model->layout.buckets.size();
-    bool adds = layer && model->shards_gradients();
-    if (peers.comm == nullptr || model->pass.alone || !(model->pass.completes || adds)) return;
+    bool adds = model->sums_every_pass(bucket), layer = model->is_layer(bucket);
+    if (peers.comm == nullptr || !(model->pass.completes || adds)) return;
     peers_follow(model, "gradients");
     float* gradients = model->gradients_at(bucket);
     bf16* narrow = model->narrow_gradients;
@@ -3493,33 +3633,42 @@ static void sum_over_ranks(GPT2* model, size_t bucket) {
     check(ncclGroupStart(), "gradients");
     if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
     else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
-    if (!layer) {
-        double* loss = &model->gate->loss;
-        check(ncclAllReduce(loss, loss, 1, ncclFloat64, ncclSum, peers.comm, peers.stream), "loss");
-    }
+    if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
     check(ncclGroupEnd(), "gradients");
     size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
     float* sums = model->updated(Group::gradients, bucket);
     if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
     else if (adds) widen_numbers(sums, gradients + first, N, true, peers.stream);
     if (adds)
-        check(cudaEventRecord(peers.layer_summed[bucket % kLayersInFlight], peers.stream),
-              "gradients");
-    if (layer) return;
-    check(cudaEventRecord(peers.summed, peers.stream), "gradients");
-    check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "gradients");
+        check(cudaEventRecord(peers.sent[model->place_of(bucket)], peers.stream), "gradients");
+    if (!layer) model_follows(model, "gradients");
 }
 
-// The squares of all ranks' parts.
-static void sum_squares_over_ranks(GPT2* model) {
+// Every rank's piece of this rank's part of a bucket, in the order of ranks: each sends and gets
+// (world - 1) / world of the bucket's bytes.
+static const void* exchange_pieces(GPT2* model, size_t bucket, const void* numbers) {
     Peers& peers = model->peers;
-    if (peers.comm == nullptr) return;
-    peers_follow(model, "the norm");
-    double* squares = &model->gate->squares;
-    check(ncclAllReduce(squares, squares, 1, ncclFloat64, ncclSum, peers.comm, peers.stream),
-          "the norm");
-    check(cudaEventRecord(peers.summed, peers.stream), "the norm");
-    check(cudaStreamWaitEvent(model->stream, peers.summed, 0), "the norm");
+    bool narrow = model->narrow_gradients != nullptr;
+    size_t N = model->part_size(bucket), bytes = N * (narrow ? sizeof(bf16) : sizeof(float));
+    ncclDataType_t type = narrow ? ncclBfloat16 : ncclFloat32;
+    check(ncclGroupStart(), "gradients");
+    for (int r = 0; r < model->shape.world; r++) {
+        const char* theirs = static_cast<const char*>(numbers) + size_t(r) * bytes;
+        char* piece = static_cast<char*>(model->pieces) + size_t(r) * bytes;
+        check(ncclSend(theirs, N, type, r, peers.comm, peers.stream), "gradients");
+        check(ncclRecv(piece, N, type, r, peers.comm, peers.stream), "gradients");
+    }
+    check(ncclGroupEnd(), "gradients");
+    return model->pieces;
+}
+
+// The sums of a bucket's parts to all ranks, where all of them update all of it.
+static void gather_sums(GPT2* model, size_t bucket) {
+    Peers& peers = model->peers;
+    if (model->shards_states()) return;
+    check(ncclAllGather(model->gradient_part(bucket), model->gradients_at(bucket),
+                        model->part_size(bucket), ncclFloat32, peers.comm, peers.stream),
+          "gradients");
 }
 
 // Where states are sharded, every rank's updated part of a bucket to all, while the model's stream
@@ -3552,14 +3701,78 @@ void Peers::abort() {}
 void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
 void gpt2_share(GPT2*) {}
 static void gather_snapshot(GPT2*, Group) {}
+static void peers_follow(GPT2*, const char*) {}
+static void model_follows(GPT2*, const char*) {}
 static void sum_over_ranks(GPT2*, size_t) {}
-static void sum_squares_over_ranks(GPT2*) {}
+static void sum_doubles_over_ranks(GPT2*, double*, size_t, const char*) {}
+static const void* exchange_pieces(GPT2*, size_t, const void* numbers) { return numbers; }
+static void gather_sums(GPT2*, size_t) {}
 static void send_parameters(GPT2*, size_t) {}
 static void wait_for(const GPT2*, cudaEvent_t event, const char* what) {
     check(cudaEventSynchronize(event), what);
 }
 
 #    endif
+
+// Adds the leaves of a pass to the tree. See add_leaf_kernel.
+template <class Float>
+static void add_leaves(GPT2* model, size_t bucket, const void* pieces, cudaStream_t stream) {
+    size_t N = model->part_size(bucket), first = first_leaf(model);
+    for (size_t r = 0; r < size_t(model->shape.world); r++)
+        add_leaf(model->tree_of(bucket), static_cast<const Float*>(pieces) + r * N, first + r, N,
+                 stream);
+}
+
+// The gradients of a bucket, summed in one tree over all passes of all ranks, in every pass; with
+// the last bucket the losses too, of which each is on one rank and zero on the others. Costs, over
+// sum_over_ranks, an exchange in every pass, and the memory of the tree.
+static void sum_in_tree(GPT2* model, size_t bucket) {
+    Peers& peers = model->peers;
+    bool alone = model->shape.world == 1, layer = model->is_layer(bucket);
+    if (!alone && peers.stream == nullptr) return;
+    cudaStream_t stream = alone ? model->stream : peers.stream;
+    if (!alone) peers_follow(model, "gradients");
+    const void* pieces = model->gradients_at(bucket);
+    bf16* narrow = model->narrow_gradients;
+    if (narrow != nullptr) {
+        narrow_numbers(narrow, model->gradients_at(bucket), model->layout.buckets[bucket].size,
+                       stream);
+        pieces = narrow;
+    }
+    if (!alone) pieces = exchange_pieces(model, bucket, pieces);
+    if (narrow != nullptr) add_leaves<bf16>(model, bucket, pieces, stream);
+    else add_leaves<float>(model, bucket, pieces, stream);
+    if (model->pass.completes) {
+        add_tree(model->gradient_part(bucket), model->tree_of(bucket), size_t(model->shape.leaves),
+                 model->part_size(bucket), stream);
+        if (!alone) gather_sums(model, bucket);
+    }
+    if (!alone) check(cudaEventRecord(peers.sent[model->place_of(bucket)], stream), "gradients");
+    if (layer || !model->pass.completes) return;
+    auto leaves = size_t(model->shape.leaves);
+    if (!alone) sum_doubles_over_ranks(model, model->leaf_losses, leaves, "loss");
+    global_norm(&model->gate->loss, model->leaf_losses, int(leaves), stream);
+    if (!alone) model_follows(model, "gradients");
+}
+
+// Gradients that are summed over ranks in every pass begin each at zero, in memory from which an
+// earlier pass, or an earlier layer of this one, must have been sent before.
+static void begin_gradients(GPT2* model, size_t bucket) {
+    if (!model->sums_every_pass(bucket)) return;
+    if (!model->peers.sent.empty())
+        check(cudaStreamWaitEvent(model->stream, model->peers.sent[model->place_of(bucket)], 0),
+              "gradients");
+    check(cudaMemsetAsync(model->gradients_at(bucket), 0,
+                          model->layout.buckets[bucket].size * sizeof(float), model->stream),
+          "gradients");
+}
+
+// The gradients of a bucket are there.
+static void end_gradients(GPT2* model, size_t bucket) {
+    if (model->pass.alone) return;
+    if (model->shape.leaves > 0) sum_in_tree(model, bucket);
+    else sum_over_ranks(model, bucket);
+}
 
 void gpt2_select_device(int local_rank) {
     require_device();
@@ -3660,6 +3873,7 @@ static void head_forward(GPT2* model, const int* targets) {
     auto a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
     int BT = model->B * model->T;
+    if (pass.training) begin_gradients(model, model->layout.buckets.size() - 1);
     const Float* weight = config.tied ? p.wte : p.headw;
     float* dweight = config.tied ? d.wte : d.headw;
     for (int first = 0; first < BT; first += kClassifierRows) {
@@ -3676,8 +3890,10 @@ static void head_forward(GPT2* model, const int* targets) {
             matmul_backward(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf, weight,
                             a.reduce_scratch, rows, C, Vp, *model->products);
     }
-    if (targets != nullptr)
-        add_losses(&model->gate->loss, a.losses, pass.loss_scale, BT, model->stream);
+    double* loss = &model->gate->loss;
+    if (pass.training && model->shape.leaves > 0)
+        loss = model->leaf_losses + first_leaf(model) + model->rank;
+    if (targets != nullptr) add_losses(loss, a.losses, pass.loss_scale, BT, model->stream);
 }
 
 template <class Float>
@@ -3821,17 +4037,6 @@ static void block_recompute(GPT2* model, const Float* inp, int l) {
     if (level >= 1) gelu_forward(a.fch_gelu, a.fch, size_t(BT) * size_t(F), model->stream);
 }
 
-// Sharded gradients of a layer begin at zero in every pass, in the memory of an earlier layer's,
-// which must have been summed over ranks before.
-static void begin_layer_gradients(GPT2* model, int l) {
-    if (!model->shards_gradients()) return;
-    cudaEvent_t summed = model->peers.layer_summed[size_t(l) % kLayersInFlight];
-    if (summed != nullptr) check(cudaStreamWaitEvent(model->stream, summed, 0), "gpt2_backward");
-    check(cudaMemsetAsync(model->gradients_at(size_t(l)), 0,
-                          model->layout.layer().size * sizeof(float), model->stream),
-          "gpt2_backward");
-}
-
 // forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
 // a.dresidual is the gradient of residual3 on entry and of inp on exit.
 template <class Float>
@@ -3843,7 +4048,7 @@ static void block_backward(GPT2* model, const Float* inp, int l) {
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
     Products& products = *model->products;
     cudaStream_t stream = model->stream;
-    begin_layer_gradients(model, l);
+    begin_gradients(model, size_t(l));
     block_recompute(model, inp, l);
 
     const Float* dbranch = branch_gradient<Float>(model, RandomUse::mlp_projection, l);
@@ -3881,13 +4086,15 @@ static void model_backward(GPT2* model) {
     for (int l = L - 1; l >= 0; l--) {
         const Float* inp = l == 0 ? a.encoded : model->activations_of<Float>(l - 1).residual3;
         block_backward(model, inp, l);
-        sum_over_ranks(model, size_t(l));
+        end_gradients(model, size_t(l));
     }
     const BatchSlot& slot = model->slot();
     const int *tokens = slot.device + 2 * BT, *starts = tokens + BT, *places = starts + BT + 1;
     encoder_backward(d.wte, d.wpe, branch_gradient<Float>(model, RandomUse::encoder, 0),
                      TokenBuckets{tokens, starts, places, slot.different}, B, T, C, model->stream);
-    sum_over_ranks(model, model->layout.buckets.size() - 1);
+    if (model->pass.completes)
+        check(cudaEventRecord(model->computed[model->updates % 2], model->stream), "gpt2_backward");
+    end_gradients(model, model->layout.buckets.size() - 1);
 }
 
 void gpt2_backward(GPT2* model) {
@@ -3899,23 +4106,55 @@ void gpt2_backward(GPT2* model) {
 // ==== gpt2_update ================================================================================
 
 void gpt2_zero_gradients(GPT2* model) {
+    check(cudaEventRecord(model->begun[model->updates % 2], model->stream), "gpt2_zero_gradients");
     check(cudaMemsetAsync(&model->gate->loss, 0, sizeof(double), model->stream),
           "gpt2_zero_gradients");
     if (!model->shape.training) return;
+    if (model->leaf_losses != nullptr)
+        check(cudaMemsetAsync(model->leaf_losses, 0, size_t(model->shape.leaves) * sizeof(double),
+                              model->stream),
+              "gpt2_zero_gradients");
+    if (model->shape.leaves > 0) return;  // every pass begins at zero
     check(cudaMemsetAsync(model->groups[size_t(Group::gradients)], 0,
                           gradient_numbers(model->layout, model->shape) * sizeof(float),
                           model->stream),
           "gpt2_zero_gradients");
 }
 
-// gate->squares = sum of squares of all gradients: of this rank's parts, and so of all ranks'
+// gate->squares = the sum of squares of all gradients, from those of this rank's parts
 static void sum_squares(GPT2* model) {
+    double* squares = &model->gate->squares;
     int blocks = 0;
     for (size_t b = 0; b < model->layout.buckets.size(); b++)
         blocks += global_norm_part(model->norm_scratch + blocks, model->gradient_part(b),
                                    model->part_size(b), model->stream);
-    global_norm(&model->gate->squares, model->norm_scratch, blocks, model->stream);
-    sum_squares_over_ranks(model);
+    global_norm(squares, model->norm_scratch, blocks, model->stream);
+    if (model->peers.stream == nullptr) return;
+    peers_follow(model, "the norm");
+    sum_doubles_over_ranks(model, squares, 1, "the norm");
+    model_follows(model, "the norm");
+}
+
+// The same in an order that does not depend on the ranks: rows of kRowAlignment gradients, of which
+// each is on one rank and zero on the others, then the rows of a bucket, then the buckets.
+static void sum_row_squares(GPT2* model) {
+    const Layout& layout = model->layout;
+    cudaStream_t stream = model->stream;
+    auto row_of = [](size_t number) { return number / kRowAlignment; };
+    check(cudaMemsetAsync(model->row_squares, 0, row_of(layout.numbers) * sizeof(double), stream),
+          "the norm");
+    for (size_t b = 0; b < layout.buckets.size(); b++)
+        row_squares(model->row_squares + row_of(layout.buckets[b].begin + model->part_begin(b)),
+                    model->gradient_part(b), row_of(model->part_size(b)), stream);
+    if (model->peers.stream != nullptr) {
+        peers_follow(model, "the norm");
+        sum_doubles_over_ranks(model, model->row_squares, row_of(layout.numbers), "the norm");
+        model_follows(model, "the norm");
+    }
+    for (size_t b = 0; b < layout.buckets.size(); b++)
+        global_norm(model->norm_scratch + b, model->row_squares + row_of(layout.buckets[b].begin),
+                    int(row_of(layout.buckets[b].used)), stream);
+    global_norm(&model->gate->squares, model->norm_scratch, int(layout.buckets.size()), stream);
 }
 
 // AdamW over what this rank updates of a bucket: the tensors that decay, then the others.
@@ -3941,7 +4180,8 @@ static void update_bucket(GPT2* model, size_t b, const AdamW& adamw) {
 // from the first on: so are they updated, and sent.
 void gpt2_update(GPT2* model, const AdamW& adamw) {
     cudaStream_t stream = model->stream;
-    sum_squares(model);
+    if (model->shape.leaves > 0) sum_row_squares(model);
+    else sum_squares(model);
     launch("update_gate", update_gate_kernel, 1u, 1u, 0, stream, model->gate, adamw.grad_clip);
     if (model->snapshot_begun)  // what it copies is about to change
         check(cudaStreamWaitEvent(stream, model->snapshot_copied, 0), "gpt2_update");
@@ -3959,6 +4199,15 @@ void gpt2_update(GPT2* model, const AdamW& adamw) {
     check(cudaEventRecord(model->gate_copied[turn], stream), "gpt2_update");
 }
 
+// The stats of an update that is done, one of the last two.
+static GPT2Stats stats_of(const GPT2* model, const UpdateGate& gate, size_t turn) {
+    float ms = 0;
+    bool timed =
+        cudaEventElapsedTime(&ms, model->begun[turn], model->computed[turn]) == cudaSuccess;
+    if (!timed) cudaGetLastError();  // a pass of another kind came between
+    return {gate.loss, gate.norm, 0, timed ? double(ms) / 1000 : 0};
+}
+
 GPT2Stats gpt2_stats(GPT2* model) {
     UpdateGate* now = &model->host_gates[2];
     check(cudaMemcpyAsync(now, model->gate, sizeof(UpdateGate), cudaMemcpyDeviceToHost,
@@ -3966,14 +4215,14 @@ GPT2Stats gpt2_stats(GPT2* model) {
           "gpt2_stats");
     check(cudaEventRecord(model->reached, model->stream), "gpt2_stats");
     wait_for(model, model->reached, "gpt2_stats");
-    return {now->loss, now->norm};
+    return stats_of(model, *now, (model->updates + 1) % 2);
 }
 
 GPT2Stats gpt2_previous_stats(GPT2* model) {
     if (model->updates < 2) return {};
     size_t turn = model->updates % 2;
     wait_for(model, model->gate_copied[turn], "gpt2_previous_stats");
-    return {model->host_gates[turn].loss, model->host_gates[turn].norm};
+    return stats_of(model, model->host_gates[turn], turn);
 }
 
 // ==== device =====================================================================================

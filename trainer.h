@@ -85,6 +85,13 @@ struct ModelOptions {
     double dropout = 0;
 };
 
+// How the processes of a job start and meet.
+struct RankOptions {
+    int gpus = 0;  // processes to start on this machine; 0: only this one, or a launcher's
+    std::string rendezvous;
+    double timeout_s = 60;  // until a rank without progress is taken for lost
+};
+
 // The model of `train` when --model is not given: what trained best on 1 MB of text in two minutes.
 inline GPT2Config default_config() {
     GPT2Config config;
@@ -130,10 +137,10 @@ struct TrainOptions {
     size_t early_stop = 0;  // evaluations without gain; 0: never
     bool overfit_one_batch = false;
     std::string out, resume = "auto", repeat;
-    int gpus = 0;  // processes to start on this machine; 0: only this one, or a launcher's
-    int zero = 0;  // what each rank holds but a part of: see GPT2Shape
-    std::string reduce = "fp32", rendezvous;
-    double timeout_s = 60;               // until a rank without progress is taken for lost
+    RankOptions ranks;
+    size_t log_every = 100;  // steps, of the times of every rank; 0: never
+    int zero = 0;            // what each rank holds but a part of: see GPT2Shape
+    std::string reduce = "fp32";
     std::vector<std::string> arguments;  // as they were typed, for the log
     FILE* screen = stdout;               // where progress is shown
     PeakRate peak;                       // of this machine; 0: to be asked for
@@ -147,7 +154,7 @@ inline GPT2Shape choose_shape(const ComputeOptions& o) {
     GPT2Shape shape;
     shape.dtype = gpt2_dtype(o.dtype);
     shape.tf32 = o.tf32 == "on";
-    shape.deterministic = o.deterministic == "on";
+    shape.deterministic = o.deterministic != "off";
     shape.threads = o.threads > 0 ? o.threads : omp_get_max_threads();
     return shape;
 }
@@ -1141,6 +1148,7 @@ inline ordered_json run_settings(const TrainOptions& o, const Goal& goal, const 
     settings["threads"] = shape.threads;
     settings["tf32"] = shape.tf32;
     settings["deterministic"] = shape.deterministic;
+    if (shape.leaves > 0) settings["deterministic"] = "for any number of ranks";
     return settings;
 }
 
@@ -1771,10 +1779,10 @@ inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config,
                                 bool samples, int world) {
     GPT2Shape shape = choose_shape(o.compute);
     shape.world = world;
-    if (world > 1) {
-        shape.zero = o.zero;
-        shape.reduce = o.reduce == "bf16" ? Dtype::bf16 : Dtype::fp32;
-    }
+    if (o.compute.deterministic == "ranks") shape.leaves = accumulation(o, T, world) * world;
+    if (gpt2_alone().empty()) shape.zero = o.zero;
+    if ((world > 1 || shape.zero > 0 || shape.leaves > 0) && o.reduce == "bf16")
+        shape.reduce = Dtype::bf16;
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = samples && o.sample_every > 0 ? 1 : 0;
     shape.recompute = choose_recompute(o.recompute, config, shape, gpt2_memory_free());
@@ -1933,6 +1941,8 @@ class Training {
     }
     size_t tokens_a_step() const { return sequences_a_step() * size_t(T_); }
     bool leads() const { return rank_ == 0; }
+    // A model whose states are sharded is one of several, even where it is the only one.
+    bool joins() const { return world_ > 1 || gpt2_shape(model_.get()).zero > 0; }
     double elapsed_s() const { return elapsed_before_s_ + now_s() - start_s_; }
     // Of one rank they are as they are now; several go by what they have agreed on.
     Times times() const {
@@ -2056,6 +2066,7 @@ class Training {
     void share_state();
     bool agree(bool wish = false);
     ordered_json diagnosis_of_ranks(const ordered_json& own);
+    void report_ranks();
     void report();
     void report_goal();
     ordered_json start_record();
@@ -2111,7 +2122,9 @@ class Training {
     DataLoader::Position fetched_from_;             // where their data begins
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
     PeakRate peak_;
-    double step_s_ = 0, window_s_ = 0;  // how long each took, lately
+    double step_s_ = 0, window_s_ = 0;   // how long each took, lately
+    double compute_s_ = 0, data_s_ = 0;  // of this rank, for passes and for data, since reported
+    size_t timed_steps_ = 0;
     RankLink& link_;
     int rank_, world_;
     Times agreed_;
@@ -2131,11 +2144,12 @@ inline std::string describe_computing(const GPT2Shape& shape) {
     std::string text = dtype_name(shape.dtype);
     if (shape.tf32 && shape.dtype == Dtype::fp32) text += " with tf32 products";
     if (!shape.deterministic) text += ", not deterministic";
+    if (shape.leaves > 0) text += format(", sums in one tree over %d batches", shape.leaves);
     if (shape.reduce == Dtype::bf16) text += ", gradients summed in bf16";
     if (shape.zero > 0)
-        text += format(", %s sharded over %d ranks",
+        text += format(", %s sharded over %d rank%s",
                        shape.zero == 2 ? "gradients and optimizer states" : "optimizer states",
-                       shape.world);
+                       shape.world, shape.world > 1 ? "s" : "");
     return text + format(", recompute level %d", shape.recompute);
 }
 
@@ -2244,13 +2258,14 @@ inline void Training::compare_ranks() {
     list.push_back(
         {"what is sharded", format("--zero %d, --reduce %s", o_.zero, o_.reduce.c_str())});
     list.push_back(
-        {"samples and saves", format("every %zu and %zu steps", o_.sample_every, o_.save_every)});
+        {"samples, saves and times of ranks",
+         format("every %zu, %zu and %zu steps", o_.sample_every, o_.save_every, o_.log_every)});
     link_.all_equal("the options", std::move(list), kPatience_s);
 }
 
 // Meets the other ranks' models, and gives them what rank 0 has read.
 inline void Training::join_ranks() {
-    if (world_ == 1) return;
+    if (!joins()) return;
     gpt2_join(model_.get(),
               link_.broadcast("the id of NCCL", leads() ? gpt2_job_id() : "", kPatience_s));
     share_state();
@@ -2258,7 +2273,7 @@ inline void Training::join_ranks() {
 
 // The parameters, the moments and the state of the run, from rank 0.
 inline void Training::share_state() {
-    if (world_ == 1) return;
+    if (!joins()) return;
     ordered_json root = to_json(state_, identity_, settings_, o_.seed);
     root["step"] = state_.step;
     root["elapsed_before_s"] = elapsed_before_s_;
@@ -2270,6 +2285,53 @@ inline void Training::share_state() {
         loader_->seek(state_.position);
     }
     gpt2_share(model_.get());
+}
+
+// How long each rank's device computed in a step, and how long the rank waited for data.
+struct RankTimes {
+    std::vector<double> compute_ms, data_ms;
+};
+
+// A line for each rank that holds up the others: one that computes for longer than they do, by more
+// than a tenth of the median of theirs, or waits for data for more than a tenth of a step.
+inline std::vector<std::string> find_stragglers(const RankTimes& times, double step_ms,
+                                                const std::function<std::string(int)>& describe) {
+    constexpr double kTolerated = 0.1;
+    std::vector<std::string> lines;
+    for (size_t rank = 0; rank < times.compute_ms.size(); rank++) {
+        std::vector<double> others = times.compute_ms;
+        others.erase(others.begin() + ptrdiff_t(rank));
+        auto middle = others.begin() + ptrdiff_t(others.size() / 2);
+        std::nth_element(others.begin(), middle, others.end());
+        if (times.compute_ms[rank] > (1 + kTolerated) * *middle)
+            lines.push_back(format("%s computes for %.1f ms a step, the others for %.1f",
+                                   describe(int(rank)).c_str(), times.compute_ms[rank], *middle));
+        if (times.data_ms[rank] > kTolerated * step_ms)
+            lines.push_back(format("%s waits %.1f ms a step for its data",
+                                   describe(int(rank)).c_str(), times.data_ms[rank]));
+    }
+    return lines;
+}
+
+// The times of all ranks since the last such record, to the log, and who is slow to the screen.
+inline void Training::report_ranks() {
+    double steps = double(std::max<size_t>(timed_steps_, 1));
+    json mine = {1000 * compute_s_ / steps, 1000 * data_s_ / steps};
+    compute_s_ = data_s_ = 0, timed_steps_ = 0;
+    RankTimes times;
+    for (const std::string& text : link_.gather("times", mine.dump(), kPatience_s)) {
+        json theirs = parse_json(text, "times");
+        times.compute_ms.push_back(theirs.at(0).get<double>());
+        times.data_ms.push_back(theirs.at(1).get<double>());
+    }
+    if (!leads()) return;
+    write_record({{"event", "ranks"},
+                  {"step", state_.step},
+                  {"compute_ms", times.compute_ms},
+                  {"data_ms", times.data_ms}});
+    auto describe = [this](int rank) { return link_.describe(rank); };
+    for (const std::string& line : find_stragglers(times, 1000 * step_s_, describe))
+        screen_.line(format("step %-7zu %s", state_.step, line.c_str()));
 }
 
 // What may differ between ranks, and must not where they decide how to go on: the clock, signals,
@@ -2358,9 +2420,11 @@ inline LaunchedStep Training::launch() {
     }
     gpt2_update(model_.get(), adamw);
     launched_++;
+    double fetch_s = now_s();
     try {
         fetch_batches();
     } catch (const Error&) { own_error_ = std::current_exception(); }
+    data_s_ += now_s() - fetch_s;
     return now;
 }
 
@@ -2555,6 +2619,9 @@ inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Sta
     record["tokens"] = state_.tokens;
     record["elapsed_s"] = elapsed_before_s_ + done_s - start_s_;
     look_for_spike(launched, stats.loss, &record);
+    compute_s_ += stats.compute_s;
+    timed_steps_++;
+    if (world_ > 1 && is_due(o_.log_every, state_.step)) report_ranks();
     return record;
 }
 

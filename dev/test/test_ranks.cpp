@@ -398,6 +398,16 @@ TEST(Gpus, StartsEveryRankOnceAndWaits) {
     }
     EXPECT_GT(job.size(), 16u);
     EXPECT_EQ(waitpid(-1, nullptr, WNOHANG), -1) << "none is left";
+    std::string threads_before = getenv("OMP_NUM_THREADS") ? getenv("OMP_NUM_THREADS") : "";
+    auto threads = [&](const char* own) {
+        own == nullptr ? unsetenv("OMP_NUM_THREADS") : setenv("OMP_NUM_THREADS", own, 1);
+        EXPECT_EQ(run_script(2, "echo $OMP_NUM_THREADS >" + folder + "/$GPT2_RANK").exit_code, 0);
+        return std::stoi(read_file(folder + "/1"));
+    };
+    EXPECT_EQ(threads(nullptr), std::max(int(std::thread::hardware_concurrency()) / 2, 1));
+    EXPECT_EQ(threads("5"), 5);
+    unsetenv("OMP_NUM_THREADS");
+    if (!threads_before.empty()) setenv("OMP_NUM_THREADS", threads_before.c_str(), 1);
 }
 
 TEST(Gpus, OneThatFailsEndsAllWithItsCode) {
@@ -593,6 +603,28 @@ TEST(RankLink, CarriesUpToAMebibyte) {
             if (size != (link.ranks().rank == 0 ? 3 * kLongestPayload : 0)) say("wrong size;");
             std::string error = error_of([&] { link.gather("more", most + "x"); });
             if (error.find("gather more: 1048577 bytes") == std::string::npos) say(error);
+            link.finish();
+            say("done");
+        });
+    expect_all(outcomes, 0, "done");
+    for (const Outcome& outcome : outcomes) EXPECT_EQ(outcome.said, "done");
+}
+
+TEST(RankLink, GathersMoreThanThatInPieces) {
+    auto outcomes =
+        run_job(3, meeting_at(free_port()), quick(), [](RankLink& link, const Say& say) {
+            auto own = [](int rank) { return std::string(size_t(rank) * 5, char('a' + rank)); };
+            for (size_t piece : {size_t(1), size_t(5), size_t(7), size_t(100)}) {
+                std::vector<std::string> all =
+                    gather_long(link, "all", own(link.ranks().rank), 0, piece);
+                std::vector<std::string> expected = {own(0), own(1), own(2)};
+                if (link.ranks().rank > 0) expected.clear();
+                if (all != expected) say("wrong;");
+            }
+            std::string most(3 * kLongestPayload, char('a' + link.ranks().rank));
+            std::vector<std::string> all = gather_long(link, "most", most);
+            if (link.ranks().rank == 0 && all[2] != std::string(3 * kLongestPayload, 'c'))
+                say("wrong;");
             link.finish();
             say("done");
         });
