@@ -345,7 +345,7 @@ cuda: $(CUDA_FOLDER)/train_gpt2cu
 	@ln -sf $< train_gpt2cu
 
 # For a machine with a GPU and little else: the program, its tests and the layers' benchmarks, with
-# all but cuBLASLt and the driver linked in. dev/bench/gpu.sh takes them from build/gpu-portable.
+# all but cuBLASLt, NCCL and the driver linked in. dev/bench/gpu.sh takes them from there.
 PORTABLE := build/gpu-portable
 # Functions that a program does not call are left out of it: the programs of the layers hold all of
 # the CPU twin twice, and what travels is to be small. (One of them is libstdc++'s random device,
@@ -353,13 +353,14 @@ PORTABLE := build/gpu-portable
 SECTIONS := -ffunction-sections -fdata-sections
 PORTABLE_LINK = $(NVCC) $(CUDA_CODE) $^ -o $@ -cudart static \
     -Xcompiler -static-libstdc++,-static-libgcc -Xlinker --gc-sections,--strip-all \
-    -lcublasLt -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a -lpthread -ldl
+    -lcublasLt $(if $(filter yes,$(NCCL)),-lnccl) -l:libutf8proc.a -l:libxxhash.a -l:libgomp.a \
+    -lpthread -ldl
 PORTABLE_CXX = $(CXX) $(filter-out -march=% -DGPT2_ONEDNN $(PACKING),$(FLAGS)) \
     -march=x86-64-v3 $(SECTIONS)
 
 gpu-portable:
 	@$(MAKE) --no-print-directory ARCH="-march=x86-64-v3 $(SECTIONS)" \
-	    CUDA_FOLDER=build/cuda-portable NCCL=no portable-programs
+	    CUDA_FOLDER=build/cuda-portable portable-programs
 
 portable-programs: $(addprefix $(PORTABLE)/,train_gpt2cu test_gpt2cu test_runscu train_gpt2 \
     $(CHECKS))

@@ -408,17 +408,22 @@ inline Tokenizer load_gpt2_tokenizer() {
         "dev/data/gpt2/, or give its path");
 }
 
-// A tokenizer that needs no text to be made.
-inline Tokenizer load_tokenizer(const std::string& name) {
+inline bool holds_tokenizer(const std::string& folder) {
     std::error_code ignored;
-    if (name == "gpt2" && !fs::is_directory(name, ignored)) return load_gpt2_tokenizer();
+    return !folder.empty() && fs::exists(fs::path(folder) / "tokenizer.json", ignored);
+}
+
+// A tokenizer that needs no text to be made: a named one, a file's, or that of a folder's model or
+// run.
+inline Tokenizer load_tokenizer(const std::string& name) {
     if (name == "gpt2") return load_gpt2_tokenizer();
     if (name == "bytes") return Tokenizer::bytes();
     if (name == "chars" || name == "words" || name == "words:unk" || name == "auto" ||
         name.starts_with("bpe:"))
         fail_input("--tokenizer %s: is made from training text; give gpt2, bytes or a file here",
                    name.c_str());
-    return Tokenizer::load(name);
+    std::string last = join_path(name, "last");
+    return Tokenizer::load(!holds_tokenizer(name) && holds_tokenizer(last) ? last : name);
 }
 
 // Trains a BPE on text, or takes the one of the same text and size that CACHE_FOLDER keeps. One
@@ -455,11 +460,6 @@ inline Tokenizer make_tokenizer(const std::string& name, std::string_view text,
         fail_input("--tokenizer %s: the size must be a whole number from 257 to 65536",
                    name.c_str());
     return train_bpe_cached(text, size, cache_folder);
-}
-
-inline bool holds_tokenizer(const std::string& folder) {
-    std::error_code ignored;
-    return !folder.empty() && fs::exists(fs::path(folder) / "tokenizer.json", ignored);
 }
 
 // The tokenizer of a model on disk: its folder's own or, where a model of 50257 tokens has none

@@ -307,7 +307,7 @@ emulated_tests() {
     emulated_kills 10
     # What a machine with a GPU will be asked; its checks have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
-        dev/bench/gpu.sh --emulated environment training pytorch layers tests sanitizer
+        dev/bench/gpu.sh --emulated environment training pytorch layers tests ranks sanitizer
 }
 
 # The same commands in both programs, and the same sections in both sources.

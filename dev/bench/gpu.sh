@@ -1,7 +1,8 @@
 #!/bin/sh
 # All that is asked of a machine with a GPU, in one run of at most ten minutes, and one table.
 #
-#   dev/bench/gpu.sh [PART...]      environment checks training pytorch layers tests sanitizer; all
+#   dev/bench/gpu.sh [PART...]      environment checks training pytorch layers tests ranks sanitizer;
+#                                   all
 #   dev/bench/gpu.sh --emulated     the same flow on the emulator, at tiny size: no figure is real
 #
 # It needs no network. The programs are those of build/gpu-portable, brought along or built here
@@ -108,9 +109,9 @@ find_programs() {
             CUDA_ARCH=native gpu-portable
         count "make gpu-portable" $?
     fi
-    # cuBLASLt is not linked in, and cuDNN is opened by attention's benchmark alone. PyTorch has
-    # both where no toolkit is installed. (It is not to be given ours: see pytorch.)
-    for name in libcublasLt.so.13 libcudnn.so.9; do
+    # cuBLASLt and NCCL are not linked in, and cuDNN is opened by attention's benchmark alone.
+    # PyTorch has all of them where no toolkit is installed. (It is not to be given ours: see pytorch.)
+    for name in libcublasLt.so.13 libnccl.so.2 libcudnn.so.9; do
         if ldconfig -p 2>/dev/null | grep -q "$name"; then continue; fi
         for library in "${CUDA_HOME:-/usr/local/cuda}/lib64/$name" \
             $(find /usr /opt -name "$name" 2>/dev/null); do
@@ -250,6 +251,26 @@ whole_model_tests() {
     done
 }
 
+# A model whose states are sharded, through NCCL: over the one card that is here, where what is sent
+# comes back, or over two of the emulator's. The losses are those of a model that is not.
+ranks() {
+    log=$logs/ranks.log gpus=1
+    if [ $emulated = yes ]; then export EMU_DEVICES=2 EMU_NCCL_ORDER=plain gpus=2; fi
+    for zero in 0 1 2; do
+        limited 60 "$log" "$program" train --data README.md --tokenizer bytes --layers 2 --heads 2 \
+            --channels 64 --context 64 --batch-size 4 --steps 5 --dtype bf16 --eval-every 0 \
+            --sample-every 0 --save-every 3 --resume never --gpus $gpus --zero $zero \
+            --out "$scratch/zero$zero"
+        count "--gpus $gpus --zero $zero" $?
+        grep -o '"train_loss":[^,]*' "$scratch/zero$zero/log.jsonl" >"$scratch/losses$zero"
+    done
+    for zero in 1 2; do
+        cmp -s "$scratch/losses0" "$scratch/losses$zero"
+        count "--zero $zero has the losses of --zero 0" $?
+    done
+    rm -rf "$scratch"/zero?
+}
+
 # A few steps of a tiny model under each tool of compute-sanitizer.
 sanitizer() {
     if [ $emulated = yes ] || ! command -v compute-sanitizer >/dev/null; then
@@ -353,7 +374,7 @@ check_table() {
 
 # ==== main =======================================================================================
 
-for name in environment checks training pytorch layers tests sanitizer; do
+for name in environment checks training pytorch layers tests ranks sanitizer; do
     rm -f "$logs/$name.log"
 done
 touch "$scratch/ours" "$scratch/torch"
@@ -377,6 +398,7 @@ if wants training; then echo "== training" && training; fi
 if wants pytorch; then echo "== pytorch" && pytorch; fi
 if wants layers; then echo "== layers" && layer_benchmarks; fi
 if wants tests; then echo "== tests" && whole_model_tests; fi
+if wants ranks; then echo "== ranks" && ranks; fi
 if wants sanitizer; then echo "== sanitizer" && sanitizer; fi
 table >"$logs/table.md"
 if [ $emulated = yes ]; then

@@ -178,7 +178,7 @@ TEST_F(Cli, TextThatIsNotUtf8IsKeptAsBytes) {
     Outcome ids = call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt"});
     EXPECT_EQ(ids.code, 0) << ids.err;
     EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last"}, ids.out).out, bytes);
-    call({"tokenizer", "encode", "--tokenizer", "run/last", "--in", "bytes.txt", "--out", "x.npy"});
+    call({"tokenizer", "encode", "--tokenizer", "run", "--in", "bytes.txt", "--out", "x.npy"});
     EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "run/last", "--in", "x.npy"}).out, bytes);
 }
 
