@@ -3,6 +3,7 @@
 # of GPT-3 Small [Brown et al. 2020, arXiv:2005.14165, table 2.1].
 #
 #   scripts/data_fineweb_edu.sh                       once: 100 shards, 20 GB
+#   scripts/data_gpt2.sh                              once: its vocabulary, in 548 MB
 #   scripts/run_gpt2_124M.sh [--dry-run] [OPTION...]  further options of `train_gpt2cu train`
 #
 # tokens      18,865 steps of 524,288: 9.9 billion

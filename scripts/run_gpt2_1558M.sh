@@ -3,6 +3,7 @@
 # of which the batch is that of GPT-3 XL [Brown et al. 2020, arXiv:2005.14165, table 2.1].
 #
 #   scripts/data_fineweb_edu.sh dev/data/fineweb_edu 336  once: 336 shards, 67 GB
+#   scripts/data_gpt2.sh                                  once: its vocabulary, in 548 MB
 #   scripts/run_gpt2_1558M.sh [--dry-run] [OPTION...]     further options of `train_gpt2cu train`
 #
 # tokens      32,000 steps of 1,048,576: 33.6 billion

@@ -3,6 +3,7 @@
 # batch are those of GPT-3 Medium [Brown et al. 2020, arXiv:2005.14165, table 2.1].
 #
 #   scripts/data_fineweb_edu.sh dev/data/fineweb_edu 315  once: 315 shards, 63 GB
+#   scripts/data_gpt2.sh                                  once: its vocabulary, in 548 MB
 #   scripts/run_gpt2_350M.sh [--dry-run] [OPTION...]      further options of `train_gpt2cu train`
 #
 # tokens      60,000 steps of 524,288: 31.5 billion

@@ -3,6 +3,7 @@
 # batch are those of GPT-3 Large [Brown et al. 2020, arXiv:2005.14165, table 2.1].
 #
 #   scripts/data_fineweb_edu.sh dev/data/fineweb_edu 1000  once: 1,000 shards, 200 GB
+#   scripts/data_gpt2.sh                                   once: its vocabulary, in 548 MB
 #   scripts/run_gpt2_774M.sh [--dry-run] [OPTION...]       further options of `train_gpt2cu train`
 #
 # tokens      286,102 steps of 524,288: 150 billion, one and a half times the sample of 100 billion
