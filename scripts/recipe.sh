@@ -123,7 +123,7 @@ if [ $dry_run = yes ]; then
     plan="--card ${CARD:-H100} --nodes $nodes"
     if ! is_given --gpus; then plan="$plan --gpus $((world / nodes))"; fi
     # shellcheck disable=SC2086  # words of options
-    "$program" plan $plan "$@" || exit
+    "$program" plan $plan "$@"
 fi
 
 data=${DATA:-dev/data/fineweb_edu}

@@ -368,7 +368,8 @@ TEST_F(PlanScripts, ARecipeRunsOnceForEachRankOfALauncher) {
         expect_has(rank.out, "--batch-size 32 ");
     }
     // A batch script is no step, and starts the processes itself.
-    Outcome batch = script("run_gpt2_124M.sh", data + "SLURM_STEP_ID=4294967291 GPUS=4");
+    Outcome batch =
+        script("run_gpt2_124M.sh", data + "SLURM_STEP_ID=4294967291 SLURM_NTASKS=16 GPUS=4");
     expect_has(batch.out, " --gpus 4");
 }
 
