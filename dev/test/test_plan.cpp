@@ -301,7 +301,7 @@ constexpr Recipe kRecipes[] = {
 TEST_F(PlanScripts, DryRunsPrintThePlanAndTheCommand) {
     for (const Recipe& r : kRecipes) {
         std::string size = r.size;
-        Outcome dry = script("run_gpt2_" + size + ".sh --dry-run", "PATH=/usr/bin:/bin");
+        Outcome dry = script("run_gpt2_" + size + ".sh --dry-run", "GPUS=8");
         ASSERT_EQ(dry.code, 0) << dry.err;
         EXPECT_EQ(dry.err, "");
         expect_has(dry.out, "1 node x 8 H100");
@@ -333,6 +333,18 @@ TEST_F(PlanScripts, WordsOfTheCommandLineComeBeforeTheRecipe) {
     expect_has(dry.out, "--batch-size 16 ");
     expect_lacks(dry.out, "--gpus");
     EXPECT_EQ(script("run_gpt2_350M.sh --help").out.rfind("GPT-2 350M", 0), 0u);
+}
+
+TEST_F(PlanScripts, TheGpusOfThisMachineAreCounted) {
+    auto with_smi = [&](const std::string& body, const std::string& words) {
+        write("nvidia-smi", "#!/bin/sh\n" + body + "\n");
+        fs::permissions(path("nvidia-smi"), fs::perms::owner_all);
+        return script("run_gpt2_124M.sh " + words, "PATH='" + folder_ + "':\"$PATH\"");
+    };
+    expect_has(with_smi("echo GPU 0: A; echo GPU 1: B", "--dry-run").out, " --gpus 2\n");
+    Outcome none = with_smi("exit 9", "--dry-run");
+    expect_has(none.out, " --gpus 8\n");
+    expect_bad(with_smi("exit 9", ""), "no GPU found here; GPUS=N");
 }
 
 TEST_F(PlanScripts, BadUsageOfARecipeIsOneLine) {
