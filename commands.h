@@ -780,12 +780,14 @@ inline Cluster choose_cluster(const PlanOptions& p, const Card& card) {
     return c;
 }
 
-// The shape with which train_gpt2cu trains on a card that is not here: in bf16 unless --dtype says
-// fp32, whichever program plans.
+// The shape with which train_gpt2cu trains on a card that is not here, whichever program plans: in
+// bf16, of which the rates are.
 inline GPT2Shape card_shape(const TrainOptions& o, const GPT2Config& config, int T,
                             const Card& card) {
+    if (o.compute.dtype == "fp32")
+        fail_input("--dtype fp32: a plan of %s is of its rates in bf16", card.name);
     GPT2Shape shape;
-    shape.dtype = o.compute.dtype == "fp32" ? Dtype::fp32 : Dtype::bf16;
+    shape.dtype = Dtype::bf16;
     shape.deterministic = o.compute.deterministic == "on";
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = o.sample_every > 0 ? 1 : 0;
@@ -796,12 +798,12 @@ inline GPT2Shape card_shape(const TrainOptions& o, const GPT2Config& config, int
 // Time and rate of a step on a cluster, what bounds it, and what more GPUs lose.
 inline void print_cluster_plan(const Card& card, const Cluster& c, const StepCost& cost,
                                const Goal& goal) {
-    printf("cluster    %s x %s %s of %.4g TFLOP/s and %s GB/s\n",
-           c.nodes > 1 ? format("%d nodes", c.nodes).c_str() : "1 node",
-           format("%d", c.gpus).c_str(), card.name, c.flops / 1e12,
+    printf("cluster    %d node%s x %d %s of %.4g TFLOP/s and %s GB/s\n", c.nodes,
+           c.nodes > 1 ? "s" : "", c.gpus, card.name, c.flops / 1e12,
            with_commas(size_t(c.memory / 1e9)).c_str());
-    printf("links      %.4g GB/s a GPU within a node, %.4g GB/s a GPU between nodes\n",
-           c.node_link / 1e9, c.link / 1e9);
+    printf("links      %.4g GB/s a GPU within a node", c.node_link / 1e9);
+    if (c.nodes > 1) printf(", %.4g GB/s a GPU between nodes", c.link / 1e9);
+    printf("\n");
     printf(
         "assumed    passes at %.0f%% of the peak, updates at %.0f%% of memory's rate, sums at "
         "%.0f%% of a link's\n",

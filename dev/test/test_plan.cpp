@@ -208,6 +208,15 @@ TEST_F(Cli, APlanOfAClusterNeedsNoCard) {
     }
 }
 
+TEST_F(Cli, APlanRecomputesWhatTheCardsMemoryAsksFor) {
+    for (auto [card, level] :
+         {std::pair("H100", "level 0"), std::pair("A100-SXM4-40GB", "level 3")}) {
+        Outcome plan = call({"plan", "--model", "gpt2-xl", "--batch-size", "16", "--card", card});
+        EXPECT_NE(plan.out.find(level), std::string::npos) << plan.out;
+        EXPECT_EQ(plan.out.find("between nodes"), std::string::npos) << plan.out;
+    }
+}
+
 TEST_F(Cli, RatesOfAPlanCanBeOverridden) {
     auto step_ms = [&](std::vector<std::string> more) {
         std::vector<std::string> words = {"plan",   "--model", "gpt2",    "--card", "A100",
@@ -239,6 +248,7 @@ TEST_F(Cli, AClusterThatCannotBeIsRefused) {
                  "--nodes 4000: of 8 GPUs each");
     expect_error(call({"plan", "--card", "H100", "--gpus", "3", "--total-batch-tokens", "65536"}),
                  2, "--total-batch-tokens 65536: not a multiple");
+    expect_error(call({"plan", "--card", "H100", "--dtype", "fp32"}), 2, "--dtype fp32");
     if (std::string(gpt2_program()) == "train_gpt2")
         expect_error(call({"plan", "--gpus", "2"}), 2, "--card is missing: must be one of H100");
 }
