@@ -12,24 +12,8 @@ fail() {
     exit 2
 }
 
-# whole NAME VALUE: refuses what is no whole number of at least 1.
-whole() {
-    case $2 in
-    '' | *[!0-9]* | 0* | ??????*) fail "$1=$2: must be a whole number from 1 to 99999" ;;
-    esac
-}
-
-# Words as a shell reads them back.
-quoted() {
-    for word in "$@"; do
-        case $word in
-        '' | *[!A-Za-z0-9_./:=+,@%-]*)
-            printf " '%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")"
-            ;;
-        *) printf ' %s' "$word" ;;
-        esac
-    done
-}
+# shellcheck source=scripts/words.sh
+. "$(dirname "$0")/words.sh"
 
 # Whether a launcher started this process, once for each GPU; sets $world to how many it started.
 # (A batch script of Slurm's that is no step has most of its variables too.)
@@ -77,14 +61,14 @@ while [ "$count" -gt 0 ]; do
     set -- "$@" "$word"
 done
 is_given() { case $given in *" $1 "*) true ;; *) false ;; esac }
-whole NODES "$nodes"
-if [ -n "$gpus" ]; then whole GPUS "$gpus"; fi
+whole NODES "$nodes" 1
+if [ -n "$gpus" ]; then whole GPUS "$gpus" 1; fi
 
 # ==== how many GPUs ==============================================================================
 
 starts_ranks=no
 if launched; then
-    whole "ranks of the launcher" "$world"
+    whole "ranks of the launcher:" "$world" 1
 else
     if [ -z "$gpus" ] && command -v nvidia-smi >/dev/null; then
         gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || gpus=''
@@ -133,7 +117,7 @@ fi
 if ! is_given --out; then set -- "$@" --out "${OUT:-runs/$name}"; fi
 if [ $starts_ranks = yes ] && ! is_given --gpus; then set -- "$@" --gpus "$gpus"; fi
 if [ $dry_run = yes ]; then
-    echo "command   $(quoted "${TRAIN_GPT2:-./train_gpt2cu}" train "$@")"
+    echo "command    $(quoted "${TRAIN_GPT2:-./train_gpt2cu}" train "$@")"
     exit 0
 fi
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What the scripts in this folder have in common: they source it, after they have set `script`, the
-# name by which they complain.
+# name by which they complain, and `scripts`, the folder of the recipes.
 #
 # NCCL finds its way between machines by itself. Where it does not, or is slow, set in the
 # environment of these scripts (they pass on every variable that begins with NCCL_):
@@ -35,13 +35,8 @@ fail() {
     exit 2
 }
 
-# whole NAME VALUE LEAST: refuses what is no whole number from LEAST on.
-whole() {
-    case $2 in
-    '' | *[!0-9]* | ??????*) fail "$1 $2: must be a whole number from $3 to 99999" ;;
-    esac
-    if [ "$2" -lt "$3" ]; then fail "$1 $2: must be a whole number from $3 to 99999"; fi
-}
+# shellcheck source=scripts/words.sh
+. "$scripts/words.sh"
 
 # recipe_of SIZE: sets $recipe to the script of that size; $scripts is the folder with all of them.
 recipe_of() {
@@ -57,14 +52,7 @@ nccl_variables() { env | sed -n 's/^\(NCCL_[A-Z0-9_]*\)=.*/\1/p' | LC_ALL=C sort
 # Does the command, or prints it with $dry_run = yes.
 run() {
     if [ "$dry_run" = yes ]; then
-        for word in "$@"; do
-            case $word in
-            '' | *[!A-Za-z0-9_./:=+,@%-]*)
-                printf "'%s' " "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")"
-                ;;
-            *) printf '%s ' "$word" ;;
-            esac
-        done | sed 's/ $//'
+        quoted "$@"
         echo
         exit 0
     fi
