@@ -147,7 +147,7 @@ $(FOLDER)/test_gpt2: $(FOLDER)/$(if $(filter double,$(VARIANT)),twin_double,trai
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
 # What is made of a model: files, runs, and commands.
-RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli jobs)
+RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli jobs plan)
 RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)
 ifeq ($(VARIANT),)  # they compute next to nothing themselves
 $(RUN_TEST_OBJECTS): OWN_FLAGS := $(TEST_FLAGS) -O0

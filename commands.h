@@ -16,6 +16,7 @@
 #include <iostream>
 
 #include "hellaswag.h"
+#include "scaling.h"
 #include "trainer.h"
 
 // ==== options ====================================================================================
@@ -68,6 +69,9 @@ struct ExportOptions {
 struct PlanOptions {
     TrainOptions train;
     int vocab_size = 50257;
+    std::string card;
+    int nodes = 1;
+    double link_gb_s = 50, node_link_gb_s = 0, share = 0;  // 0: as published for the card
 };
 
 // Every command's options, and which command was called.
@@ -312,6 +316,24 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
     add_watch_options(app, o);
 }
 
+inline void add_plan_options(CLI::App* app, PlanOptions& o) {
+    add_train_options(app, o.train);
+    add_number(app, "--vocab-size", o.vocab_size, 1, 1 << 20, "N", "tokens")->group("Model");
+    app->get_option("--gpus")->description("GPUs of a node, as many processes");
+    app->option_defaults()->group("A cluster, which need not be here");
+    add_text(app, "--card", o.card, "NAME", "H100, A100, ...: its published rates and memory")
+        ->default_str("what computes here");
+    add_number(app, "--nodes", o.nodes, 1, kMostRanks, "N", "machines of --gpus GPUs each");
+    add_number(app, "--link", o.link_gb_s, 1e-3, 1e6, "GB/S",
+               "between nodes, for each GPU, in one direction; 50: an adapter of 400 Gb/s");
+    add_number(app, "--node-link", o.node_link_gb_s, 1e-3, 1e6, "GB/S",
+               "between GPUs of a node, in one direction")
+        ->default_str("as published for the card");
+    add_number(app, "--share", o.share, 1e-3, 1, "X",
+               "part of the card's peak that forward and backward passes reach")
+        ->default_str("as published for the card, else 0.6");
+}
+
 constexpr const char* kModelHelp = "a run or a model folder, or a model of llm.c";
 
 inline void add_sample_options(CLI::App* app, SampleOptions& o) {
@@ -483,8 +505,7 @@ inline void add_commands(CLI::App* app, Options& o) {
     CLI::App* plan = app->add_subcommand("plan",
                                          "parameters, memory and time, before anything "
                                          "is allocated");
-    add_train_options(plan, o.plan.train);
-    add_number(plan, "--vocab-size", o.plan.vocab_size, 1, 1 << 20, "N", "tokens")->group("Model");
+    add_plan_options(plan, o.plan);
     CLI::App* info = app->add_subcommand("info",
                                          "what a file or folder is, and whether it is "
                                          "intact");
@@ -732,20 +753,8 @@ inline int train_command(TrainOptions o, double start_s, const std::string& how_
     });
 }
 
-// Operations and time of a run; no time where nothing is known of the device's rate.
-inline void print_time_plan(double operations, size_t tokens_a_step, const Goal& goal,
-                            const PeakRate& peak) {
-    double step = operations * double(tokens_a_step);
-    printf("operations %s a token, %s a step of %s tokens\n", readable_rate(operations).c_str(),
-           readable_rate(step).c_str(), with_commas(tokens_a_step).c_str());
-    printf("machine    %s\n", describe_machine(peak).c_str());
-    if (peak.flops == 0) {
-        printf("time       unknown, as the rate of this device is\n");
-        return;
-    }
-    double step_s = step / (kAssumedShare * peak.flops);
-    printf("time       %.3g s a step at the peak (%s), about %.3g s at %.0f%% of it\n",
-           step / peak.flops, peak.source.c_str(), step_s, 100 * kAssumedShare);
+// How long a run takes, or how far it gets, where a step takes step_s.
+inline void print_run_time(const Goal& goal, double step_s) {
     if (goal.steps > 0)
         printf("run        %s steps, about %s\n", with_commas(goal.steps).c_str(),
                readable_time(step_s * double(goal.steps)).c_str());
@@ -754,14 +763,99 @@ inline void print_time_plan(double operations, size_t tokens_a_step, const Goal&
                with_commas(size_t(goal.time_limit_s / step_s)).c_str());
 }
 
+// Time of a run on what computes here; none where nothing is known of its rate.
+inline void print_time_plan(double step_operations, const Goal& goal, const PeakRate& peak) {
+    printf("machine    %s\n", describe_machine(peak).c_str());
+    if (peak.flops == 0) {
+        printf("time       unknown, as the rate of this device is\n");
+        return;
+    }
+    double step_s = step_operations / (kAssumedShare * peak.flops);
+    printf("time       %.3g s a step at the peak (%s), about %.3g s at %.0f%% of it\n",
+           step_operations / peak.flops, peak.source.c_str(), step_s, 100 * kAssumedShare);
+    print_run_time(goal, step_s);
+}
+
+// Whether a plan is of cards by their published figures, and not of what computes here.
+inline bool plans_cluster(const PlanOptions& p) {
+    return !p.card.empty() || p.nodes > 1 || p.train.ranks.gpus > 1;
+}
+
+// The card that --card names or, without it, that is here; fail_input where neither is known.
+inline const Card& choose_card(const PlanOptions& p) {
+    const Card* card = find_card(p.card.empty() ? gpt2_device() : p.card);
+    if (card != nullptr) return *card;
+    std::string all;
+    for (const Card& known : kCards) all += std::string(all.empty() ? "" : ", ") + known.name;
+    fail_input("--card %s: must be one of %s",
+               p.card.empty() ? "is missing" : one_line(p.card).c_str(), all.c_str());
+}
+
+inline Cluster choose_cluster(const PlanOptions& p, const Card& card) {
+    constexpr double kGiga = 1e9, kTera = 1e12;
+    Cluster c;
+    c.gpus = std::max(p.train.ranks.gpus, 1), c.nodes = p.nodes;
+    if (c.world() > kMostRanks)
+        fail_input("--nodes %d: of %d GPUs each are more than the %d ranks that a job can have",
+                   c.nodes, c.gpus, kMostRanks);
+    c.flops = kTera * card.tflops, c.memory = kGiga * card.memory_gb_s;
+    c.share = p.share > 0 ? p.share : card.share > 0 ? card.share : kAssumedShare;
+    c.node_link = kGiga * (p.node_link_gb_s > 0 ? p.node_link_gb_s : card.node_link_gb_s);
+    c.link = kGiga * p.link_gb_s;
+    return c;
+}
+
+// The shape with which train_gpt2cu trains on a card that is not here, whichever program plans: in
+// bf16, of which the rates are.
+inline GPT2Shape card_shape(const TrainOptions& o, const GPT2Config& config, int T,
+                            const Card& card, int world) {
+    if (o.compute.dtype == "fp32")
+        fail_input("--dtype fp32: a plan of %s is of its rates in bf16", card.name);
+    GPT2Shape shape;
+    shape.dtype = Dtype::bf16;
+    shape.deterministic = o.compute.deterministic != "off";
+    shape.B = o.batch_size, shape.T = T, shape.training = true;
+    shape.generate = o.sample_every > 0 ? 1 : 0;
+    shard(o, T, world, &shape);
+    shape.recompute = choose_recompute(o.recompute, config, shape, size_t(1e9 * card.memory_gb));
+    return shape;
+}
+
+// Time and rate of a step on a cluster, what bounds it, and what more GPUs lose.
+inline void print_cluster_plan(const Card& card, const Cluster& c, const StepCost& cost,
+                               const Goal& goal) {
+    printf("cluster    %d node%s x %d %s of %.4g TFLOP/s and %s GB/s\n", c.nodes,
+           c.nodes > 1 ? "s" : "", c.gpus, card.name, c.flops / 1e12,
+           with_commas(size_t(c.memory / 1e9)).c_str());
+    printf("links      %.4g GB/s a GPU within a node", c.node_link / 1e9);
+    if (c.nodes > 1) printf(", %.4g GB/s a GPU between nodes", c.link / 1e9);
+    printf("\n");
+    printf(
+        "assumed    passes at %.0f%% of the peak, updates at %.0f%% of memory's rate, sums at "
+        "%.0f%% of a link's\n",
+        100 * c.share, 100 * kMemoryShare, 100 * kLinkShare);
+    printf("step       %.4g ms: passes %.4g, update %.3g, exposed communication %.3g (of %.3g)\n",
+           1e3 * cost.step_s(), 1e3 * cost.passes_s, 1e3 * cost.update_s, 1e3 * cost.exposed_s,
+           1e3 * cost.communication_s);
+    printf("rate       %s tokens/s, %s a GPU; efficiency %.1f%% of one GPU\n",
+           with_commas(size_t(cost.tokens_per_s())).c_str(),
+           with_commas(size_t(cost.tokens_per_s() / c.world())).c_str(), 100 * efficiency(cost, c));
+    printf("bound by   %s\n", bound_by(cost, c));
+    print_run_time(goal, cost.step_s());
+}
+
 // Sizes, operations and time of a run, from its options alone: no memory is taken for the model.
 inline int plan_command(const PlanOptions& p) {
     const TrainOptions& o = p.train;
+    bool elsewhere = plans_cluster(p);
+    const Card* card = elsewhere ? &choose_card(p) : nullptr;
+    Cluster cluster = elsewhere ? choose_cluster(p, *card) : Cluster();
     ModelChoice choice = choose_model(o.model);
     int T = choose_sequence_length(o.sequence_length, choice.config);
     if (!choice.fixed_vocab) choice.config.vocab_size = p.vocab_size;
     Goal goal{o.steps, o.time_limit_s};
-    size_t sequences = size_t(o.batch_size) * size_t(accumulation(o, T, 1));
+    int micro_batches = accumulation(o, T, int(cluster.world()));
+    size_t sequences = size_t(o.batch_size) * size_t(micro_batches) * size_t(cluster.world());
     if (!o.data.empty()) {
         TrainingData data = read_data(o, choice, cache_folder(o));
         check_length(o, data, T);
@@ -772,14 +866,20 @@ inline int plan_command(const PlanOptions& p) {
         printf("data       %s\n", data.description.c_str());
     }
     const GPT2Config& c = choice.config;
-    GPT2Shape shape = training_shape(o, c, T, true, std::max(o.ranks.gpus, 1));
+    GPT2Shape shape = elsewhere ? card_shape(o, c, T, *card, int(cluster.world()))
+                                : training_shape(o, c, T, true, 1);
+    size_t free = elsewhere ? size_t(1e9 * card->memory_gb) : gpt2_memory_free();
     printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %s\n", c.layers,
            c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str());
     for (const std::string& line : size_report(c, shape)) printf("%s\n", line.c_str());
-    for (const std::string& line : fit_report(c, shape, gpt2_memory_free()))
-        printf("%s\n", line.c_str());
+    for (const std::string& line : fit_report(c, shape, free)) printf("%s\n", line.c_str());
     printf("computing  %s\n", describe_computing(shape).c_str());
-    print_time_plan(operations_per_token(c, T), sequences * size_t(T), goal, gpt2_peak(shape));
+    double operations = operations_per_token(c, T), tokens = double(sequences) * T;
+    printf("operations %s a token, %s a step of %s tokens\n", readable_rate(operations).c_str(),
+           readable_rate(operations * tokens).c_str(), with_commas(size_t(tokens)).c_str());
+    if (elsewhere)
+        print_cluster_plan(*card, cluster, step_cost(c, shape, micro_batches, cluster), goal);
+    else print_time_plan(operations * tokens, goal, gpt2_peak(shape));
     return 0;
 }
 

@@ -4272,19 +4272,6 @@ std::string gpt2_device() {
 // bf16 has the range of float32, so that nothing needs scaling, and half its bytes.
 Dtype gpt2_dtype(const std::string& option) { return option == "fp32" ? Dtype::fp32 : Dtype::bf16; }
 
-// Dense bf16 operations/s with float32 sums, as NVIDIA's data sheets give them; the first name that
-// is part of the card's own.
-struct CardRate {
-    const char* name;
-    double tflops;
-};
-constexpr CardRate kCards[] = {
-    {"H100 PCIe", 756},  {"H100 NVL", 835},   {"H100", 989}, {"H200", 989},  {"GH200", 989},
-    {"B200", 2250},      {"A100", 312},       {"A30", 165},  {"A40", 149.7}, {"RTX A6000", 154.8},
-    {"A10G", 70},        {"A10", 125},        {"L40S", 362}, {"L4", 121},    {"RTX 3090", 71},
-    {"RTX 4090", 165.2}, {"RTX 5090", 209.5},
-};
-
 // What a multiprocessor does in a cycle: bf16 operations by tensor cores (0: it differs between the
 // cards of this capability), and float32 ones by its other units.
 struct MultiprocessorRate {
@@ -4310,9 +4297,8 @@ PeakRate gpt2_peak(const GPT2Shape& shape) {
     }
     if (shape.dtype == Dtype::fp32 && !shape.tf32) return {cores, "by its clock"};
     double share = shape.dtype == Dtype::fp32 ? 0.5 : 1;  // TF32 runs at half the rate of bf16
-    for (const CardRate& known : kCards)
-        if (strstr(card.name, known.name) != nullptr)
-            return {share * known.tflops * 1e12, "published for this card"};
+    if (const Card* known = find_card(card.name))
+        return {share * known->tflops * 1e12, "published for this card"};
     return {share * from_clock, "by its clock"};
 }
 

@@ -1773,16 +1773,21 @@ inline bool chooses_snapshot(const TrainOptions& o, const GPT2Config& config, GP
            (machine == 0 || total_bytes(gpt2_host_memory(config, shape)) <= machine);
 }
 
+// What a shape that trains on one of `world` ranks says of them.
+inline void shard(const TrainOptions& o, int T, int world, GPT2Shape* shape) {
+    shape->world = world, shape->zero = o.zero;
+    if (o.compute.deterministic == "ranks") shape->leaves = accumulation(o, T, world) * world;
+    bool sent = world > 1 || shape->zero > 0 || shape->leaves > 0;
+    if (sent && o.reduce == "bf16") shape->reduce = Dtype::bf16;
+}
+
 // The shape of the model that trains on one of `world` ranks: with a cache for one sequence when it
 // also samples. Where states are sharded the snapshot is what they are saved from.
 inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
                                 bool samples, int world) {
     GPT2Shape shape = choose_shape(o.compute);
     shape.world = world;
-    if (o.compute.deterministic == "ranks") shape.leaves = accumulation(o, T, world) * world;
-    if (gpt2_alone().empty()) shape.zero = o.zero;
-    if ((world > 1 || shape.zero > 0 || shape.leaves > 0) && o.reduce == "bf16")
-        shape.reduce = Dtype::bf16;
+    if (gpt2_alone().empty()) shard(o, T, world, &shape);
     shape.B = o.batch_size, shape.T = T, shape.training = true;
     shape.generate = samples && o.sample_every > 0 ? 1 : 0;
     shape.recompute = choose_recompute(o.recompute, config, shape, gpt2_memory_free());
