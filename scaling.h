@@ -127,7 +127,7 @@ inline size_t bucket_numbers(const GPT2Config& config, bool block) {
 inline double exposed_sums_s(int blocks, double backward_s, double block_sum_s, double last_sum_s) {
     double sent_s = 0;
     for (int l = 1; l <= blocks; l++) sent_s = std::max(sent_s, l * backward_s) + block_sum_s;
-    return std::max(sent_s, blocks * backward_s) + last_sum_s - blocks * backward_s;
+    return std::max(sent_s - blocks * backward_s, 0.0) + last_sum_s;
 }
 
 // How long a forward pass waits, all in all, for parameters that come in its own order.
@@ -137,7 +137,7 @@ inline double exposed_gathers_s(int blocks, double forward_s, double block_s, do
         come_s += block_s;
         done_s = std::max(done_s, come_s) + forward_s;
     }
-    return done_s - blocks * forward_s;
+    return std::max(done_s - blocks * forward_s, 0.0);
 }
 
 // What a step of `micro_batches` of shape.B sequences of shape.T tokens on each rank costs.

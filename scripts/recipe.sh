@@ -28,12 +28,13 @@ launched() {
     [ -n "$world" ]
 }
 
-# The first of these programs that is here.
+# The program that TRAIN_GPT2 names or, without it, the first of these that is here.
 first_program() {
+    if [ -n "${TRAIN_GPT2:-}" ]; then set -- "$TRAIN_GPT2"; fi
     for program in "$@"; do
-        if [ -n "$program" ] && command -v "$program" >/dev/null; then return; fi
+        if command -v "$program" >/dev/null; then return; fi
     done
-    fail "there is no $2: make builds it; TRAIN_GPT2=... names another"
+    fail "there is no $1: make builds it; TRAIN_GPT2=... names another"
 }
 
 # ==== the command line ===========================================================================
@@ -103,7 +104,7 @@ done
 # ==== the plan ===================================================================================
 
 if [ $dry_run = yes ]; then
-    first_program "${TRAIN_GPT2:-}" ./train_gpt2 ./train_gpt2cu
+    first_program ./train_gpt2 ./train_gpt2cu
     plan="--card ${CARD:-H100} --nodes $nodes"
     if ! is_given --gpus; then plan="$plan --gpus $((world / nodes))"; fi
     # shellcheck disable=SC2086  # words of options
@@ -123,7 +124,7 @@ fi
 
 # ==== the run ====================================================================================
 
-first_program "${TRAIN_GPT2:-}" ./train_gpt2cu
+first_program ./train_gpt2cu
 last=$(printf '%s/train_%06d.bin' "$data" "$shards")
 for file in "$data/val_000000.bin" "$last"; do
     if ! is_given --data && [ ! -e "$file" ]; then
