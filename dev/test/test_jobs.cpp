@@ -256,6 +256,20 @@ TEST_F(Jobs, ARunGoesOnWithOtherShards) {
               losses_by_step(path("stopped")).rbegin()->first);
 }
 
+// Going back to a checkpoint gives every rank its parts again.
+TEST_F(Jobs, ARunGoesBackWithItsShards) {
+    Surroundings surroundings(Variables{{"EMU_NCCL_ORDER", "plain"}});
+    for (const char* zero : {"0", "1"}) {
+        Outcome outcome = call(gpus(
+            2, zero, 14, {"--zero", zero, "--on-spike", "rollback", "--spike-threshold", "0.5"}));
+        ASSERT_EQ(outcome.code, 0) << outcome.err;
+    }
+    EXPECT_NE(read_file(path("1/log.jsonl")).find("rollback"), std::string::npos)
+        << "nothing was tested";
+    EXPECT_EQ(losses_by_step(path("1")), losses_by_step(path("0")));
+    expect_same_states(path("0/last"), path("1/last"));
+}
+
 // Gradients that are rounded to bf16 are wrong by 2^-9 of themselves, and each hop of the ring
 // rounds again, so the norm is by less than ranks * 2^-9; the loss after eight steps follows the
 // sum of the updates, of which AdamW makes each about as long as before.
