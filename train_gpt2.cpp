@@ -12,8 +12,13 @@
 #include <bit>
 #include <cassert>
 #include <chrono>
+#include <cstring>
 #include <fstream>
+#include <limits>
+#include <map>
 #include <thread>
+#include <tuple>
+#include <unordered_map>
 
 #include "gpt2.h"
 #include "trainer.h"
@@ -21,7 +26,7 @@
 #    include "commands.h"
 #endif
 #ifdef GPT2_ONEDNN
-#    include <oneapi/dnnl/dnnl.h>
+#    include <oneapi/dnnl/dnnl.hpp>
 #endif
 
 // ==== constants ==================================================================================
@@ -30,16 +35,39 @@ constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
 constexpr double kGeluCube = 0.044715;
 
 constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
-constexpr int kAttentionRows = 64;    // queries that share a block of scores
+constexpr int kAttentionRows = 64;    // queries, and keys, of a tile of scores
 constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
 
-// Scores of attention exist for a block of queries on each thread, those of the weights and of
-// their gradient; a model that generates sees up to `context` keys.
+// A float32 cut to its upper half: the range of float32, and 8 bits of it. Numbers of this type are
+// stored; what computes with them computes in `real`.
+struct bf16 {
+    uint16_t bits;
+
+    bf16() = default;
+    // To the nearest, ties to even; NaN stays NaN.
+    bf16(float x) {
+        uint32_t word = std::bit_cast<uint32_t>(x);
+        uint32_t rounded = (word + 0x7FFFu + (word >> 16 & 1)) >> 16;
+        bits = uint16_t((word & 0x7FFFFFFFu) > 0x7F800000u ? word >> 16 | 0x40u : rounded);
+    }
+    operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+};
+
+// Numbers that attention works in on one thread, for `keys` keys of heads of HS: the tiles that
+// AttentionTiles names, and the gradients of the keys and values of a head.
+static size_t attention_numbers(size_t keys, size_t HS) {
+    size_t tile = aligned(kAttentionRows * HS);
+    return 2 * kAttentionRows * kAttentionRows + 7 * tile + 4 * kAttentionRows +
+           aligned(2 * keys * HS);
+}
+
+// Each thread has its own tiles; a model that generates sees up to `context` keys.
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
     size_t keys = size_t(shape.generate > 0 ? config.context : shape.T);
     size_t numbers = allocated_parameters(config);
+    size_t attention = attention_numbers(keys, size_t(config.head_size()));
     return {size_t(kClassifierRows),
-            size_t(shape.threads) * 2 * kAttentionRows * keys,
+            size_t(shape.threads) * attention,
             size_t(kReduceRows),
             numbers,
             numbers,
@@ -77,17 +105,18 @@ inline float vector_exp(float x) {
 // out = wte[token] + wpe[t]                                          [Radford et al. 2019,
 // section 2.3] out (B,T,C) is written; inputs (B,T) are ids below the rows of wte; wte (Vp,C), wpe
 // (at least T,C)
-void encoder_forward(real* out, const int* inputs, const real* wte, const real* wpe, int B, int T,
-                     int C) {
+template <class Float>
+void encoder_forward(Float* out, const int* inputs, const Float* wte, const Float* wpe, int B,
+                     int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
             size_t bt = size_t(b) * T + t;
-            const real* token = wte + size_t(inputs[bt]) * C;
-            const real* position = wpe + size_t(t) * C;
-            real* out_bt = out + bt * C;
+            const Float* token = wte + size_t(inputs[bt]) * C;
+            const Float* position = wpe + size_t(t) * C;
+            Float* out_bt = out + bt * C;
 #pragma omp simd
-            for (int c = 0; c < C; c++) out_bt[c] = token[c] + position[c];
+            for (int c = 0; c < C; c++) out_bt[c] = real(token[c]) + real(position[c]);
         }
     }
 }
@@ -95,7 +124,8 @@ void encoder_forward(real* out, const int* inputs, const real* wte, const real* 
 // forward: out = wte[token] + wpe[t], so dwte[token] += dout and dwpe[t] += dout
 // dwte (Vp,C) and dwpe (T,C) accumulate. A token may stand at many places: each thread owns the
 // rows of wte whose id is its number modulo the threads, and adds to them in the order of places.
-void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* inputs, int B, int T,
+template <class Float>
+void encoder_backward(real* dwte, real* dwpe, const Float* dout, const int* inputs, int B, int T,
                       int C) {
 #pragma omp parallel
     {
@@ -103,17 +133,17 @@ void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* input
         for (size_t bt = 0; bt < size_t(B) * T; bt++) {
             if (inputs[bt] % threads != thread) continue;
             real* dtoken = dwte + size_t(inputs[bt]) * C;
-            const real* dout_bt = dout + bt * C;
+            const Float* dout_bt = dout + bt * C;
 #pragma omp simd
-            for (int c = 0; c < C; c++) dtoken[c] += dout_bt[c];
+            for (int c = 0; c < C; c++) dtoken[c] += real(dout_bt[c]);
         }
 #pragma omp for schedule(static)
         for (int t = 0; t < T; t++) {
             real* dposition = dwpe + size_t(t) * C;
             for (int b = 0; b < B; b++) {
-                const real* dout_bt = dout + (size_t(b) * T + t) * C;
+                const Float* dout_bt = dout + (size_t(b) * T + t) * C;
 #pragma omp simd
-                for (int c = 0; c < C; c++) dposition[c] += dout_bt[c];
+                for (int c = 0; c < C; c++) dposition[c] += real(dout_bt[c]);
             }
         }
     }
@@ -123,22 +153,23 @@ void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* input
 
 // One row of layer norm: y (C) from x (C), and its mean and rstd. Everything that normalises calls
 // this one, never inlined, so that what is computed a second time has the same bits.
-__attribute__((noinline)) static void layernorm_row(real* y, real* mean, real* rstd, const real* x,
-                                                    const real* weight, const real* bias,
-                                                    double epsilon, int C) {
+template <class Float>
+__attribute__((noinline)) static void layernorm_row(Float* y, real* mean, real* rstd,
+                                                    const Float* x, const Float* weight,
+                                                    const Float* bias, double epsilon, int C) {
     real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < C; c++) sum += x[c];
+    for (int c = 0; c < C; c++) sum += real(x[c]);
     real m = sum / C;
 #pragma omp simd reduction(+ : squares)
-    for (int c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+    for (int c = 0; c < C; c++) squares += (real(x[c]) - m) * (real(x[c]) - m);
     real r = 1 / std::sqrt(squares / C + real(epsilon));
     if (bias != nullptr) {
 #pragma omp simd
-        for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c] + bias[c];
+        for (int c = 0; c < C; c++) y[c] = (real(x[c]) - m) * r * real(weight[c]) + real(bias[c]);
     } else {
 #pragma omp simd
-        for (int c = 0; c < C; c++) y[c] = (x[c] - m) * r * weight[c];
+        for (int c = 0; c < C; c++) y[c] = (real(x[c]) - m) * r * real(weight[c]);
     }
     *mean = m;
     *rstd = r;
@@ -148,8 +179,9 @@ __attribute__((noinline)) static void layernorm_row(real* y, real* mean, real* r
 // arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
 // backward inp (B,T,C), weight (C), bias (C) or null. The variance is taken in a second pass, about
 // the mean.
-void layernorm_forward(real* out, real* mean, real* rstd, const real* inp, const real* weight,
-                       const real* bias, double epsilon, int B, int T, int C) {
+template <class Float>
+void layernorm_forward(Float* out, real* mean, real* rstd, const Float* inp, const Float* weight,
+                       const Float* bias, double epsilon, int B, int T, int C) {
 #pragma omp parallel for schedule(static)
     for (size_t bt = 0; bt < size_t(B) * T; bt++)
         layernorm_row(out + bt * C, mean + bt, rstd + bt, inp + bt * C, weight, bias, epsilon, C);
@@ -170,9 +202,10 @@ static void add_partial_sums(real* column, const real* partial, int C) {
 // weight dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C):
 // the weight's and the bias's gradients are first summed over kReduceRows runs of rows, then over
 // those.
-void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
-                        const real* weight, const real* mean, const real* rstd, real* scratch,
-                        int B, int T, int C) {
+template <class Float>
+void layernorm_backward(Float* dinp, real* dweight, real* dbias, const Float* dout,
+                        const Float* inp, const Float* weight, const real* mean, const real* rstd,
+                        real* scratch, int B, int T, int C) {
     size_t BT = size_t(B) * T;
     real* dweights = scratch;
     real* dbiases = scratch + size_t(kReduceRows) * C;
@@ -183,22 +216,23 @@ void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout
         std::fill(dw, dw + C, real(0));
         std::fill(db, db + C, real(0));
         for (size_t bt = BT * p / kReduceRows; bt < BT * (p + 1) / kReduceRows; bt++) {
-            const real *x = inp + bt * C, *dy = dout + bt * C;
-            real* dx = dinp + bt * C;
+            const Float *x = inp + bt * C, *dy = dout + bt * C;
+            Float* dx = dinp + bt * C;
             real m = mean[bt], r = rstd[bt], sum = 0, sum_n = 0;
 #pragma omp simd reduction(+ : sum, sum_n)
             for (int c = 0; c < C; c++) {
-                real n = (x[c] - m) * r, g = dy[c] * weight[c];
+                real n = (real(x[c]) - m) * r, g = real(dy[c]) * real(weight[c]);
                 sum += g;
                 sum_n += g * n;
-                dw[c] += dy[c] * n;
-                db[c] += dy[c];
+                dw[c] += real(dy[c]) * n;
+                db[c] += real(dy[c]);
             }
             real mean_g = sum / C, mean_gn = sum_n / C;
 #pragma omp simd
             for (int c = 0; c < C; c++) {
-                real n = (x[c] - m) * r;
-                dx[c] += r * (dy[c] * weight[c] - mean_g - n * mean_gn);
+                real n = (real(x[c]) - m) * r;
+                real g = real(dy[c]) * real(weight[c]);
+                dx[c] = real(dx[c]) + r * (g - mean_g - n * mean_gn);
             }
         }
     }
@@ -208,68 +242,196 @@ void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout
 
 // ==== matmul =====================================================================================
 
-// C = A' B' + beta C: four loop nests, one for each pair of transposes, parallel over the rows of
-// C. A' is (M,K), B' is (K,N), C is (M,N), row-major; lda, ldb, ldc are the distances between
+// A product: C (M,N) = A' B' + bias + beta C, where ' transposes when asked; bias (N) or null, and
+// beta is 0 or 1. A' is (M,K), B' is (K,N), row-major; lda, ldb, ldc are the distances between
 // stored rows.
-void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda,
-                const real* B, int ldb, real beta, real* C, int ldc) {
+template <class In, class Out>
+struct Product {
+    bool trans_a, trans_b;
+    int M, N, K;
+    const In* A;
+    int lda;
+    const In* B;
+    int ldb;
+    const In* bias;
+    real beta;
+    Out* C;
+    int ldc;
+};
+
+// Loop nests over a row of C, in pieces that stay in cache; they need no library, and sum in `real`
+// whatever the types.
+template <class In, class Out>
+static void product_plain(const Product<In, Out>& p) {
+    constexpr int kPiece = 256;
 #pragma omp parallel for schedule(static)
-    for (int m = 0; m < M; m++) {
-        real* c = C + size_t(m) * ldc;
-        for (int n = 0; n < N; n++) c[n] = beta == 0 ? real(0) : beta * c[n];
-        if (trans_b) {
-            for (int n = 0; n < N; n++) {
-                const real* b = B + size_t(n) * ldb;
-                real sum = 0;
+    for (int m = 0; m < p.M; m++) {
+        auto a = [&](int k) {
+            return real(p.trans_a ? p.A[size_t(k) * p.lda + m] : p.A[size_t(m) * p.lda + k]);
+        };
+        for (int first = 0; first < p.N; first += kPiece) {
+            Out* c = p.C + size_t(m) * p.ldc + first;
+            int n_piece = std::min(kPiece, p.N - first);
+            real sums[kPiece];
+            for (int n = 0; n < n_piece; n++) {
+                sums[n] = p.beta == 0 ? real(0) : p.beta * real(c[n]);
+                if (p.bias != nullptr) sums[n] += real(p.bias[first + n]);
+            }
+            if (p.trans_b) {
+                for (int n = 0; n < n_piece; n++) {
+                    const In* b = p.B + size_t(first + n) * p.ldb;
+                    real sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (int k = 0; k < K; k++)
-                    sum += b[k] * (trans_a ? A[size_t(k) * lda + m] : A[size_t(m) * lda + k]);
-                c[n] += sum;
-            }
-        } else {
-            for (int k = 0; k < K; k++) {
-                real a = trans_a ? A[size_t(k) * lda + m] : A[size_t(m) * lda + k];
-                const real* b = B + size_t(k) * ldb;
+                    for (int k = 0; k < p.K; k++) sum += real(b[k]) * a(k);
+                    sums[n] += sum;
+                }
+            } else {
+                for (int k = 0; k < p.K; k++) {
+                    const In* b = p.B + size_t(k) * p.ldb + first;
+                    real factor = a(k);
 #pragma omp simd
-                for (int n = 0; n < N; n++) c[n] += a * b[n];
+                    for (int n = 0; n < n_piece; n++) sums[n] += factor * real(b[n]);
+                }
             }
+            for (int n = 0; n < n_piece; n++) c[n] = sums[n];
         }
     }
 }
 
-// The same product by oneDNN, which picks the kernel for the processor when the program runs.
-// Inside a parallel region it works on the calling thread alone.
+#ifdef GPT2_ONEDNN
+
+[[noreturn]] static void fail_product(int M, int N, int K, int status) {
+    fail_machine("oneDNN: product of (%d,%d) and (%d,%d): status %d", M, K, K, N, status);
+}
+
+// Products as oneDNN's primitives: each is made once for its shape and types, and called with other
+// memory from then on. Making one generates and compiles code, some milliseconds of it. Scratch
+// memory is the library's, one buffer that all primitives of a thread share.
+class ProductPlans {
+  public:
+    template <class In, class Out>
+    void operator()(const Product<In, Out>& p) {
+        Key key = {p.trans_a, p.trans_b,         p.M,    p.N,   p.K,        p.lda,
+                   p.ldb,     p.bias != nullptr, p.beta, p.ldc, sizeof(In), sizeof(Out)};
+        auto place = plans_.find(key);
+        try {
+            if (place == plans_.end()) place = plans_.emplace(key, make(p)).first;
+            Plan& plan = place->second;
+            plan.arguments.at(DNNL_ARG_SRC).set_data_handle(const_cast<In*>(p.A));
+            plan.arguments.at(DNNL_ARG_WEIGHTS).set_data_handle(const_cast<In*>(p.B));
+            plan.arguments.at(DNNL_ARG_DST).set_data_handle(p.C);
+            if (p.bias != nullptr)
+                plan.arguments.at(DNNL_ARG_BIAS).set_data_handle(const_cast<In*>(p.bias));
+            plan.primitive.execute(stream_, plan.arguments);
+            stream_.wait();
+        } catch (const dnnl::error& error) { fail_product(p.M, p.N, p.K, int(error.status)); }
+    }
+
+  private:
+    using Key = std::tuple<bool, bool, int, int, int, int, int, bool, real, int, size_t, size_t>;
+    struct Plan {
+        dnnl::matmul primitive;
+        std::unordered_map<int, dnnl::memory> arguments;
+    };
+
+    template <class Number>
+    static constexpr dnnl::memory::data_type type() {
+        return sizeof(Number) == 2 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32;
+    }
+    template <class Number>
+    static dnnl::memory::desc matrix(int rows, int columns, int ld, bool transposed) {
+        dnnl::memory::dims strides = {ld, 1};
+        if (transposed) std::swap(strides[0], strides[1]);
+        return dnnl::memory::desc({rows, columns}, type<Number>(), strides);
+    }
+
+    template <class In, class Out>
+    Plan make(const Product<In, Out>& p) {
+        auto a = matrix<In>(p.M, p.K, p.lda, p.trans_a), b = matrix<In>(p.K, p.N, p.ldb, p.trans_b);
+        auto c = matrix<Out>(p.M, p.N, p.ldc, false);
+        auto bias = p.bias != nullptr ? matrix<In>(1, p.N, p.N, false) : dnnl::memory::desc();
+        dnnl::primitive_attr attributes;
+        if (p.beta != 0) {
+            dnnl::post_ops sum;
+            sum.append_sum(p.beta);
+            attributes.set_post_ops(sum);
+        }
+#    if DNNL_VERSION_MAJOR >= 3
+        dnnl::matmul::primitive_desc description(engine_, a, b, bias, c, attributes);
+#    else
+        dnnl::matmul::primitive_desc description({a, b, bias, c}, attributes, engine_);
+#    endif
+        Plan plan;
+        plan.primitive = dnnl::matmul(description);
+        auto argument = [&](int name, const dnnl::memory::desc& desc) {
+            plan.arguments.emplace(name, dnnl::memory(desc, engine_, nullptr));
+        };
+        argument(DNNL_ARG_SRC, a), argument(DNNL_ARG_WEIGHTS, b), argument(DNNL_ARG_DST, c);
+        if (p.bias != nullptr) argument(DNNL_ARG_BIAS, bias);
+        return plan;
+    }
+
+    std::map<Key, Plan> plans_;
+    dnnl::engine engine_ = dnnl::engine(dnnl::engine::kind::cpu, 0);
+    dnnl::stream stream_ = dnnl::stream(engine_);
+};
+
+// The plans of the calling thread: each thread that runs a model has its own, so that they need no
+// lock.
+static ProductPlans& product_plans() {
+    static thread_local ProductPlans plans;
+    return plans;
+}
+
+#endif
+
+// The same product by oneDNN, which picks the kernel for the processor when the program runs. In
+// float32, where A is transposed or nothing is, its BLAS interface was measured to be the faster.
+template <class In, class Out>
+static void product(const Product<In, Out>& p) {
+#ifdef GPT2_ONEDNN
+    if constexpr (std::is_same_v<In, float>) {
+        if (!p.trans_b || p.bias == nullptr) {
+            dnnl_status_t status =
+                dnnl_sgemm(p.trans_a ? 'T' : 'N', p.trans_b ? 'T' : 'N', p.M, p.N, p.K, 1.f, p.A,
+                           p.lda, p.B, p.ldb, p.beta, p.C, p.ldc);
+            if (status != dnnl_success) fail_product(p.M, p.N, p.K, int(status));
+            return;
+        }
+    }
+    product_plans()(p);
+#else
+    product_plain(p);
+#endif
+}
+
+void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda,
+                const real* B, int ldb, real beta, real* C, int ldc) {
+    product_plain<real, real>({trans_a, trans_b, M, N, K, A, lda, B, ldb, nullptr, beta, C, ldc});
+}
+
 void gemm(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda, const real* B,
           int ldb, real beta, real* C, int ldc) {
-#ifdef GPT2_ONEDNN
-    dnnl_status_t status = dnnl_sgemm(trans_a ? 'T' : 'N', trans_b ? 'T' : 'N', M, N, K, 1.f, A,
-                                      lda, B, ldb, beta, C, ldc);
-    if (status != dnnl_success)
-        fail_machine("oneDNN: product of (%d,%d) and (%d,%d): status %d", M, K, K, N, int(status));
-#else
-    gemm_plain(trans_a, trans_b, M, N, K, A, lda, B, ldb, beta, C, ldc);
-#endif
+    product<real, real>({trans_a, trans_b, M, N, K, A, lda, B, ldb, nullptr, beta, C, ldc});
 }
 
 // out = inp weight^T + bias
 // out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
-void matmul_forward(real* out, const real* inp, const real* weight, const real* bias, int BT, int C,
-                    int OC) {
-    if (bias != nullptr) {
-#pragma omp parallel for schedule(static)
-        for (int bt = 0; bt < BT; bt++) std::copy(bias, bias + OC, out + size_t(bt) * OC);
-    }
-    gemm(false, true, BT, OC, C, inp, C, weight, C, bias != nullptr ? 1 : 0, out, OC);
+template <class Float>
+void matmul_forward(Float* out, const Float* inp, const Float* weight, const Float* bias, int BT,
+                    int C, int OC) {
+    product<Float, Float>({false, true, BT, OC, C, inp, C, weight, C, bias, 0, out, OC});
 }
 
 // forward: out = inp weight^T + bias
 // dinp = dout weight;  dweight += dout^T inp;  dbias += sum over rows of dout
 // dinp (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. scratch
 // (kReduceRows,OC).
-void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
-                     const real* weight, real* scratch, int BT, int C, int OC) {
-    gemm(false, false, BT, C, OC, dout, OC, weight, C, 0, dinp, C);
-    gemm(true, false, OC, C, BT, dout, OC, inp, C, 1, dweight, C);
+template <class Float>
+void matmul_backward(Float* dinp, real* dweight, real* dbias, const Float* dout, const Float* inp,
+                     const Float* weight, real* scratch, int BT, int C, int OC) {
+    product<Float, Float>({false, false, BT, C, OC, dout, OC, weight, C, nullptr, 0, dinp, C});
+    product<Float, real>({true, false, OC, C, BT, dout, OC, inp, C, nullptr, 1, dweight, C});
     if (dbias == nullptr) return;
 #pragma omp parallel for schedule(static)
     for (int p = 0; p < kReduceRows; p++) {
@@ -277,9 +439,9 @@ void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, c
         std::fill(sum, sum + OC, real(0));
         for (int bt = int(int64_t(BT) * p / kReduceRows);
              bt < int(int64_t(BT) * (p + 1) / kReduceRows); bt++) {
-            const real* dout_bt = dout + size_t(bt) * OC;
+            const Float* dout_bt = dout + size_t(bt) * OC;
 #pragma omp simd
-            for (int o = 0; o < OC; o++) sum[o] += dout_bt[o];
+            for (int o = 0; o < OC; o++) sum[o] += real(dout_bt[o]);
         }
     }
     add_partial_sums(dbias, scratch, OC);
@@ -287,32 +449,45 @@ void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, c
 
 // ==== dropout ====================================================================================
 
+// Where a row's dropout decides from: its key and its place.
+struct DropoutRow {
+    const Dropout& dropout;
+    uint64_t sequence;
+    int row, cols;
+};
+
 // out[j] = inp[j] / (1 - p) with probability 1 - p, else 0            [Srivastava et al. 2014, JMLR
-// 15:1929] One row of n of `cols` numbers. Whether an element stays depends on the key and its
-// place alone, so that backward, another rank or the other twin decides the same; out may be inp.
-static void dropout_row(real* out, const real* inp, const Dropout& dropout, uint64_t sequence,
-                        int row, int cols, int n) {
+// 15:1929] n numbers, `stride` apart, of the row of `cols` from `first` on, a multiple of 4.
+// Whether an element stays depends on the key and its place alone, so that backward, another rank
+// or the other twin decides the same; out may be inp.
+template <class Float>
+static void dropout_row(Float* out, const Float* inp, const DropoutRow& place, int first, int n,
+                        int stride = 1) {
+    const Dropout& dropout = place.dropout;
     uint32_t threshold = uint32_t(dropout.probability * 4294967296.0);
     uint32_t stream = random_stream(dropout.use, dropout.layer);
-    uint32_t groups = (uint32_t(cols) + 3) / 4;
+    uint32_t groups = (uint32_t(place.cols) + 3) / 4;
     real scale = real(1 / (1 - dropout.probability));
     for (int j = 0; j < n; j += 4) {
-        Philox random = philox(dropout.seed, uint32_t(row) * groups + uint32_t(j) / 4,
-                               uint32_t(sequence), stream, uint32_t(dropout.step));
-        for (int i = 0; i < 4 && j + i < n; i++)
-            out[j + i] = random.word[i] >= threshold ? inp[j + i] * scale : real(0);
+        Philox random = philox(dropout.seed, uint32_t(place.row) * groups + uint32_t(first + j) / 4,
+                               uint32_t(place.sequence), stream, uint32_t(dropout.step));
+        for (int i = 0; i < 4 && j + i < n; i++) {
+            size_t at = size_t(j + i) * size_t(stride);
+            out[at] = random.word[i] >= threshold ? real(inp[at]) * scale : real(0);
+        }
     }
 }
 
 // out (B,T,C) is written; out may be inp. The gradient goes through the same function: dinp = mask
 // * dout / (1 - p).
-void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, int T, int C) {
+template <class Float>
+void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B, int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
             size_t bt = size_t(b) * T + t;
-            dropout_row(out + bt * C, inp + bt * C, dropout, dropout.first_sequence + uint64_t(b),
-                        t, C, C);
+            dropout_row(out + bt * C, inp + bt * C,
+                        {dropout, dropout.first_sequence + uint64_t(b), t, C}, 0, C);
         }
     }
 }
@@ -321,21 +496,24 @@ void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, 
 
 // The largest of n numbers, 16 running maxima at a time (compilers do not split a maximum on their
 // own).
-static real largest_of(const real* row, int n) {
-    constexpr int kLanes = 16;
-    real lanes[kLanes];
-    std::fill(lanes, lanes + kLanes, row[0]);
-    int whole = n / kLanes * kLanes;
-    for (int j = 0; j < whole; j += kLanes) {
+template <class Float>
+static real largest_of(const Float* row, int n) {
+    constexpr int kRunning = 16;
+    real running[kRunning];
+    std::fill(running, running + kRunning, real(row[0]));
+    int whole = n / kRunning * kRunning;
+    for (int j = 0; j < whole; j += kRunning) {
 #pragma omp simd
-        for (int i = 0; i < kLanes; i++) lanes[i] = row[j + i] > lanes[i] ? row[j + i] : lanes[i];
+        for (int i = 0; i < kRunning; i++)
+            running[i] = real(row[j + i]) > running[i] ? real(row[j + i]) : running[i];
     }
-    for (int j = whole; j < n; j++) lanes[0] = row[j] > lanes[0] ? row[j] : lanes[0];
-    return *std::max_element(lanes, lanes + kLanes);
+    for (int j = whole; j < n; j++)
+        running[0] = real(row[j]) > running[0] ? real(row[j]) : running[0];
+    return *std::max_element(running, running + kRunning);
 }
 
-// softmax of a row of n scores times `scale`, in place; returns its log-sum-exp
-static real softmax_row(real* row, int n, real scale) {
+// softmax of a row of n scores times `scale`, in place
+static void softmax_row(real* row, int n, real scale) {
     real largest = largest_of(row, n), sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; j++) {
@@ -346,127 +524,391 @@ static real softmax_row(real* row, int n, real scale) {
     real inverse = 1 / sum;
 #pragma omp simd
     for (int j = 0; j < n; j++) row[j] *= inverse;
-    return largest * scale + std::log(sum);
+}
+
+// As many numbers as a register of the processor holds.
+#if defined(__AVX512F__)
+constexpr int kLanes = 64 / sizeof(real), kTileVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 32 / sizeof(real), kTileVectors = 2;
+#else
+constexpr int kLanes = 16 / sizeof(real), kTileVectors = 2;
+#endif
+typedef real Vector __attribute__((vector_size(kLanes * sizeof(real))));
+
+static inline Vector load_vector(const real* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof(vector));
+    return vector;
+}
+
+// A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
+// * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.
+struct TileProduct {
+    int M, N, K;
+    const real* A;
+    int row, column;
+    const real* B;
+    int ldb;
+    bool add;
+    real* C;
+    int ldc;
+};
+
+// Rows x (Vectors * kLanes) numbers of C from (m,n) on, whose sums stay in registers.
+template <int Rows, int Vectors>
+static inline void tile_block(const TileProduct& p, int m, int n) {
+    Vector sums[Rows][Vectors];
+    real* c = p.C + size_t(m) * p.ldc + n;
+    for (int r = 0; r < Rows; r++)
+        for (int v = 0; v < Vectors; v++)
+            sums[r][v] = p.add ? load_vector(c + size_t(r) * p.ldc + v * kLanes) : Vector{};
+    const real* a = p.A + size_t(m) * p.row;
+    const real* b = p.B + n;
+    for (int k = 0; k < p.K; k++, a += p.column, b += p.ldb) {
+        Vector b_k[Vectors];
+        for (int v = 0; v < Vectors; v++) b_k[v] = load_vector(b + v * kLanes);
+        for (int r = 0; r < Rows; r++)
+            for (int v = 0; v < Vectors; v++) sums[r][v] += a[size_t(r) * p.row] * b_k[v];
+    }
+    for (int r = 0; r < Rows; r++)
+        for (int v = 0; v < Vectors; v++)
+            memcpy(c + size_t(r) * p.ldc + v * kLanes, &sums[r][v], sizeof(Vector));
+}
+
+template <int Vectors>
+static inline void tile_columns(const TileProduct& p, int n) {
+    int m = 0;
+    for (; m + 4 <= p.M; m += 4) tile_block<4, Vectors>(p, m, n);
+    for (; m < p.M; m++) tile_block<1, Vectors>(p, m, n);
+}
+
+void tile_product(const TileProduct& p) {
+    int n = 0;
+    for (; n + kTileVectors * kLanes <= p.N; n += kTileVectors * kLanes)
+        tile_columns<kTileVectors>(p, n);
+    for (; n + kLanes <= p.N; n += kLanes) tile_columns<1>(p, n);
+    for (int m = 0; m < p.M && n < p.N; m++)
+        for (int rest = n; rest < p.N; rest++) {
+            real sum = p.add ? p.C[size_t(m) * p.ldc + rest] : real(0);
+            for (int k = 0; k < p.K; k++)
+                sum +=
+                    p.A[size_t(m) * p.row + size_t(k) * p.column] * p.B[size_t(k) * p.ldb + rest];
+            p.C[size_t(m) * p.ldc + rest] = sum;
+        }
+}
+
+// What a thread works in, in its part of the scratch memory. A tile of scores is (keys, queries):
+// a query is a lane, so that what softmax does with its scores needs no sum across lanes, and only
+// what belongs to queries is ever transposed.
+struct AttentionTiles {
+    real *p, *dp;                     // (kAttentionRows, kAttentionRows)
+    real *qt, *doutt;                 // (HS, kAttentionRows)
+    real *q, *dout, *k, *v;           // (kAttentionRows, HS)
+    real* sums;                       // (kAttentionRows, HS): of out, or of dq
+    real *largest, *sum, *lse, *dot;  // (kAttentionRows), of each query
+    real *dk, *dv;                    // (keys, HS), of all keys of a head
+
+    AttentionTiles(real* scratch, size_t keys, int HS) {
+        constexpr size_t kSquare = size_t(kAttentionRows) * kAttentionRows;
+        size_t tile = aligned(size_t(kAttentionRows) * size_t(HS));
+        real* next = scratch + size_t(omp_get_thread_num()) * attention_numbers(keys, size_t(HS));
+        for (real** square : {&p, &dp}) *square = next, next += kSquare;
+        for (real** rows : {&qt, &doutt, &q, &dout, &k, &v, &sums}) *rows = next, next += tile;
+        for (real** row : {&largest, &sum, &lse, &dot}) *row = next, next += kAttentionRows;
+        dk = next;
+        dv = next + keys * size_t(HS);
+    }
+};
+
+// `rows` rows of HS numbers that lie `stride` apart, side by side.
+template <class Float>
+static void load_tile(real* tile, const Float* from, int stride, int rows, int HS) {
+    for (int t = 0; t < rows; t++) {
+        const Float* from_t = from + size_t(t) * stride;
+        real* tile_t = tile + size_t(t) * HS;
+#pragma omp simd
+        for (int i = 0; i < HS; i++) tile_t[i] = real(from_t[i]);
+    }
+}
+
+// The transpose of such a tile, (HS, kAttentionRows), with zeros where it has no rows.
+static void transpose_tile(real* transposed, const real* tile, int rows, int HS) {
+    for (int i = 0; i < HS; i++) {
+        real* lanes = transposed + size_t(i) * kAttentionRows;
+        for (int t = 0; t < rows; t++) lanes[t] = tile[size_t(t) * HS + i];
+        std::fill(lanes + rows, lanes + kAttentionRows, real(0));
+    }
+}
+
+template <class Float>
+static void store_tile(Float* to, int stride, const real* tile, int rows, int HS) {
+    for (int t = 0; t < rows; t++) {
+        Float* to_t = to + size_t(t) * stride;
+        const real* tile_t = tile + size_t(t) * HS;
+#pragma omp simd
+        for (int i = 0; i < HS; i++) to_t[i] = tile_t[i];
+    }
+}
+
+// One head of one sequence: rows of queries lie q_stride apart, those of keys and values kv_stride.
+// Query t stands at `position` + t and sees the keys up to there.
+template <class Float>
+struct AttentionHead {
+    const Float *q, *k, *v;
+    int q_stride, kv_stride, position, HS;
+    DropoutRow dropout;  // of query 0; its row counts on with t
+
+    bool drops() const { return dropout.dropout.probability > 0; }
+    real scale() const { return real(1 / std::sqrt(double(HS))); }
+    // Drops weights, or gradients of such, of a tile (n,queries) from (key,query) on, in place.
+    void drop(real* tile, int query, int queries, int key, int n) const {
+        for (int t = 0; t < queries; t++) {
+            DropoutRow row = {dropout.dropout, dropout.sequence, dropout.row + query + t,
+                              dropout.cols};
+            dropout_row(tile + t, tile + t, row, key, n, kAttentionRows);
+        }
+    }
+};
+
+// softmax over one more tile of n keys from `key` on, for queries from `query` on: weights relative
+// to the largest score so far, whose change scales what was summed up before.
+// [Milakov & Gimelshein 2018, arXiv:1805.02867]
+template <class Float>
+static void attention_softmax_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
+                                   int query, int rows, int key, int n) {
+    real scale = head.scale(), factor[kAttentionRows], before[kAttentionRows];
+    std::copy(tiles.largest, tiles.largest + kAttentionRows, before);
+    auto hidden = [&](int j) {  // lanes of a key that their queries do not see yet
+        return std::clamp(key + j - head.position - query, 0, kAttentionRows);
+    };
+    for (int j = 0; j < n; j++) {
+        real* row = tiles.p + size_t(j) * kAttentionRows;
+        std::fill(row, row + hidden(j), -std::numeric_limits<real>::infinity());
+#pragma omp simd
+        for (int t = 0; t < kAttentionRows; t++)
+            tiles.largest[t] = row[t] > tiles.largest[t] ? row[t] : tiles.largest[t];
+    }
+#pragma omp simd
+    for (int t = 0; t < kAttentionRows; t++) {
+        factor[t] = vector_exp((before[t] - tiles.largest[t]) * scale);
+        tiles.sum[t] *= factor[t];
+    }
+    for (int j = 0; j < n; j++) {
+        real* row = tiles.p + size_t(j) * kAttentionRows;
+#pragma omp simd
+        for (int t = 0; t < kAttentionRows; t++)
+            row[t] = vector_exp((row[t] - tiles.largest[t]) * scale);
+        std::fill(row, row + hidden(j), real(0));
+#pragma omp simd
+        for (int t = 0; t < kAttentionRows; t++) tiles.sum[t] += row[t];
+    }
+    if (key == 0) return;  // nothing was summed up before
+    for (int t = 0; t < rows; t++) {
+        real* sums = tiles.sums + size_t(t) * head.HS;
+#pragma omp simd
+        for (int i = 0; i < head.HS; i++) sums[i] *= factor[t];
+    }
+}
+
+// out and logsumexp (or null) of the queries [first, first + rows) of one head.
+template <class Float>
+static void attention_queries_forward(Float* out, int out_stride, real* logsumexp,
+                                      const AttentionTiles& tiles, const AttentionHead<Float>& head,
+                                      int first, int rows) {
+    constexpr int R = kAttentionRows;
+    int HS = head.HS, keys = head.position + first + rows;
+    load_tile(tiles.q, head.q + size_t(first) * head.q_stride, head.q_stride, rows, HS);
+    transpose_tile(tiles.qt, tiles.q, rows, HS);
+    std::fill(tiles.sums, tiles.sums + size_t(rows) * HS, real(0));
+    std::fill(tiles.largest, tiles.largest + R, -std::numeric_limits<real>::infinity());
+    std::fill(tiles.sum, tiles.sum + R, real(0));
+    for (int key = 0; key < keys; key += R) {
+        int n = std::min(R, keys - key);
+        load_tile(tiles.k, head.k + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
+        load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
+        tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
+        attention_softmax_tile(tiles, head, first, rows, key, n);
+        if (head.drops()) head.drop(tiles.p, first, rows, key, n);
+        tile_product({rows, HS, n, tiles.p, 1, R, tiles.v, HS, true, tiles.sums, HS});
+    }
+    for (int t = 0; t < rows; t++) {
+        real inverse = 1 / tiles.sum[t];
+        real* sums = tiles.sums + size_t(t) * HS;
+#pragma omp simd
+        for (int i = 0; i < HS; i++) sums[i] *= inverse;
+        if (logsumexp != nullptr)
+            logsumexp[first + t] = tiles.largest[t] * head.scale() + std::log(tiles.sum[t]);
+    }
+    store_tile(out + size_t(first) * out_stride, out_stride, tiles.sums, rows, HS);
 }
 
 // out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time  [Vaswani et al. 2017,
 // arXiv:1706.03762] out (B,T,C) and logsumexp (B,NH,T) are written; qkv (B,T,3C) holds q, k and v,
-// each (NH,HS) Scores exist for kAttentionRows queries at a time, in scratch (threads, 2 *
-// kAttentionRows * T): a (B,NH,T,T) tensor is never held, and backward computes the scores again,
-// which costs it one product in five.
-void attention_forward(real* out, real* logsumexp, const real* qkv, real* scratch,
+// each (NH,HS). Scores exist a tile of kAttentionRows keys and queries at a time, in scratch
+// (threads, attention_numbers(T, HS)): a (B,NH,T,T) tensor is never held, and backward computes the
+// scores again, which costs it one product in five  [Dao et al. 2022, arXiv:2205.14135].
+template <class Float>
+void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scratch,
                        const Dropout& dropout, int B, int T, int C, int NH) {
     int HS = C / NH, blocks = (T + kAttentionRows - 1) / kAttentionRows;
-    real scale = real(1 / std::sqrt(double(HS)));
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++) {
         for (int h = 0; h < NH; h++) {
             for (int block = 0; block < blocks; block++) {
-                int first = block * kAttentionRows, keys = std::min(first + kAttentionRows, T);
-                const real* q = qkv + size_t(b) * T * 3 * C + h * HS;
-                const real *k = q + C, *v = q + 2 * C;
-                real* scores = scratch + size_t(omp_get_thread_num()) * 2 * kAttentionRows * T;
-                gemm(false, true, keys - first, keys, HS, q + size_t(first) * 3 * C, 3 * C, k,
-                     3 * C, 0, scores, keys);
-                for (int t = first; t < keys; t++) {
-                    real* row = scores + size_t(t - first) * keys;
-                    logsumexp[(size_t(b) * NH + h) * T + t] = softmax_row(row, t + 1, scale);
-                    std::fill(row + t + 1, row + keys, real(0));
-                    if (dropout.probability > 0)
-                        dropout_row(row, row, dropout, dropout.first_sequence + uint64_t(b),
-                                    h * T + t, T, t + 1);
-                }
-                gemm(false, false, keys - first, HS, keys, scores, keys, v, 3 * C, 0,
-                     out + (size_t(b) * T + first) * C + h * HS, C);
+                const Float* q = qkv + size_t(b) * T * 3 * C + h * HS;
+                AttentionHead<Float> head = {
+                    q,         q + C,
+                    q + 2 * C, 3 * C,
+                    3 * C,     0,
+                    HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+                int first = block * kAttentionRows;
+                attention_queries_forward(out + size_t(b) * T * C + h * HS, C,
+                                          logsumexp + (size_t(b) * NH + h) * T,
+                                          AttentionTiles(scratch, size_t(T), HS), head, first,
+                                          std::min(kAttentionRows, T - first));
             }
         }
     }
 }
 
-// One row of the gradient of the scores. On entry p holds scores and dp the gradient of the dropped
-// weights; on exit p holds the dropped weights and dp the gradient of the scores. n of `keys` are
-// visible to this query.
-static void attention_backward_row(real* p, real* dp, real logsumexp, real dout_out, real scale,
-                                   const Dropout& dropout, uint64_t sequence, int row, int T, int n,
-                                   int keys) {
-    bool drops = dropout.probability > 0;
-    if (drops) dropout_row(dp, dp, dropout, sequence, row, T, n);
-#pragma omp simd
+// The gradient of a tile of scores. On entry p holds scores and dp the gradient of the dropped
+// weights; on exit p holds the dropped weights and dp the gradient of the scores.
+template <class Float>
+static void attention_backward_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
+                                    int query, int rows, int key, int n) {
+    real scale = head.scale();
+    if (head.drops()) head.drop(tiles.dp, query, rows, key, n);
     for (int j = 0; j < n; j++) {
-        p[j] = vector_exp(p[j] * scale - logsumexp);
-        dp[j] = p[j] * (dp[j] - dout_out) * scale;
+        real* p = tiles.p + size_t(j) * kAttentionRows;
+        real* dp = tiles.dp + size_t(j) * kAttentionRows;
+#pragma omp simd
+        for (int t = 0; t < kAttentionRows; t++) {
+            p[t] = vector_exp(p[t] * scale - tiles.lse[t]);
+            dp[t] = p[t] * (dp[t] - tiles.dot[t]) * scale;
+        }
+        int hidden = std::clamp(key + j - query, 0, kAttentionRows);
+        std::fill(p, p + hidden, real(0));
+        std::fill(dp, dp + hidden, real(0));
     }
     // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
     // rounding leaves of it AdamW would divide by its own size.
-    if (n == 1) dp[0] = 0;
-    if (drops) dropout_row(p, p, dropout, sequence, row, T, n);
-    std::fill(p + n, p + keys, real(0));
-    std::fill(dp + n, dp + keys, real(0));
+    if (query == 0 && key == 0) tiles.dp[0] = 0;
+    if (head.drops()) head.drop(tiles.p, query, rows, key, n);
+}
+
+// dq of the queries [first, first + rows) is written, and what they add to dk and dv of the head;
+// dq's rows lie 3C apart, those of dout and out C.
+template <class Float>
+static void attention_queries_backward(Float* dq, const Float* dout, const Float* out,
+                                       const real* logsumexp, const AttentionTiles& tiles,
+                                       const AttentionHead<Float>& head, int C, int first,
+                                       int rows) {
+    constexpr int R = kAttentionRows;
+    int HS = head.HS, keys = first + rows;
+    load_tile(tiles.sums, out + size_t(first) * C, C, rows, HS);
+    load_tile(tiles.dout, dout + size_t(first) * C, C, rows, HS);
+    load_tile(tiles.q, head.q + size_t(first) * head.q_stride, head.q_stride, rows, HS);
+    transpose_tile(tiles.doutt, tiles.dout, rows, HS);
+    transpose_tile(tiles.qt, tiles.q, rows, HS);
+    std::fill(tiles.lse, tiles.lse + R, real(0));
+    std::fill(tiles.dot, tiles.dot + R, real(0));
+    for (int t = 0; t < rows; t++) {
+        const real *dout_t = tiles.dout + size_t(t) * HS, *out_t = tiles.sums + size_t(t) * HS;
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < HS; i++) sum += dout_t[i] * out_t[i];
+        tiles.dot[t] = sum;
+        tiles.lse[t] = logsumexp[first + t];
+    }
+    std::fill(tiles.sums, tiles.sums + size_t(rows) * HS, real(0));
+    for (int key = 0; key < keys; key += R) {
+        int n = std::min(R, keys - key);
+        real *dk = tiles.dk + size_t(key) * HS, *dv = tiles.dv + size_t(key) * HS;
+        load_tile(tiles.k, head.k + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
+        load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
+        tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
+        tile_product({n, R, HS, tiles.v, HS, 1, tiles.doutt, R, false, tiles.dp, R});
+        attention_backward_tile(tiles, head, first, rows, key, n);
+        tile_product({n, HS, rows, tiles.p, R, 1, tiles.dout, HS, true, dv, HS});
+        tile_product({n, HS, rows, tiles.dp, R, 1, tiles.q, HS, true, dk, HS});
+        tile_product({rows, HS, n, tiles.dp, 1, R, tiles.k, HS, true, tiles.sums, HS});
+    }
+    store_tile(dq + size_t(first) * 3 * C, 3 * C, tiles.sums, rows, HS);
 }
 
 // forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
 // dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - sum(dout * out)) / sqrt(HS);  dq = ds k;
 // dk = ds^T q (sum_j p_j dropout(dd)_j = sum_j d_j dd_j = dout . out, so the row's sum needs no
 // second pass [Dao et al. 2022, arXiv:2205.14135, appendix B]). dqkv (B,T,3C) is written; dout, out
-// (B,T,C); scratch as in forward. Query blocks go from last to first: the last sees every key, so
-// that it writes dk and dv and the others add.
-void attention_backward(real* dqkv, const real* dout, const real* qkv, const real* out,
+// (B,T,C); scratch as in forward. A thread takes a head, whose dk and dv it sums up in `real` over
+// the blocks of queries, in order.
+template <class Float>
+void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const Float* out,
                         const real* logsumexp, real* scratch, const Dropout& dropout, int B, int T,
                         int C, int NH) {
-    int HS = C / NH, blocks = (T + kAttentionRows - 1) / kAttentionRows;
-    real scale = real(1 / std::sqrt(double(HS)));
+    int HS = C / NH;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++) {
         for (int h = 0; h < NH; h++) {
-            const real* q = qkv + size_t(b) * T * 3 * C + h * HS;
-            const real *k = q + C, *v = q + 2 * C;
-            real* dq = dqkv + size_t(b) * T * 3 * C + h * HS;
-            real *dk = dq + C, *dv = dq + 2 * C;
-            real* p = scratch + size_t(omp_get_thread_num()) * 2 * kAttentionRows * T;
-            real* dp = p + size_t(kAttentionRows) * T;
-            for (int block = blocks - 1; block >= 0; block--) {
-                int first = block * kAttentionRows, keys = std::min(first + kAttentionRows, T);
-                int rows = keys - first;
-                const real* q_block = q + size_t(first) * 3 * C;
-                const real* dout_block = dout + (size_t(b) * T + first) * C + h * HS;
-                const real* out_block = out + (size_t(b) * T + first) * C + h * HS;
-                gemm(false, true, rows, keys, HS, q_block, 3 * C, k, 3 * C, 0, p, keys);
-                gemm(false, true, rows, keys, HS, dout_block, C, v, 3 * C, 0, dp, keys);
-                for (int t = first; t < keys; t++) {
-                    const real* dout_t = dout_block + size_t(t - first) * C;
-                    const real* out_t = out_block + size_t(t - first) * C;
-                    real dout_out = 0;
-#pragma omp simd reduction(+ : dout_out)
-                    for (int i = 0; i < HS; i++) dout_out += dout_t[i] * out_t[i];
-                    attention_backward_row(
-                        p + size_t(t - first) * keys, dp + size_t(t - first) * keys,
-                        logsumexp[(size_t(b) * NH + h) * T + t], dout_out, scale, dropout,
-                        dropout.first_sequence + uint64_t(b), h * T + t, T, t + 1, keys);
-                }
-                real beta = block == blocks - 1 ? real(0) : real(1);
-                gemm(false, false, rows, HS, keys, dp, keys, k, 3 * C, 0,
-                     dq + size_t(first) * 3 * C, 3 * C);
-                gemm(true, false, keys, HS, rows, dp, keys, q_block, 3 * C, beta, dk, 3 * C);
-                gemm(true, false, keys, HS, rows, p, keys, dout_block, C, beta, dv, 3 * C);
-            }
+            size_t at = size_t(b) * T * C + h * HS, at_qkv = size_t(b) * T * 3 * C + h * HS;
+            const Float* q = qkv + at_qkv;
+            AttentionHead<Float> head = {
+                q,     q + C, q + 2 * C, 3 * C,
+                3 * C, 0,     HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+            AttentionTiles tiles(scratch, size_t(T), HS);
+            std::fill(tiles.dk, tiles.dk + size_t(2) * T * HS, real(0));
+            for (int first = 0; first < T; first += kAttentionRows)
+                attention_queries_backward(dqkv + at_qkv, dout + at, out + at,
+                                           logsumexp + (size_t(b) * NH + h) * T, tiles, head, C,
+                                           first, std::min(kAttentionRows, T - first));
+            store_tile(dqkv + at_qkv + C, 3 * C, tiles.dk, T, HS);
+            store_tile(dqkv + at_qkv + 2 * C, 3 * C, tiles.dv, T, HS);
         }
     }
 }
 
+// One query of a head against `keys` keys, a dot product and a sum at a time: what is left to do
+// where a token is generated. row (keys) is scratch.
+template <class Float>
+static void attention_query_forward(Float* out, const AttentionHead<Float>& head, int t,
+                                    real* row) {
+    int HS = head.HS, keys = head.position + t + 1;
+    const Float* q = head.q + size_t(t) * head.q_stride;
+    for (int j = 0; j < keys; j++) {
+        const Float* k = head.k + size_t(j) * head.kv_stride;
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < HS; i++) sum += real(q[i]) * real(k[i]);
+        row[j] = sum;
+    }
+    softmax_row(row, keys, head.scale());
+    real* sums = row + keys;
+    std::fill(sums, sums + HS, real(0));
+    for (int j = 0; j < keys; j++) {
+        const Float* v = head.v + size_t(j) * head.kv_stride;
+#pragma omp simd
+        for (int i = 0; i < HS; i++) sums[i] += row[j] * real(v[i]);
+    }
+#pragma omp simd
+    for (int i = 0; i < HS; i++) out[i] = sums[i];
+}
+
 // Attention of n new queries a sequence at `position` over the keys and values of a cache
 // (B,context,C), to which this call first adds the new ones. out (B,n,C) is written; qkv (B,n,3C);
-// scratch (threads, context) at least.
-static void attention_cached_forward(real* out, real* key_cache, real* value_cache, const real* qkv,
-                                     real* scratch, int B, int n, int position, int context, int C,
-                                     int NH) {
-    int HS = C / NH;
-    real scale = real(1 / std::sqrt(double(HS)));
+// scratch as in forward, for `context` keys.
+template <class Float>
+static void attention_cached_forward(Float* out, Float* key_cache, Float* value_cache,
+                                     const Float* qkv, real* scratch, int B, int n, int position,
+                                     int context, int C, int NH) {
+    int HS = C / NH, step = n < kAttentionRows / 4 ? 1 : kAttentionRows;
+    Dropout none;
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
         for (int b = 0; b < B; b++) {
             for (int t = 0; t < n; t++) {
-                const real* k = qkv + (size_t(b) * n + t) * 3 * C + C;
+                const Float* k = qkv + (size_t(b) * n + t) * 3 * C + C;
                 size_t place = (size_t(b) * context + position + t) * C;
                 std::copy(k, k + C, key_cache + place);
                 std::copy(k + C, k + 2 * C, value_cache + place);
@@ -475,25 +917,23 @@ static void attention_cached_forward(real* out, real* key_cache, real* value_cac
 #pragma omp for collapse(3) schedule(static)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < NH; h++) {
-                for (int t = 0; t < n; t++) {
-                    const real* q = qkv + (size_t(b) * n + t) * 3 * C + h * HS;
-                    const real* k = key_cache + size_t(b) * context * C + h * HS;
-                    const real* v = value_cache + size_t(b) * context * C + h * HS;
-                    real* out_h = out + (size_t(b) * n + t) * C + h * HS;
-                    real* row = scratch + size_t(omp_get_thread_num()) * context;
-                    int keys = position + t + 1;
-                    for (int j = 0; j < keys; j++) {
-                        real sum = 0;
-#pragma omp simd reduction(+ : sum)
-                        for (int i = 0; i < HS; i++) sum += q[i] * k[size_t(j) * C + i];
-                        row[j] = sum;
-                    }
-                    softmax_row(row, keys, scale);
-                    std::fill(out_h, out_h + HS, real(0));
-                    for (int j = 0; j < keys; j++) {
-#pragma omp simd
-                        for (int i = 0; i < HS; i++) out_h[i] += row[j] * v[size_t(j) * C + i];
-                    }
+                for (int first = 0; first < n; first += step) {
+                    size_t cached = size_t(b) * context * C + h * HS;
+                    AttentionHead<Float> head = {qkv + size_t(b) * n * 3 * C + h * HS,
+                                                 key_cache + cached,
+                                                 value_cache + cached,
+                                                 3 * C,
+                                                 C,
+                                                 position,
+                                                 HS,
+                                                 {none, 0, 0, 0}};
+                    AttentionTiles tiles(scratch, size_t(context), HS);
+                    Float* out_b = out + size_t(b) * n * C + h * HS;
+                    if (step == 1)
+                        attention_query_forward(out_b + size_t(first) * C, head, first, tiles.dk);
+                    else
+                        attention_queries_forward(out_b, C, static_cast<real*>(nullptr), tiles,
+                                                  head, first, std::min(step, n - first));
                 }
             }
         }
@@ -506,7 +946,8 @@ static void attention_cached_forward(real* out, real* key_cache, real* value_cac
 // arXiv:1606.08415]
 //   = x sigmoid(2u), which loses no digits where tanh(u) is near -1
 // out (N) is written
-void gelu_forward(real* out, const real* inp, size_t N) {
+template <class Float>
+void gelu_forward(Float* out, const Float* inp, size_t N) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < N; i++) {
         real x = inp[i];
@@ -518,22 +959,24 @@ void gelu_forward(real* out, const real* inp, size_t N) {
 // forward: y = x s, s = sigmoid(2u(x))
 // dx = dy (s + 2 x s (1 - s) u'),  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 // dinp (N) is written; it may be dout
-void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N) {
+template <class Float>
+void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < N; i++) {
         real x = inp[i];
         real u = real(kGeluScale) * (x + real(kGeluCube) * x * x * x);
         real du = real(kGeluScale) * (1 + 3 * real(kGeluCube) * x * x);
         real s = 1 / (1 + vector_exp(-2 * u));
-        dinp[i] = dout[i] * (s + 2 * x * s * (1 - s) * du);
+        dinp[i] = real(dout[i]) * (s + 2 * x * s * (1 - s) * du);
     }
 }
 
 // pre = inp weight^T + bias;  out = gelu(pre)
 // pre and out (BT,OC) are written, both kept for backward; inp (BT,C), weight (OC,C), bias (OC) or
 // null. One name because the other twin's product applies GELU to its result before it is stored.
-void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
-                         const real* bias, int BT, int C, int OC) {
+template <class Float>
+void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* weight,
+                         const Float* bias, int BT, int C, int OC) {
     matmul_forward(pre, inp, weight, bias, BT, C, OC);
     gelu_forward(out, pre, size_t(BT) * OC);
 }
@@ -542,9 +985,10 @@ void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weig
 // dpre = (dout weight) * gelu'(pre);  dweight += dout^T inp;  dbias += sum over rows of dout
 // dpre (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. dout (BT,OC); inp and
 // pre (BT,C); scratch (kReduceRows,OC).
-void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
-                          const real* pre, const real* weight, real* scratch, int BT, int C,
-                          int OC) {
+template <class Float>
+void gelu_matmul_backward(Float* dpre, real* dweight, real* dbias, const Float* dout,
+                          const Float* inp, const Float* pre, const Float* weight, real* scratch,
+                          int BT, int C, int OC) {
     matmul_backward(dpre, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
     gelu_backward(dpre, dpre, pre, size_t(BT) * C);
 }
@@ -555,22 +999,24 @@ void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* do
 // residual, out (B,T,C) and mean, rstd (B,T) are written; inp, branch (B,T,C), neither of them
 // residual; weight (C), bias (C) or null. A row is normalised while it is in cache. The gradient of
 // residual goes to inp as it is, and to branch through dropout_forward.
-void residual_layernorm_forward(real* residual, real* out, real* mean, real* rstd, const real* inp,
-                                const real* branch, const real* weight, const real* bias,
-                                double epsilon, const Dropout& dropout, int B, int T, int C) {
+template <class Float>
+void residual_layernorm_forward(Float* residual, Float* out, real* mean, real* rstd,
+                                const Float* inp, const Float* branch, const Float* weight,
+                                const Float* bias, double epsilon, const Dropout& dropout, int B,
+                                int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
             size_t bt = size_t(b) * T + t;
-            const real *inp_bt = inp + bt * C, *added = branch + bt * C;
-            real* residual_bt = residual + bt * C;
+            const Float *inp_bt = inp + bt * C, *added = branch + bt * C;
+            Float* residual_bt = residual + bt * C;
             if (dropout.probability > 0) {
-                dropout_row(residual_bt, added, dropout, dropout.first_sequence + uint64_t(b), t, C,
-                            C);
+                dropout_row(residual_bt, added,
+                            {dropout, dropout.first_sequence + uint64_t(b), t, C}, 0, C);
                 added = residual_bt;
             }
 #pragma omp simd
-            for (int c = 0; c < C; c++) residual_bt[c] = inp_bt[c] + added[c];
+            for (int c = 0; c < C; c++) residual_bt[c] = real(inp_bt[c]) + real(added[c]);
             layernorm_row(out + bt * C, mean + bt, rstd + bt, residual_bt, weight, bias, epsilon,
                           C);
         }
@@ -581,32 +1027,31 @@ void residual_layernorm_forward(real* residual, real* out, real* mean, real* rst
 
 // loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
 // loss_scale losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
-// with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1. One
-// pass over memory per row, while in cache.
-void classifier_forward(real* losses, real* logits, const int* targets, double loss_scale,
+// with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1. A row
+// is read and written while it is in cache; its exponentials are taken again rather than kept, for
+// the logits may have no room for their digits.
+template <class Float>
+void classifier_forward(real* losses, Float* logits, const int* targets, double loss_scale,
                         bool gradient, int BT, int V, int Vp) {
 #pragma omp parallel for schedule(static)
     for (int bt = 0; bt < BT; bt++) {
-        real* row = logits + size_t(bt) * Vp;
+        Float* row = logits + size_t(bt) * Vp;
         int target = targets[bt];
         losses[bt] = 0;
         if (target == kIgnore) {
-            if (gradient) std::fill(row, row + Vp, real(0));
+            if (gradient) std::fill(row, row + Vp, Float(0));
             continue;
         }
-        real at_target = row[target];
-        if (!gradient) {
-            real largest = largest_of(row, V), sum = 0;
+        real largest = largest_of(row, V), sum = 0, at_target = row[target];
 #pragma omp simd reduction(+ : sum)
-            for (int j = 0; j < V; j++) sum += vector_exp(row[j] - largest);
-            losses[bt] = largest + std::log(sum) - at_target;
-            continue;
-        }
-        losses[bt] = softmax_row(row, V, 1) - at_target;
-        row[target] -= 1;
+        for (int j = 0; j < V; j++) sum += vector_exp(real(row[j]) - largest);
+        losses[bt] = largest + std::log(sum) - at_target;
+        if (!gradient) continue;
+        real factor = real(loss_scale) / sum;
 #pragma omp simd
-        for (int j = 0; j < V; j++) row[j] *= real(loss_scale);
-        std::fill(row + V, row + Vp, real(0));
+        for (int j = 0; j < V; j++) row[j] = vector_exp(real(row[j]) - largest) * factor;
+        row[target] = (vector_exp(at_target - largest) / sum - 1) * real(loss_scale);
+        std::fill(row + V, row + Vp, Float(0));
     }
 }
 
@@ -634,9 +1079,11 @@ double global_norm(const real* gradients, size_t N) {
 // m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  with g scaled by grad_scale
 // p = p - lr decay p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 // [Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101]
-// params, m, v (N) are updated; grads (N)
-void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, const AdamW& adamw,
-                  double weight_decay, double grad_scale) {
+// params, m, v (N) are updated; grads (N). With Float bf16, narrow (N) gets params rounded to
+// nearest: those of more digits remember what rounding drops. With Float `real` it is not used.
+template <class Float>
+void adamw_update(real* params, Float* narrow, real* m, real* v, const real* grads, size_t N,
+                  const AdamW& adamw, double weight_decay, double grad_scale) {
     double correction1 = 1 - std::pow(adamw.beta1, double(adamw.step));
     double correction2 = 1 - std::pow(adamw.beta2, double(adamw.step));
     real keep = real(1 - adamw.learning_rate * weight_decay);
@@ -650,25 +1097,93 @@ void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, c
         m[i] = beta1 * m[i] + rest1 * g;
         v[i] = beta2 * v[i] + rest2 * g * g;
         params[i] = keep * params[i] - rate * m[i] / (std::sqrt(v[i]) * inverse_root + epsilon);
+        if constexpr (!std::is_same_v<Float, real>) narrow[i] = params[i];
     }
+}
+
+// The layers as gpt2.h declares them, with the type of whose numbers it says `real`.
+void encoder_forward(real* out, const int* inputs, const real* wte, const real* wpe, int B, int T,
+                     int C) {
+    encoder_forward<real>(out, inputs, wte, wpe, B, T, C);
+}
+void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* inputs, int B, int T,
+                      int C) {
+    encoder_backward<real>(dwte, dwpe, dout, inputs, B, T, C);
+}
+void layernorm_forward(real* out, real* mean, real* rstd, const real* inp, const real* weight,
+                       const real* bias, double epsilon, int B, int T, int C) {
+    layernorm_forward<real>(out, mean, rstd, inp, weight, bias, epsilon, B, T, C);
+}
+void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
+                        const real* weight, const real* mean, const real* rstd, real* scratch,
+                        int B, int T, int C) {
+    layernorm_backward<real>(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, B, T, C);
+}
+void matmul_forward(real* out, const real* inp, const real* weight, const real* bias, int BT, int C,
+                    int OC) {
+    matmul_forward<real>(out, inp, weight, bias, BT, C, OC);
+}
+void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
+                     const real* weight, real* scratch, int BT, int C, int OC) {
+    matmul_backward<real>(dinp, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
+}
+void attention_forward(real* out, real* logsumexp, const real* qkv, real* scratch,
+                       const Dropout& dropout, int B, int T, int C, int NH) {
+    attention_forward<real>(out, logsumexp, qkv, scratch, dropout, B, T, C, NH);
+}
+void attention_backward(real* dqkv, const real* dout, const real* qkv, const real* out,
+                        const real* logsumexp, real* scratch, const Dropout& dropout, int B, int T,
+                        int C, int NH) {
+    attention_backward<real>(dqkv, dout, qkv, out, logsumexp, scratch, dropout, B, T, C, NH);
+}
+void gelu_forward(real* out, const real* inp, size_t N) { gelu_forward<real>(out, inp, N); }
+void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N) {
+    gelu_backward<real>(dinp, dout, inp, N);
+}
+void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, int T, int C) {
+    dropout_forward<real>(out, inp, dropout, B, T, C);
+}
+void residual_layernorm_forward(real* residual, real* out, real* mean, real* rstd, const real* inp,
+                                const real* branch, const real* weight, const real* bias,
+                                double epsilon, const Dropout& dropout, int B, int T, int C) {
+    residual_layernorm_forward<real>(residual, out, mean, rstd, inp, branch, weight, bias, epsilon,
+                                     dropout, B, T, C);
+}
+void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
+                         const real* bias, int BT, int C, int OC) {
+    matmul_gelu_forward<real>(out, pre, inp, weight, bias, BT, C, OC);
+}
+void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
+                          const real* pre, const real* weight, real* scratch, int BT, int C,
+                          int OC) {
+    gelu_matmul_backward<real>(dpre, dweight, dbias, dout, inp, pre, weight, scratch, BT, C, OC);
+}
+void classifier_forward(real* losses, real* logits, const int* targets, double loss_scale,
+                        bool gradient, int BT, int V, int Vp) {
+    classifier_forward<real>(losses, logits, targets, loss_scale, gradient, BT, V, Vp);
+}
+void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, const AdamW& adamw,
+                  double weight_decay, double grad_scale) {
+    adamw_update<real>(params, nullptr, m, v, grads, N, adamw, weight_decay, grad_scale);
 }
 
 // ==== memory =====================================================================================
 
 // One allocation of `size` zeros; it asks for huge pages, and is first touched by the threads that
 // will use it.
-static real* allocate(size_t size, const char* group) {
+template <class Number>
+static Number* allocate(size_t size, const char* group) {
     constexpr size_t kAlignment = 1 << 21;
-    size_t bytes = (size * sizeof(real) + kAlignment - 1) / kAlignment * kAlignment;
+    size_t bytes = (size * sizeof(Number) + kAlignment - 1) / kAlignment * kAlignment;
     if (size == 0) return nullptr;
     void* memory = size > SIZE_MAX / 16 ? nullptr : aligned_alloc(kAlignment, bytes);
     if (memory == nullptr)
         fail_machine(
             "out of memory: %s need %.1f MiB; a smaller --batch-size, --sequence-length or --model "
             "would fit",
-            group, double(size) * sizeof(real) / 1048576);
+            group, double(size) * sizeof(Number) / 1048576);
     madvise(memory, bytes, MADV_HUGEPAGE);
-    real* values = static_cast<real*>(memory);
+    Number* values = static_cast<Number*>(memory);
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < size; i++) values[i] = 0;
     return values;
@@ -680,12 +1195,12 @@ struct GPT2 {
     ParameterTable parameter_rows;
     ActivationTable activation_rows;
     std::array<real*, 4> groups = {};  // parameters, gradients, moments: each laid out as the table
-    real* snapshot = nullptr;          // parameters and moments, one group after the other
-    std::thread snapshot_copy;         // what fills it
-    std::array<ParameterTensors, 2>
-        layer0;  // where each tensor starts, in parameters and in gradients
-    real* activation_memory = nullptr;
-    ActivationTensors activations;
+    bf16* narrow_parameters =
+        nullptr;                // what products read in bf16; without training, all there is
+    real* snapshot = nullptr;   // parameters and moments, one group after the other
+    std::thread snapshot_copy;  // what fills it
+    char* activation_memory = nullptr;
+    std::array<void*, kActivationRows> activations = {};
     size_t parameters = 0;
     int B = 0, T = 0;  // of the last forward
     const int* inputs = nullptr;
@@ -696,52 +1211,87 @@ struct GPT2 {
     ~GPT2() {
         if (snapshot_copy.joinable()) snapshot_copy.join();
         for (real* group : groups) free(group);
+        free(narrow_parameters);
         free(snapshot);
         free(activation_memory);
     }
 
-    // The tensors of one layer; those that exist once are the same in every layer, those not
-    // present are null.
-    ParameterTensors layer(Group group, int l) const {
-        ParameterTensors tensors = layer0[size_t(group)];
-#define X(name, ...)                                                   \
-    if (tensors.name != nullptr && parameter_rows[k_##name].count > 1) \
-        tensors.name += size_t(l) * parameter_rows[k_##name].size();
+    // The parameters of one layer as products read them, and their gradients; tensors that exist
+    // once are the same in every layer, those not present are null.
+    template <class Float>
+    ParameterPointers<const Float> parameters_of(int l) const {
+        const void* memory = narrow_parameters;
+        if (memory == nullptr) memory = groups[size_t(Group::parameters)];
+        return pointers(static_cast<const Float*>(memory), l);
+    }
+    ParameterPointers<real> gradients_of(int l) const {
+        return pointers(groups[size_t(Group::gradients)], l);
+    }
+
+    template <class Number>
+    ParameterPointers<Number> pointers(Number* memory, int l) const {
+        ParameterPointers<Number> tensors;
+        size_t offset = 0;
+#define X(name, ...)                                                                  \
+    {                                                                                 \
+        const ParameterRow& row = parameter_rows[k_##name];                           \
+        size_t layer = row.count > 1 ? size_t(l) * row.size() : 0;                    \
+        if (row.present && memory != nullptr) tensors.name = memory + offset + layer; \
+        offset += row.allocated();                                                    \
+    }
         GPT2_PARAMETER_TABLE(X)
 #undef X
         return tensors;
     }
-    ActivationTensors layer(int l) const {
-        ActivationTensors tensors = activations;
-#define X(name, ...)                         \
-    if (activation_rows[a_##name].count > 1) \
-        tensors.name += size_t(l) * activation_rows[a_##name].size;
+
+    template <class Float>
+    ActivationPointers<Float, real> activations_of(int l) const {
+        ActivationPointers<Float, real> tensors;
+#define X(name, type, ...)                                                                     \
+    {                                                                                          \
+        using Number = std::remove_pointer_t<decltype(tensors.name)>;                          \
+        const ActivationRow& row = activation_rows[a_##name];                                  \
+        size_t layer = row.count > 1 ? size_t(l) * row.size : 0;                               \
+        if (row.count > 0) tensors.name = static_cast<Number*>(activations[a_##name]) + layer; \
+    }
         GPT2_ACTIVATION_TABLE(X)
 #undef X
         return tensors;
     }
+
     // The layer norm that block l begins with, or, after the last block, the last one.
+    template <class Float>
     struct Norm {
-        real *out, *mean, *rstd;
-        const real *weight, *bias;
+        Float* out;
+        real *mean, *rstd;
+        const Float *weight, *bias;
     };
-    Norm norm_before(int l) const {
-        if (l == config.layers) {
-            const ParameterTensors& p = layer0[0];
-            const ActivationTensors& a = activations;
-            return {a.lnf, a.lnf_mean, a.lnf_rstd, p.lnfw, p.lnfb};
-        }
-        ParameterTensors p = layer(Group::parameters, l);
-        ActivationTensors a = layer(l);
+    template <class Float>
+    Norm<Float> norm_before(int l) const {
+        bool last = l == config.layers;
+        ParameterPointers<const Float> p = parameters_of<Float>(last ? 0 : l);
+        ActivationPointers<Float, real> a = activations_of<Float>(last ? 0 : l);
+        if (last) return {a.lnf, a.lnf_mean, a.lnf_rstd, p.lnfw, p.lnfb};
         return {a.ln1, a.ln1_mean, a.ln1_rstd, p.ln1w, p.ln1b};
     }
     // What block l adds to: the embeddings, or what the block before it left.
-    real* block_input(int l) const { return l == 0 ? activations.encoded : layer(l - 1).residual3; }
+    template <class Float>
+    Float* block_input(int l) const {
+        return l == 0 ? activations_of<Float>(0).encoded : activations_of<Float>(l - 1).residual3;
+    }
     Dropout dropout(RandomUse use, int l) const {
         double probability = pass.training ? config.dropout : 0;
         return {probability, pass.seed, pass.step, pass.first_sequence, use, l};
     }
 };
+
+// Calls f.template operator()<Float>() with the type of the model's activations.
+template <class F>
+static void with_type(Dtype dtype, F f) {
+    if constexpr (sizeof(real) == 4)
+        if (dtype == Dtype::bf16) return f.template operator()<bf16>();
+    f.template operator()<real>();
+}
 
 size_t gpt2_memory_free() { return machine_memory_free(); }
 
@@ -780,7 +1330,8 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int) {
     check_range("--batch-size", shape.B, 1, 1 << 24);
     check_range("--sequence-length", shape.T, 1, config.context);
     check_range("tokens in a batch", double(shape.B) * shape.T, 1, INT32_MAX);
-    assert(shape.dtype == Dtype::fp32 && shape.recompute >= 0 && shape.recompute <= 3);
+    assert(shape.recompute >= 0 && shape.recompute < kRecomputeLevels);
+    assert(shape.dtype == Dtype::fp32 || sizeof(real) == 4);
     check_memory(config, shape);
     omp_set_num_threads(shape.threads);
     auto model = std::make_unique<GPT2>();
@@ -791,28 +1342,22 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int) {
     model->parameters = allocated_parameters(config);
     constexpr const char* kGroups[] = {"parameters", "gradients", "first moments",
                                        "second moments"};
-    for (size_t group = 0; group < (shape.training ? 4u : 1u); group++)
-        model->groups[group] = allocate(model->parameters, kGroups[group]);
+    bool narrow = shape.dtype == Dtype::bf16;
+    if (narrow) model->narrow_parameters = allocate<bf16>(model->parameters, "parameters, bf16");
+    for (size_t group = 0; group < 4; group++)
+        if (shape.training || (group == 0 && !narrow))
+            model->groups[group] = allocate<real>(model->parameters, kGroups[group]);
     if (shape.snapshot)
         model->snapshot =
-            allocate(snapshot_bytes(model->parameters) / sizeof(real), "the snapshot");
-    size_t numbers = 0, offset = 0;
-    for (const ActivationRow& row : model->activation_rows) numbers += row.allocated();
-    model->activation_memory = allocate(numbers, "activations");
-#define X(name, ...)                                                           \
-    if (model->parameter_rows[k_##name].present) {                             \
-        model->layer0[0].name = model->groups[0] + offset;                     \
-        if (shape.training) model->layer0[1].name = model->groups[1] + offset; \
-        offset += model->parameter_rows[k_##name].allocated();                 \
+            allocate<real>(snapshot_bytes(model->parameters) / sizeof(real), "the snapshot");
+    size_t bytes = 0;
+    for (const ActivationRow& row : model->activation_rows) bytes += row.bytes(shape.dtype);
+    model->activation_memory = allocate<char>(bytes, "activations");
+    bytes = 0;
+    for (size_t row = 0; row < size_t(kActivationRows); row++) {
+        model->activations[row] = model->activation_memory + bytes;
+        bytes += model->activation_rows[row].bytes(shape.dtype);
     }
-    GPT2_PARAMETER_TABLE(X)
-#undef X
-    offset = 0;
-#define X(name, ...)                                             \
-    model->activations.name = model->activation_memory + offset; \
-    offset += model->activation_rows[a_##name].allocated();
-    GPT2_ACTIVATION_TABLE(X)
-#undef X
     return model.release();
 }
 
@@ -828,22 +1373,31 @@ static size_t tensor_offset(const GPT2* model, int row, int layer) {
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
-    const real* memory = model->groups[size_t(group)] + tensor_offset(model, row, layer);
-    std::copy(memory, memory + model->parameter_rows[size_t(row)].file_size(), host);
+    size_t offset = tensor_offset(model, row, layer);
+    size_t N = model->parameter_rows[size_t(row)].file_size();
+    const real* memory = model->groups[size_t(group)];
+    if (memory != nullptr) std::copy(memory + offset, memory + offset + N, host);
+    else std::copy(model->narrow_parameters + offset, model->narrow_parameters + offset + N, host);
 }
 
+// Parameters go to those in `real` and, rounded to nearest, to those in bf16, where they are.
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     gpt2_snapshot_wait(model);
-    std::copy(host, host + model->parameter_rows[size_t(row)].file_size(),
-              model->groups[size_t(group)] + tensor_offset(model, row, layer));
+    size_t offset = tensor_offset(model, row, layer);
+    size_t N = model->parameter_rows[size_t(row)].file_size();
+    real* memory = model->groups[size_t(group)];
+    if (memory != nullptr) std::copy(host, host + N, memory + offset);
+    if (group == Group::parameters && model->narrow_parameters != nullptr)
+        std::copy(host, host + N, model->narrow_parameters + offset);
 }
 
 void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {
-    size_t offset = 0;
-    for (int i = 0; i < row; i++) offset += model->activation_rows[size_t(i)].allocated();
-    size_t N = model->activation_rows[size_t(row)].size;
-    const real* memory = model->activation_memory + offset + size_t(layer) * N;
-    std::copy(memory, memory + N, host);
+    const ActivationRow& buffer = model->activation_rows[size_t(row)];
+    with_type(buffer.narrow ? model->shape.dtype : Dtype::fp32, [&]<class Float>() {
+        const Float* memory = static_cast<const Float*>(model->activations[size_t(row)]);
+        memory += size_t(layer) * buffer.size;
+        std::copy(memory, memory + buffer.size, host);
+    });
 }
 
 // One thread copies: it takes less time than the passes beside it, which have the others.
@@ -884,9 +1438,10 @@ void gpt2_share(GPT2*) {}
 
 // The second half of block l up to its last product, from the residual stream between the halves:
 // residual2 = inp + dropout(branch);  fch_gelu = gelu(fc(ln2(residual2))).
-static void mlp_forward(const GPT2* model, const real* inp, int l, int B, int T) {
-    ParameterTensors p = model->layer(Group::parameters, l);
-    ActivationTensors a = model->layer(l);
+template <class Float>
+static void mlp_forward(const GPT2* model, const Float* inp, int l, int B, int T) {
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     int C = model->config.channels, F = model->config.hidden_size();
     residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
                                p.ln2b, model->config.layer_norm_epsilon,
@@ -896,23 +1451,25 @@ static void mlp_forward(const GPT2* model, const real* inp, int l, int B, int T)
 
 // Block l up to its last product, whose input ln1 is there: branch = attproj(attention(ln1)), then
 // the MLP. inp (B,T,C) is the residual stream.
-static void block_forward(const GPT2* model, const real* inp, int l, int B, int T) {
-    ParameterTensors p = model->layer(Group::parameters, l);
-    ActivationTensors a = model->layer(l);
+template <class Float>
+static void block_forward(const GPT2* model, const Float* inp, int l, int B, int T) {
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     int C = model->config.channels, NH = model->config.heads, BT = B * T;
     matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, BT, C, 3 * C);
     attention_forward(a.atty, a.logsumexp, a.qkv, a.att_scratch,
                       model->dropout(RandomUse::attention, l), B, T, C, NH);
     matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, BT, C, C);
-    mlp_forward(model, inp, l, B, T);
+    mlp_forward<Float>(model, inp, l, B, T);
 }
 
 // The end of block l: residual3 = residual2 + dropout(fcproj(fch_gelu)), and the layer norm that
 // follows it.
+template <class Float>
 static void block_end_forward(const GPT2* model, int l, int B, int T) {
-    ParameterTensors p = model->layer(Group::parameters, l);
-    ActivationTensors a = model->layer(l);
-    GPT2::Norm next = model->norm_before(l + 1);
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    auto next = model->norm_before<Float>(l + 1);
     int C = model->config.channels, F = model->config.hidden_size();
     matmul_forward(a.branch, a.fch_gelu, p.fcprojw, p.fcprojb, B * T, F, C);
     residual_layernorm_forward(a.residual3, next.out, next.mean, next.rstd, a.residual2, a.branch,
@@ -923,18 +1480,20 @@ static void block_end_forward(const GPT2* model, int l, int B, int T) {
 // The classifier over kClassifierRows rows of logits at a time, so that (B,T,Vp) is never whole.
 // Training also takes its gradient: dnorm, that of lnf, is written; that of the classifier's weight
 // accumulates.
+template <class Float>
 static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) {
     const GPT2Config& config = model->config;
-    ParameterTensors p = model->layer(Group::parameters, 0), d = model->layer(Group::gradients, 0);
-    ActivationTensors a = model->activations;
+    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
+    ParameterPointers<real> d = model->gradients_of(0);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab(),
         BT = model->B * model->T;
-    const real* weight = config.tied ? p.wte : p.headw;
+    const Float* weight = config.tied ? p.wte : p.headw;
     real* dweight = config.tied ? d.wte : d.headw;
     for (int first = 0; first < BT; first += kClassifierRows) {
         int rows = std::min(kClassifierRows, BT - first);
-        const real* lnf = a.lnf + size_t(first) * C;
-        matmul_forward(a.logits, lnf, weight, nullptr, rows, C, Vp);
+        const Float* lnf = a.lnf + size_t(first) * C;
+        matmul_forward<Float>(a.logits, lnf, weight, nullptr, rows, C, Vp);
         if (pass.logits != nullptr)
             for (int bt = 0; bt < rows; bt++)
                 std::copy(a.logits + size_t(bt) * Vp, a.logits + size_t(bt) * Vp + V,
@@ -943,8 +1502,8 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
         classifier_forward(a.losses + first, a.logits, targets + first, pass.loss_scale,
                            pass.training, rows, V, Vp);
         if (pass.training)
-            matmul_backward(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf, weight,
-                            nullptr, rows, C, Vp);
+            matmul_backward<Float>(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf,
+                                   weight, nullptr, rows, C, Vp);
     }
     if (targets == nullptr) return;
     double sum = 0;
@@ -952,13 +1511,12 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
     model->loss += sum * pass.loss_scale;
 }
 
-void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
-                  const GPT2Pass& pass) {
-    assert(B >= 1 && B <= model->shape.B && T >= 1 && T <= model->shape.T);
-    assert(!pass.training || (model->shape.training && targets != nullptr));
+template <class Float>
+static void model_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
+                          const GPT2Pass& pass) {
     const GPT2Config& config = model->config;
-    ParameterTensors p = model->layer(Group::parameters, 0);
-    ActivationTensors a = model->activations;
+    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
     int C = config.channels;
     model->B = B, model->T = T, model->inputs = inputs, model->pass = pass;
     encoder_forward(a.encoded, inputs, p.wte, p.wpe, B, T, C);
@@ -967,32 +1525,41 @@ void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int
     layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
                       config.layer_norm_epsilon, B, T, C);
     for (int l = 0; l < config.layers; l++) {
-        block_forward(model, model->block_input(l), l, B, T);
-        block_end_forward(model, l, B, T);
+        block_forward<Float>(model, model->block_input<Float>(l), l, B, T);
+        block_end_forward<Float>(model, l, B, T);
     }
-    head_forward(model, targets, pass);
+    head_forward<Float>(model, targets, pass);
+}
+
+void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
+                  const GPT2Pass& pass) {
+    assert(B >= 1 && B <= model->shape.B && T >= 1 && T <= model->shape.T);
+    assert(!pass.training || (model->shape.training && targets != nullptr));
+    with_type(model->shape.dtype,
+              [&]<class Float>() { model_forward<Float>(model, inputs, targets, B, T, pass); });
 }
 
 // Block l, as block_forward does it, over the new tokens alone, with keys and values of the earlier
 // ones from the cache.
-static void block_generate(const GPT2* model, const real* inp, int l, int B, int n, int position) {
-    ParameterTensors p = model->layer(Group::parameters, l);
-    ActivationTensors a = model->layer(l);
+template <class Float>
+static void block_generate(const GPT2* model, const Float* inp, int l, int B, int n, int position) {
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     const GPT2Config& config = model->config;
     int C = config.channels;
     matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, B * n, C, 3 * C);
     attention_cached_forward(a.atty, a.key_cache, a.value_cache, a.qkv, a.att_scratch, B, n,
                              position, config.context, C, config.heads);
     matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, B * n, C, C);
-    mlp_forward(model, inp, l, B, n);
+    mlp_forward<Float>(model, inp, l, B, n);
 }
 
-void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits) {
+template <class Float>
+static void model_generate(GPT2* model, const int* tokens, int B, int n, int position,
+                           real* logits) {
     const GPT2Config& config = model->config;
-    assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
-    assert(n >= 1 && position >= 0 && position + n <= config.context);
-    ParameterTensors p = model->layer(Group::parameters, 0);
-    ActivationTensors a = model->activations;
+    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
     model->pass = GPT2Pass{};
     int most =
@@ -1009,30 +1576,38 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
                           config.layer_norm_epsilon, B, now, C);
         for (int l = 0; l < config.layers; l++) {
-            block_generate(model, model->block_input(l), l, B, now, position + done);
-            block_end_forward(model, l, B, now);
+            block_generate<Float>(model, model->block_input<Float>(l), l, B, now, position + done);
+            block_end_forward<Float>(model, l, B, now);
         }
         if (done + now < n) continue;
         for (int b = 0; b < B; b++) {
-            const real* last = a.lnf + (size_t(b) * now + now - 1) * C;
+            const Float* last = a.lnf + (size_t(b) * now + now - 1) * C;
             std::copy(last, last + C, a.branch + size_t(b) * C);
         }
     }
     for (int first = 0; first < B; first += kClassifierRows) {
         int rows = std::min(kClassifierRows, B - first);
-        matmul_forward(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
-                       nullptr, rows, C, Vp);
+        matmul_forward<Float>(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
+                              nullptr, rows, C, Vp);
         for (int b = 0; b < rows; b++)
             std::copy(a.logits + size_t(b) * Vp, a.logits + size_t(b) * Vp + V,
                       logits + size_t(first + b) * V);
     }
 }
 
+void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits) {
+    assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
+    assert(n >= 1 && position >= 0 && position + n <= model->config.context);
+    with_type(model->shape.dtype,
+              [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
+}
+
 // ==== gpt2_backward ==============================================================================
 
 // The gradient that enters a branch behind its dropout: dresidual itself where nothing is dropped.
-static const real* branch_gradient(const GPT2* model, const ActivationTensors& a, RandomUse use,
-                                   int l) {
+template <class Float>
+static const Float* branch_gradient(const GPT2* model, const ActivationPointers<Float, real>& a,
+                                    RandomUse use, int l) {
     Dropout dropout = model->dropout(use, l);
     if (dropout.probability == 0) return a.dresidual;
     dropout_forward(a.dbranch, a.dresidual, dropout, model->B, model->T, model->config.channels);
@@ -1042,15 +1617,16 @@ static const real* branch_gradient(const GPT2* model, const ActivationTensors& a
 // Computes again what forward did not keep of block l, with the functions that forward used: [Chen
 // et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174]. inp is the
 // residual stream before the block, which is always kept.
-static void block_recompute(const GPT2* model, const real* inp, int l) {
-    ParameterTensors p = model->layer(Group::parameters, l);
-    ActivationTensors a = model->layer(l);
+template <class Float>
+static void block_recompute(const GPT2* model, const Float* inp, int l) {
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     const GPT2Config& config = model->config;
     int level = model->shape.recompute, B = model->B, T = model->T, C = config.channels;
     if (level >= 2)
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, p.ln1w, p.ln1b,
                           config.layer_norm_epsilon, B, T, C);
-    if (level >= 3) return block_forward(model, inp, l, B, T);
+    if (level >= 3) return block_forward<Float>(model, inp, l, B, T);
     if (level >= 2)
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b,
                           config.layer_norm_epsilon, B, T, C);
@@ -1059,13 +1635,15 @@ static void block_recompute(const GPT2* model, const real* inp, int l) {
 
 // forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
 // a.dresidual is the gradient of residual3 on entry and of inp on exit.
-static void block_backward(const GPT2* model, const real* inp, int l) {
-    ParameterTensors p = model->layer(Group::parameters, l), d = model->layer(Group::gradients, l);
-    ActivationTensors a = model->layer(l);
+template <class Float>
+static void block_backward(const GPT2* model, const Float* inp, int l) {
+    ParameterPointers<const Float> p = model->parameters_of<Float>(l);
+    ParameterPointers<real> d = model->gradients_of(l);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     int B = model->B, T = model->T, BT = B * T;
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
 
-    const real* dbranch = branch_gradient(model, a, RandomUse::mlp_projection, l);
+    const Float* dbranch = branch_gradient(model, a, RandomUse::mlp_projection, l);
     gelu_matmul_backward(a.dfch, d.fcprojw, d.fcprojb, dbranch, a.fch_gelu, a.fch, p.fcprojw,
                          a.reduce_scratch, BT, F, C);
     matmul_backward(a.dnorm, d.fcw, d.fcb, a.dfch, a.ln2, p.fcw, a.reduce_scratch, BT, C, F);
@@ -1082,21 +1660,27 @@ static void block_backward(const GPT2* model, const real* inp, int l) {
                        a.reduce_scratch, B, T, C);
 }
 
-void gpt2_backward(GPT2* model) {
-    assert(model->pass.training);
+template <class Float>
+static void model_backward(GPT2* model) {
     const GPT2Config& config = model->config;
-    ParameterTensors p = model->layer(Group::parameters, 0), d = model->layer(Group::gradients, 0);
-    ActivationTensors a = model->activations;
+    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
+    ParameterPointers<real> d = model->gradients_of(0);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
     int B = model->B, T = model->T, C = config.channels, L = config.layers;
-    std::fill(a.dresidual, a.dresidual + size_t(B) * T * C, real(0));
-    layernorm_backward(a.dresidual, d.lnfw, d.lnfb, a.dnorm, model->layer(L - 1).residual3, p.lnfw,
+    std::fill(a.dresidual, a.dresidual + size_t(B) * T * C, Float(0));
+    layernorm_backward(a.dresidual, d.lnfw, d.lnfb, a.dnorm, model->block_input<Float>(L), p.lnfw,
                        a.lnf_mean, a.lnf_rstd, a.reduce_scratch, B, T, C);
     for (int l = L - 1; l >= 0; l--) {
-        block_recompute(model, model->block_input(l), l);
-        block_backward(model, model->block_input(l), l);
+        block_recompute<Float>(model, model->block_input<Float>(l), l);
+        block_backward<Float>(model, model->block_input<Float>(l), l);
     }
     encoder_backward(d.wte, d.wpe, branch_gradient(model, a, RandomUse::encoder, 0), model->inputs,
                      B, T, C);
+}
+
+void gpt2_backward(GPT2* model) {
+    assert(model->pass.training);
+    with_type(model->shape.dtype, [&]<class Float>() { model_backward<Float>(model); });
 }
 
 // ==== gpt2_update ================================================================================
@@ -1111,6 +1695,7 @@ void gpt2_zero_gradients(GPT2* model) {
 
 void gpt2_update(GPT2* model, const AdamW& adamw) {
     auto [params, grads, m, v] = model->groups;
+    bf16* narrow = model->narrow_parameters;
     double grad_norm = global_norm(grads, model->parameters);
     gpt2_snapshot_wait(model);  // what it copies is about to change
     bool finite = std::isfinite(grad_norm) && std::isfinite(model->loss);
@@ -1119,9 +1704,13 @@ void gpt2_update(GPT2* model, const AdamW& adamw) {
     size_t offset = 0;
     for (const ParameterRow& row : model->parameter_rows) {
         size_t N = row.size() * row.count;
-        if (finite)
+        double weight_decay = row.decays ? adamw.weight_decay : 0;
+        if (finite && narrow != nullptr)
+            adamw_update(params + offset, narrow + offset, m + offset, v + offset, grads + offset,
+                         N, adamw, weight_decay, grad_scale);
+        else if (finite)
             adamw_update(params + offset, m + offset, v + offset, grads + offset, N, adamw,
-                         row.decays ? adamw.weight_decay : 0, grad_scale);
+                         weight_decay, grad_scale);
         offset += row.allocated();
     }
     model->before_last = model->last;
@@ -1138,10 +1727,46 @@ GPT2Stats gpt2_previous_stats(GPT2* model) { return model->before_last; }
 
 const char* gpt2_program() { return "train_gpt2"; }
 
+// Seconds of the fastest of a few products of the size of a block of GPT-2 124M in each type.
+template <class Float>
+static double product_seconds(int tries) {
+    constexpr int M = 256, N = 768, K = 768;
+    static const std::vector<Float> a(size_t(M) * K, Float(1)), b(size_t(N) * K, Float(1));
+    static std::vector<Float> c(size_t(M) * N);
+    double best = INFINITY;
+    for (int i = 0; i < tries; i++) {
+        double start = now_s();
+        matmul_forward<Float>(c.data(), a.data(), b.data(), nullptr, M, K, N);
+        best = std::min(best, now_s() - start);
+    }
+    return best;
+}
+
+// Whether products in bf16 are clearly faster: never where oneDNN has no instructions for them, and
+// with AVX-512 alone on some processors only, which is measured, a few ms of each type in turns.
+// What was found is kept beside the caches of other programs, so that every run of a machine is
+// made in the same precision.
+static bool bf16_is_faster() {
+#ifdef GPT2_ONEDNN
+    constexpr double kClearly = 1.25;
+    dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa();
+    if (isa == dnnl::cpu_isa::avx512_core_amx) return true;
+    if (isa != dnnl::cpu_isa::avx512_core_bf16 || sizeof(real) != 4) return false;
+    double fp32_s = INFINITY, bf16_s = INFINITY;
+    for (int turn = 0; turn < 5; turn++) {
+        fp32_s = std::min(fp32_s, product_seconds<real>(2));
+        bf16_s = std::min(bf16_s, product_seconds<bf16>(2));
+    }
+    return fp32_s > kClearly * bf16_s;
+#else
+    return false;
+#endif
+}
+
 Dtype gpt2_dtype(const std::string& option) {
-    if (option == "bf16")
-        fail_input("--dtype bf16: this program computes in float32; give --dtype fp32 or auto");
-    return Dtype::fp32;
+    if (option != "auto") return option == "bf16" ? Dtype::bf16 : Dtype::fp32;
+    static const Dtype fastest = bf16_is_faster() ? Dtype::bf16 : Dtype::fp32;
+    return fastest;
 }
 
 std::string gpt2_device() {
@@ -1171,13 +1796,14 @@ PeakRate gpt2_peak(const GPT2Shape& shape) {
     for (int N : kSizes) {
         double operations = 2.0 * N * N * N;
         if (best > 0 && operations / best > kLimit_s) break;
-        std::vector<real> a(size_t(N) * size_t(N), 1), b = a, c = a;
-        for (int i = 0; i < kTries; i++) {
-            auto start = std::chrono::steady_clock::now();
-            gemm(false, true, N, N, N, a.data(), N, b.data(), N, 0, c.data(), N);
-            std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-            best = std::max(best, operations / seconds.count());
-        }
+        with_type(shape.dtype, [&]<class Float>() {
+            std::vector<Float> a(size_t(N) * size_t(N), Float(1)), b = a, c = a;
+            for (int i = 0; i < kTries; i++) {
+                double start = now_s();
+                matmul_forward<Float>(c.data(), a.data(), b.data(), nullptr, N, N, N);
+                best = std::max(best, operations / (now_s() - start));
+            }
+        });
     }
     return {best, "measured"};
 }

@@ -1,6 +1,7 @@
 """Times PyTorch at the work that dev/bench/gpu.sh times of train_gpt2cu: GPT-2 124M and attention.
 
   torch_step.py --data IDS.npy [--batch-sizes 4,16,64] [--time-limit SECONDS] [--tiny]
+  torch_step.py --cpu [--sizes 4x64,4x256,1x1024] [--ways fp32,autocast]
 
 A step is forward, backward, clipping and AdamW, of a GPT-2 in plain torch.nn modules: compiled
 (torch.compile), attention by F.scaled_dot_product_attention, AdamW(fused=True), vocabulary padded
@@ -12,7 +13,9 @@ that lie in one (B,T,3C) tensor.
 Prints a line a result, for gpu.sh to read:
   step WAY B T ms tokens/s        attention BACKEND forward|backward B T NH HS us
 A size that does not fit, or a backend that is not there, is said on a line of its own. With --tiny
-it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing.
+it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing. With --cpu
+it times whole steps alone, on the processors that OMP_NUM_THREADS says, of random tokens: what
+`make bench` puts beside the CPU program.
 """
 
 import argparse
@@ -115,8 +118,8 @@ def median_ms(work, device, warmups, samples):
 # ==== a training step ============================================================================
 
 
-def time_step(way, B, ids, config, options):
-    """Milliseconds of a step of B sequences: the median of several, after the compiler's first."""
+def make_step(way, B, ids, config, options):
+    """A step of B sequences, to be called again and again; the first ones compile."""
     device = options.device
     torch.manual_seed(1)
     model = Model(config).to(device)
@@ -144,7 +147,26 @@ def time_step(way, B, ids, config, options):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return median_ms(step, device, *((1, 1) if options.tiny else (5, 20)))
+    return step
+
+
+def time_step(way, B, ids, config, options):
+    """Milliseconds of a step of B sequences: the median of several, after the compiler's first."""
+    step = make_step(way, B, ids, config, options)
+    return median_ms(step, options.device, *((1, 1) if options.tiny else (5, 20)))
+
+
+def time_cpu_steps(options):
+    """Whole steps on the CPU, each size by itself; `at its best`: compiled, fused, in one process."""
+    for size in options.sizes.split(","):
+        B, T = map(int, size.split("x"))
+        ids = numpy.random.default_rng(1).integers(0, 50257, B * T + 1)
+        for way in options.ways.split(","):
+            step = make_step(way, B, ids, Config(T=T), options)
+            samples = max(5, 4096 // (B * T))
+            ms = median_ms(step, "cpu", 3, samples)
+            print(f"step {way} {B} {T} {ms:.3f} {B * T / ms * 1e3:.0f}", flush=True)
+            torch.compiler.reset()
 
 
 def time_steps(config, options, deadline):
@@ -208,17 +230,24 @@ def time_attentions(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--sizes", default="4x64,4x256,1x1024")
+    parser.add_argument("--ways", default="fp32,autocast")
     parser.add_argument("--batch-sizes", default="64,16,4")
     parser.add_argument("--time-limit", type=float, default=150)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_limit
-    options.device = "cpu" if options.tiny else "cuda"
+    options.device = "cpu" if options.tiny or options.cpu else "cuda"
+    if options.data is None and not options.cpu:
+        sys.exit("torch_step.py: error: --data IDS.npy is missing")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch_step.py: error: this PyTorch sees no GPU")
     torch.set_float32_matmul_precision("high")
     print(f"PyTorch {torch.__version__}", flush=True)
+    if options.cpu:
+        return time_cpu_steps(options)
     time_attentions(options)  # first: it is quick
     tiny = Config(layers=1, heads=2, channels=32, padded_vocab=50304, T=32)
     time_steps(tiny if options.tiny else Config(), options, deadline)

@@ -19,10 +19,12 @@ static Dropout dropout_of(double probability) {
     return {probability, 0x123456789abcull, 77, 5, RandomUse::attention, 3};
 }
 
-static size_t twin_attention_scratch(int T) {
+static size_t twin_attention_scratch(const HeadShape& heads) {
+    GPT2Config config;
     GPT2Shape shape;
-    shape.T = T, shape.threads = omp_get_max_threads();
-    return gpt2_sizes(GPT2Config(), shape).attention_scratch;
+    config.heads = heads.NH, config.channels = heads.NH * heads.HS;
+    shape.T = heads.T, shape.threads = omp_get_max_threads();
+    return gpt2_sizes(config, shape).attention_scratch;
 }
 
 // Scores of a few units, so that some weights are near 1 and some near 0.
@@ -39,7 +41,7 @@ template <class Real>
 static ForwardResult twin_forward(const Numbers& qkv, const Dropout& dropout,
                                   const HeadShape& shape) {
     std::vector<Real> out(shape.numbers()), logsumexp(shape.rows());
-    std::vector<Real> scratch(twin_attention_scratch(shape.T));
+    std::vector<Real> scratch(twin_attention_scratch(shape));
     attention_forward(out.data(), logsumexp.data(), as<Real>(qkv).data(), scratch.data(), dropout,
                       shape.B, shape.T, shape.NH * shape.HS, shape.NH);
     return {wide(out), wide(logsumexp)};
@@ -48,7 +50,7 @@ static ForwardResult twin_forward(const Numbers& qkv, const Dropout& dropout,
 template <class Real>
 static Numbers twin_backward(const Numbers& dout, const Numbers& qkv, const ForwardResult& forward,
                              const Dropout& dropout, const HeadShape& shape) {
-    std::vector<Real> dqkv(qkv.size()), scratch(twin_attention_scratch(shape.T));
+    std::vector<Real> dqkv(qkv.size()), scratch(twin_attention_scratch(shape));
     attention_backward(dqkv.data(), as<Real>(dout).data(), as<Real>(qkv).data(),
                        as<Real>(forward.out).data(), as<Real>(forward.logsumexp).data(),
                        scratch.data(), dropout, shape.B, shape.T, shape.NH * shape.HS, shape.NH);
