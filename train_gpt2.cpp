@@ -44,13 +44,20 @@ struct bf16 {
     uint16_t bits;
 
     bf16() = default;
-    // To the nearest, ties to even; NaN stays NaN.
-    bf16(float x) {
-        uint32_t word = std::bit_cast<uint32_t>(x);
-        uint32_t rounded = (word + 0x7FFFu + (word >> 16 & 1)) >> 16;
-        bits = uint16_t((word & 0x7FFFFFFFu) > 0x7F800000u ? word >> 16 | 0x40u : rounded);
+    bf16(float x) : bits(rounded(x)) {}
+    // (Compilers vectorise no loop that would store a whole bf16 made from a float.)
+    bf16& operator=(float x) {
+        bits = rounded(x);
+        return *this;
     }
     operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+
+    // To the nearest, ties to even; NaN stays NaN.
+    static uint16_t rounded(float x) {
+        uint32_t word = std::bit_cast<uint32_t>(x);
+        uint32_t nearest = (word + 0x7FFFu + (word >> 16 & 1)) >> 16;
+        return uint16_t((word & 0x7FFFFFFFu) > 0x7F800000u ? word >> 16 | 0x40u : nearest);
+    }
 };
 
 // Numbers that attention works in on one thread, for `keys` keys of heads of HS: the tiles that
