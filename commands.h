@@ -136,8 +136,10 @@ inline CLI::Option* add_paths(CLI::App* app, const std::string& name,
 }
 
 inline void add_compute_options(CLI::App* app, ComputeOptions& o) {
-    add_choice(app, "--dtype", o.dtype, {"auto", "fp32", "bf16"},
-               "precision of products; auto: the fastest that this program has for the device");
+    add_choice(
+        app, "--dtype", o.dtype, {"auto", "fp32", "bf16"},
+        "precision of products and of what they read and write; auto: bf16 where this machine "
+        "has fast products for it, else fp32");
     add_choice(app, "--tf32", o.tf32, {"on", "off"},
                "float32 products of numbers rounded to 10 bits, on the tensor cores of a card "
                "(CUDA only)");

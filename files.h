@@ -7,6 +7,8 @@
 #pragma once
 
 #include <fcntl.h>
+#include <omp.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,6 +26,7 @@
 #include <fstream>
 #include <memory>
 #include <new>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -122,6 +125,50 @@ inline size_t machine_memory_free() {
     while (file >> word)
         if (word == "MemAvailable:" && file >> kib) break;
     return kib * 1024;
+}
+
+// Threads that a quota of processor time feeds, in the words of a control group ("150000 100000":
+// microseconds that may be used in a period; "max ..." for all); at least 1, and 0 without a quota.
+inline int quota_threads(const std::string& words) {
+    double used_us = 0, period_us = 0;
+    if (sscanf(words.c_str(), "%lf %lf", &used_us, &period_us) != 2) return 0;
+    if (!(used_us > 0 && period_us > 0)) return 0;
+    return int(std::clamp(used_us / period_us, 1.0, 4096.0));
+}
+
+inline std::string first_line(const std::string& path) {
+    std::string line;
+    std::ifstream file(path);
+    std::getline(file, line);
+    return line;
+}
+
+// How many threads compute best here: as many as OMP_NUM_THREADS asks for, else one a core (two
+// that share a core's arithmetic units gain nothing from each other) of those that this process may
+// run on (taskset), at most what its container may use.
+inline int machine_threads() {
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (getenv("OMP_NUM_THREADS") != nullptr ||
+        sched_getaffinity(0, sizeof(allowed), &allowed) != 0)
+        return omp_get_max_threads();
+    std::set<std::string> cores;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        std::string topology = format("/sys/devices/system/cpu/cpu%d/topology/", cpu);
+        std::string package = first_line(topology + "physical_package_id");
+        std::string core = first_line(topology + "core_id");
+        cores.insert(core.empty() ? std::to_string(cpu) + " itself" : package + " " + core);
+    }
+    int threads = std::max(1, int(cores.size()));
+    int quota = quota_threads(first_line("/sys/fs/cgroup/cpu.max"));
+    if (quota == 0)  // version 1 of control groups
+        quota = quota_threads(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") + " " +
+                              first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us"));
+    return quota > 0 ? std::min(threads, quota) : threads;
+#else
+    return omp_get_max_threads();
+#endif
 }
 
 // ==== reading ====================================================================================

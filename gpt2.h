@@ -623,12 +623,30 @@ double global_norm(const real* gradients, size_t N);
 void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, const AdamW& adamw,
                   double weight_decay, double grad_scale);
 
-// C (M,N) = A' B' + beta C, row-major, where ' transposes when asked: oneDNN where it was built in,
-// and the loop nest that needs no library and that the tests hold it against.
+// C (M,N) = A' B' + beta C, row-major, where ' transposes when asked and beta is 0 or 1: as layers
+// make it, by oneDNN where it was built in, and by the loop nests that need no library and that the
+// tests hold it against. gemm_bf16 takes numbers in bf16, by their bits, and sums in float32.
 void gemm(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda, const real* B,
           int ldb, real beta, real* C, int ldc);
 void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda,
                 const real* B, int ldb, real beta, real* C, int ldc);
+void gemm_bf16(bool plain, bool trans_a, bool trans_b, int M, int N, int K, const uint16_t* A,
+               int lda, const uint16_t* B, int ldb, real beta, real* C, int ldc);
+
+// A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
+// * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.
+struct TileProduct {
+    int M, N, K;
+    const real* A;
+    int row, column;
+    const real* B;
+    int ldb;
+    bool add;
+    real* C;
+    int ldc;
+};
+
+void tile_product(const TileProduct& product);
 
 // ==== initialisation =============================================================================
 

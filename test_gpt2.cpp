@@ -14,6 +14,7 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <functional>
@@ -367,6 +368,66 @@ TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
     }
 }
 
+// Both multiply the same bf16 numbers and sum in float32, whose order alone differs: n sums of
+// numbers near 1 are within n eps of theirs, and of rounding at random within a few sqrt(n). M from
+// 1 to 4 has loops of its own; lengths are odd, and longer than a piece of the plain loops.
+TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
+    if (kDouble) return;                       // it has no bf16
+    auto bits_of = [](const Buffer& values) {  // cut off, so that each is a bf16 exactly
+        std::vector<uint16_t> bits;
+        for (real value : values)
+            bits.push_back(uint16_t(std::bit_cast<uint32_t>(float(value)) >> 16));
+        return bits;
+    };
+    constexpr int kShapes[][3] = {
+        {1, 70, 33}, {4, 7, 129}, {5, 300, 64}, {64, 65, 33}, {129, 1, 40}};
+    for (auto [M, N, K] : kShapes) {
+        for (int mode = 0; mode < 8; mode++) {
+            bool trans_a = mode & 1, trans_b = mode & 2;
+            real beta = mode & 4 ? real(1) : real(0);
+            int lda = (trans_a ? M : K) + 3, ldb = (trans_b ? K : N) + 1, ldc = N + 2;
+            Buffer A(size_t(lda * (trans_a ? K : M))), B(size_t(ldb * (trans_b ? N : K)));
+            Buffer C(ldc * M), D(ldc * M);
+            A.normal(1), B.normal(2);
+            if (beta != 0) C.normal(3), D.normal(3);
+            std::vector<uint16_t> a = bits_of(A), b = bits_of(B);
+            auto multiply = [&](bool plain, real* c) {
+                gemm_bf16(plain, trans_a, trans_b, M, N, K, a.data(), lda, b.data(), ldb, beta, c,
+                          ldc);
+            };
+            multiply(false, C), multiply(true, D);
+            for (int m = 0; m < M; m++) {
+                EXPECT_AT_MOST(largest_difference(C + m * ldc, D + m * ldc, size_t(N)),
+                               8 * kEps * std::sqrt(double(K) + 1) * 4);
+                EXPECT_EQ(std::isnan(C[m * ldc + N]), beta == 0) << "written between the rows";
+            }
+        }
+    }
+}
+
+// Sizes around those of a block in registers, either way of A, added or not: within the rounding of
+// another order of the sums.
+TEST(Layer, TileProductsAgreeWithPlainLoops) {
+    for (auto [M, N, K] :
+         {std::array{1, 1, 1}, {4, 64, 64}, {7, 33, 5}, {64, 20, 64}, {9, 139, 17}}) {
+        for (int mode = 0; mode < 4; mode++) {
+            bool transposed = mode & 1, add = mode & 2;
+            int lda = (transposed ? M : K) + 3, ldb = N + 1, ldc = N + 2;
+            Buffer A(lda * (transposed ? K : M)), B(ldb * K), C(ldc * M), D(ldc * M);
+            A.normal(1), B.normal(2);
+            if (add) C.normal(3), D.normal(3);
+            tile_product(
+                {M, N, K, A, transposed ? 1 : lda, transposed ? lda : 1, B, ldb, add, C, ldc});
+            gemm_plain(transposed, false, M, N, K, A, lda, B, ldb, add ? 1 : 0, D, ldc);
+            for (int m = 0; m < M; m++) {
+                EXPECT_AT_MOST(largest_difference(C + m * ldc, D + m * ldc, size_t(N)),
+                               8 * kEps * std::sqrt(double(K) + 1) * 4);
+                EXPECT_EQ(std::isnan(C[m * ldc + N]), !add) << "written between the rows";
+            }
+        }
+    }
+}
+
 // Attention by its definition, in double, one query at a time.
 void plain_attention(std::vector<double>& out, const Buffer& qkv, int B, int T, int C, int NH) {
     int HS = C / NH;
@@ -657,6 +718,83 @@ TEST(Model, InitialisationFollowsTheTable) {
     EXPECT_EQ(first, all_of_group(model.get(), Group::parameters));
     gpt2_initialise(model.get(), 43);
     EXPECT_NE(first, all_of_group(model.get(), Group::parameters));
+}
+
+// One thread a core that this process may use, and no more than a container's quota feeds.
+TEST(Model, ThreadsFollowTheMachineAndItsQuota) {
+    EXPECT_EQ(quota_threads("max 100000"), 0);
+    EXPECT_EQ(quota_threads(""), 0);
+    EXPECT_EQ(quota_threads("-1 100000"), 0) << "no quota, in version 1";
+    EXPECT_EQ(quota_threads("200000 100000"), 2);
+    EXPECT_EQ(quota_threads("150000 100000"), 1)
+        << "a second thread would be stopped half the time";
+    EXPECT_EQ(quota_threads("5000 100000"), 1);
+    EXPECT_EQ(quota_threads("nan 100000"), 0);
+    EXPECT_GE(machine_threads(), 1);
+    EXPECT_LE(machine_threads(), std::max(omp_get_num_procs(), omp_get_max_threads()));
+}
+
+// Gradients of large weights are not zeroed but written by the next pass: nobody can tell, whether
+// they are looked at before it, or a pass follows another that left numbers in them.
+TEST(Model, GradientsAreZeroUntilAPassAddsToThem) {
+    for (bool tied : {true, false}) {
+        GPT2Config config = odd_config();
+        config.tied = tied;
+        GPT2Ptr model = random_model(config, training_shape(2, 8));
+        Batch batch(2, 8, config.vocab_size, 3);
+        GPT2Pass pass;
+        pass.training = true;
+        auto gradients_of_a_pass = [&] {
+            forward_loss(model.get(), batch, 2, 8, pass);
+            gpt2_backward(model.get());
+            return all_of_group(model.get(), Group::gradients);
+        };
+        std::vector<real> first = gradients_of_a_pass();
+        EXPECT_TRUE(gradients_of_a_pass() == first);
+        gpt2_zero_gradients(model.get());
+        for (real value : all_of_group(model.get(), Group::gradients)) ASSERT_EQ(value, 0);
+        gradients_of_a_pass();
+        gpt2_zero_gradients(model.get());
+        gpt2_update(model.get(), AdamW());
+        EXPECT_EQ(gpt2_stats(model.get()).grad_norm, 0);
+        gpt2_zero_gradients(model.get());
+        gpt2_forward(model.get(), batch.inputs.data(), nullptr, 2, 8, GPT2Pass());
+        for (real value : all_of_group(model.get(), Group::gradients)) ASSERT_EQ(value, 0);
+    }
+}
+
+// What products read in bf16 is the nearest to what was given, ties to even; and so is what
+// adamw_update leaves there, while the float32 parameters keep their digits.
+TEST(Model, Bf16ParametersAreRoundedToNearest) {
+    if (kDouble) return;  // it has no bf16
+    GPT2Config config = odd_config();
+    GPT2Shape shape = test_shape(1, 1);
+    shape.dtype = Dtype::bf16;
+    GPT2Ptr model(gpt2_create(config, shape));
+    std::vector<real> given(parameter_table(config)[k_wpe].file_size()), got(given.size());
+    const std::pair<float, float> kRounded[] = {
+        {1.f, 1.f},
+        {0x1.01p0f, 0x1.00p0f},        // a tie: below is even
+        {0x1.03p0f, 0x1.04p0f},        // a tie: above is even
+        {-0x1.010002p0f, -0x1.02p0f},  // just beyond a tie
+        {0x1.00fffep0f, 0x1.00p0f},    // just before one
+        {0x1.fffffep127f, INFINITY},   // beyond the largest
+        {0x1.8p-133f, 0x1.0p-132f},    // among the smallest, which have fewer digits
+        {-0.f, -0.f},
+        {-INFINITY, -INFINITY},
+        {std::bit_cast<float>(0x7F800001u), NAN},  // its upper half alone would be infinity
+        {std::bit_cast<float>(0xFFFFFFFFu), NAN},
+    };
+    for (size_t i = 0; i < std::size(kRounded); i++) given[i] = real(kRounded[i].first);
+    gpt2_copy_in(model.get(), Group::parameters, k_wpe, 0, given.data());
+    gpt2_copy_out(model.get(), Group::parameters, k_wpe, 0, got.data());
+    for (size_t i = 0; i < std::size(kRounded); i++) {
+        float expected = kRounded[i].second;
+        if (std::isnan(expected)) EXPECT_TRUE(std::isnan(got[i])) << i;
+        else
+            EXPECT_EQ(std::bit_cast<uint32_t>(float(got[i])), std::bit_cast<uint32_t>(expected))
+                << "of " << given[i];
+    }
 }
 
 // The loss of a fresh model is near that of a uniform guess.

@@ -8,6 +8,7 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <bit>
 #include <cassert>
@@ -316,14 +317,16 @@ static void product_plain(const Product<In, Out>& p) {
 // memory is the library's, one buffer that all primitives of a thread share.
 class ProductPlans {
   public:
+    // False where the library has no such product for this processor.
     template <class In, class Out>
-    void operator()(const Product<In, Out>& p) {
+    bool operator()(const Product<In, Out>& p) {
         Key key = {p.trans_a, p.trans_b,         p.M,    p.N,   p.K,        p.lda,
                    p.ldb,     p.bias != nullptr, p.beta, p.ldc, sizeof(In), sizeof(Out)};
         auto place = plans_.find(key);
         try {
             if (place == plans_.end()) place = plans_.emplace(key, make(p)).first;
             Plan& plan = place->second;
+            if (!plan.primitive) return false;
             plan.arguments.at(DNNL_ARG_SRC).set_data_handle(const_cast<In*>(p.A));
             plan.arguments.at(DNNL_ARG_WEIGHTS).set_data_handle(const_cast<In*>(p.B));
             plan.arguments.at(DNNL_ARG_DST).set_data_handle(p.C);
@@ -331,7 +334,12 @@ class ProductPlans {
                 plan.arguments.at(DNNL_ARG_BIAS).set_data_handle(const_cast<In*>(p.bias));
             plan.primitive.execute(stream_, plan.arguments);
             stream_.wait();
-        } catch (const dnnl::error& error) { fail_product(p.M, p.N, p.K, int(error.status)); }
+            return true;
+        } catch (const dnnl::error& error) {
+            if (error.status != dnnl_unimplemented) fail_product(p.M, p.N, p.K, int(error.status));
+            plans_[key] = Plan();
+            return false;
+        }
     }
 
   private:
@@ -392,10 +400,44 @@ static ProductPlans& product_plans() {
 
 #endif
 
+// The same with B transposed and so few rows of A that reading B is all that takes time, as where a
+// token is generated: each thread reads its rows of B once, from first to last, for several rows at
+// a time were measured to arrive at half the speed.
+constexpr int kFewRows = 4;
+template <class In, class Out>
+static void product_few_rows(const Product<In, Out>& p) {
+    constexpr int kPiece = 4096;
+#pragma omp parallel
+    {
+        real a[kFewRows][kPiece];
+        for (int first = 0; first < p.K; first += kPiece) {
+            int length = std::min(kPiece, p.K - first);
+            for (int m = 0; m < p.M; m++)
+                std::copy_n(p.A + size_t(m) * p.lda + first, length, a[m]);
+#pragma omp for schedule(static)
+            for (int n = 0; n < p.N; n++) {
+                const In* b = p.B + size_t(n) * p.ldb + first;
+                for (int m = 0; m < p.M; m++) {
+                    const real* a_m = a[m];
+                    Out* c = p.C + size_t(m) * p.ldc + n;
+                    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+                    for (int k = 0; k < length; k++) sum += a_m[k] * real(b[k]);
+                    if (first > 0) sum += real(*c);
+                    else if (p.beta != 0) sum += p.beta * real(*c);
+                    if (first == 0 && p.bias != nullptr) sum += real(p.bias[n]);
+                    *c = sum;
+                }
+            }
+        }
+    }
+}
+
 // The same product by oneDNN, which picks the kernel for the processor when the program runs. In
 // float32, where A is transposed or nothing is, its BLAS interface was measured to be the faster.
 template <class In, class Out>
 static void product(const Product<In, Out>& p) {
+    if (p.M <= kFewRows && p.trans_b && !p.trans_a) return product_few_rows(p);
 #ifdef GPT2_ONEDNN
     if constexpr (std::is_same_v<In, float>) {
         if (!p.trans_b || p.bias == nullptr) {
@@ -406,10 +448,15 @@ static void product(const Product<In, Out>& p) {
             return;
         }
     }
-    product_plans()(p);
+    if (!product_plans()(p)) product_plain(p);
 #else
     product_plain(p);
 #endif
+}
+
+void gemm(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda, const real* B,
+          int ldb, real beta, real* C, int ldc) {
+    product<real, real>({trans_a, trans_b, M, N, K, A, lda, B, ldb, nullptr, beta, C, ldc});
 }
 
 void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda,
@@ -417,9 +464,13 @@ void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, 
     product_plain<real, real>({trans_a, trans_b, M, N, K, A, lda, B, ldb, nullptr, beta, C, ldc});
 }
 
-void gemm(bool trans_a, bool trans_b, int M, int N, int K, const real* A, int lda, const real* B,
-          int ldb, real beta, real* C, int ldc) {
-    product<real, real>({trans_a, trans_b, M, N, K, A, lda, B, ldb, nullptr, beta, C, ldc});
+void gemm_bf16(bool plain, bool trans_a, bool trans_b, int M, int N, int K, const uint16_t* A,
+               int lda, const uint16_t* B, int ldb, real beta, real* C, int ldc) {
+    auto numbers = [](const uint16_t* bits) { return reinterpret_cast<const bf16*>(bits); };
+    Product<bf16, real> p = {trans_a,    trans_b, M,       N,    K, numbers(A), lda,
+                             numbers(B), ldb,     nullptr, beta, C, ldc};
+    if constexpr (sizeof(real) == 4) return plain ? product_plain(p) : product(p);
+    product_plain(p);
 }
 
 // out = inp weight^T + bias
@@ -432,13 +483,15 @@ void matmul_forward(Float* out, const Float* inp, const Float* weight, const Flo
 
 // forward: out = inp weight^T + bias
 // dinp = dout weight;  dweight += dout^T inp;  dbias += sum over rows of dout
-// dinp (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. scratch
+// dinp (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate, but dweight is written
+// where it is `fresh`, which spares reading and zeroing what is as large as the weights. scratch
 // (kReduceRows,OC).
 template <class Float>
 void matmul_backward(Float* dinp, real* dweight, real* dbias, const Float* dout, const Float* inp,
-                     const Float* weight, real* scratch, int BT, int C, int OC) {
+                     const Float* weight, real* scratch, bool fresh, int BT, int C, int OC) {
+    real beta = fresh ? 0 : 1;
     product<Float, Float>({false, false, BT, C, OC, dout, OC, weight, C, nullptr, 0, dinp, C});
-    product<Float, real>({true, false, OC, C, BT, dout, OC, inp, C, nullptr, 1, dweight, C});
+    product<Float, real>({true, false, OC, C, BT, dout, OC, inp, C, nullptr, beta, dweight, C});
     if (dbias == nullptr) return;
 #pragma omp parallel for schedule(static)
     for (int p = 0; p < kReduceRows; p++) {
@@ -549,19 +602,6 @@ static inline Vector load_vector(const real* from) {
     return vector;
 }
 
-// A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
-// * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.
-struct TileProduct {
-    int M, N, K;
-    const real* A;
-    int row, column;
-    const real* B;
-    int ldb;
-    bool add;
-    real* C;
-    int ldc;
-};
-
 // Rows x (Vectors * kLanes) numbers of C from (m,n) on, whose sums stay in registers.
 template <int Rows, int Vectors>
 static inline void tile_block(const TileProduct& p, int m, int n) {
@@ -590,6 +630,7 @@ static inline void tile_columns(const TileProduct& p, int n) {
     for (; m < p.M; m++) tile_block<1, Vectors>(p, m, n);
 }
 
+// As gpt2.h says; columns that fill no register are summed one by one.
 void tile_product(const TileProduct& p) {
     int n = 0;
     for (; n + kTileVectors * kLanes <= p.N; n += kTileVectors * kLanes)
@@ -990,13 +1031,13 @@ void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* 
 
 // forward: inp = gelu(pre);  out = inp weight^T + bias
 // dpre = (dout weight) * gelu'(pre);  dweight += dout^T inp;  dbias += sum over rows of dout
-// dpre (BT,C) is written; dweight (OC,C) and dbias (OC) or null accumulate. dout (BT,OC); inp and
-// pre (BT,C); scratch (kReduceRows,OC).
+// dpre (BT,C) is written; dweight (OC,C), unless it is fresh, and dbias (OC) or null accumulate.
+// dout (BT,OC); inp and pre (BT,C); scratch (kReduceRows,OC).
 template <class Float>
 void gelu_matmul_backward(Float* dpre, real* dweight, real* dbias, const Float* dout,
                           const Float* inp, const Float* pre, const Float* weight, real* scratch,
-                          int BT, int C, int OC) {
-    matmul_backward(dpre, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
+                          bool fresh, int BT, int C, int OC) {
+    matmul_backward(dpre, dweight, dbias, dout, inp, weight, scratch, fresh, BT, C, OC);
     gelu_backward(dpre, dpre, pre, size_t(BT) * C);
 }
 
@@ -1132,7 +1173,7 @@ void matmul_forward(real* out, const real* inp, const real* weight, const real* 
 }
 void matmul_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
                      const real* weight, real* scratch, int BT, int C, int OC) {
-    matmul_backward<real>(dinp, dweight, dbias, dout, inp, weight, scratch, BT, C, OC);
+    matmul_backward<real>(dinp, dweight, dbias, dout, inp, weight, scratch, false, BT, C, OC);
 }
 void attention_forward(real* out, real* logsumexp, const real* qkv, real* scratch,
                        const Dropout& dropout, int B, int T, int C, int NH) {
@@ -1163,7 +1204,8 @@ void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weig
 void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
                           const real* pre, const real* weight, real* scratch, int BT, int C,
                           int OC) {
-    gelu_matmul_backward<real>(dpre, dweight, dbias, dout, inp, pre, weight, scratch, BT, C, OC);
+    gelu_matmul_backward<real>(dpre, dweight, dbias, dout, inp, pre, weight, scratch, false, BT, C,
+                               OC);
 }
 void classifier_forward(real* losses, real* logits, const int* targets, double loss_scale,
                         bool gradient, int BT, int V, int Vp) {
@@ -1212,7 +1254,9 @@ struct GPT2 {
     int B = 0, T = 0;  // of the last forward
     const int* inputs = nullptr;
     GPT2Pass pass;
-    double loss = 0;                        // of the passes since gpt2_zero_gradients
+    double loss = 0;  // of the passes since gpt2_zero_gradients
+    // Gradients that count as zero and that the next pass writes: of the classifier, of the blocks.
+    mutable bool fresh_head = false, fresh_blocks = false;
     GPT2Stats last = {}, before_last = {};  // of the last two updates
 
     ~GPT2() {
@@ -1379,7 +1423,43 @@ static size_t tensor_offset(const GPT2* model, int row, int layer) {
     return offset;
 }
 
+// The weights of products are most of a model. gpt2_zero_gradients does not touch their gradients:
+// the first pass that follows writes them, in its forward pass (head) or in its backward pass
+// (blocks), and the others add to them.
+enum class FreshGradients { nothing, head, blocks };
+
+static FreshGradients written_by(const GPT2* model, int row) {
+    if (row == (model->config.tied ? k_wte : k_headw)) return FreshGradients::head;
+    bool block = row == k_qkvw || row == k_attprojw || row == k_fcw || row == k_fcprojw;
+    return block ? FreshGradients::blocks : FreshGradients::nothing;
+}
+
+// Zeroes the gradients of the rows that `wanted` says, by what writes them.
+template <class F>
+static void zero_gradient_rows(const GPT2* model, F wanted) {
+    real* gradients = model->groups[size_t(Group::gradients)];
+    for (int row = 0; row < kParameterRows; row++) {
+        size_t N = model->parameter_rows[size_t(row)].allocated();
+        if (wanted(written_by(model, row))) {
+#pragma omp parallel for simd schedule(static)
+            for (size_t i = 0; i < N; i++) gradients[i] = 0;
+        }
+        gradients += N;
+    }
+}
+
+// Zeroes what no pass has written yet, for who reads the gradients now.
+static void settle_gradients(const GPT2* model) {
+    if (!model->fresh_head && !model->fresh_blocks) return;
+    zero_gradient_rows(model, [model](FreshGradients written_by) {
+        return (written_by == FreshGradients::head && model->fresh_head) ||
+               (written_by == FreshGradients::blocks && model->fresh_blocks);
+    });
+    model->fresh_head = model->fresh_blocks = false;
+}
+
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    if (group == Group::gradients) settle_gradients(model);
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     const real* memory = model->groups[size_t(group)];
@@ -1390,6 +1470,7 @@ void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* hos
 // Parameters go to those in `real` and, rounded to nearest, to those in bf16, where they are.
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     gpt2_snapshot_wait(model);
+    if (group == Group::gradients) settle_gradients(model);
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     real* memory = model->groups[size_t(group)];
@@ -1510,8 +1591,9 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
                            pass.training, rows, V, Vp);
         if (pass.training)
             matmul_backward<Float>(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf,
-                                   weight, nullptr, rows, C, Vp);
+                                   weight, nullptr, model->fresh_head && first == 0, rows, C, Vp);
     }
+    if (pass.training) model->fresh_head = false;
     if (targets == nullptr) return;
     double sum = 0;
     for (int bt = 0; bt < BT; bt++) sum += double(a.losses[bt]);
@@ -1649,20 +1731,22 @@ static void block_backward(const GPT2* model, const Float* inp, int l) {
     ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     int B = model->B, T = model->T, BT = B * T;
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
+    bool fresh = model->fresh_blocks;
 
     const Float* dbranch = branch_gradient(model, a, RandomUse::mlp_projection, l);
     gelu_matmul_backward(a.dfch, d.fcprojw, d.fcprojb, dbranch, a.fch_gelu, a.fch, p.fcprojw,
-                         a.reduce_scratch, BT, F, C);
-    matmul_backward(a.dnorm, d.fcw, d.fcb, a.dfch, a.ln2, p.fcw, a.reduce_scratch, BT, C, F);
+                         a.reduce_scratch, fresh, BT, F, C);
+    matmul_backward(a.dnorm, d.fcw, d.fcb, a.dfch, a.ln2, p.fcw, a.reduce_scratch, fresh, BT, C, F);
     layernorm_backward(a.dresidual, d.ln2w, d.ln2b, a.dnorm, a.residual2, p.ln2w, a.ln2_mean,
                        a.ln2_rstd, a.reduce_scratch, B, T, C);
 
     dbranch = branch_gradient(model, a, RandomUse::attention_projection, l);
     matmul_backward(a.datty, d.attprojw, d.attprojb, dbranch, a.atty, p.attprojw, a.reduce_scratch,
-                    BT, C, C);
+                    fresh, BT, C, C);
     attention_backward(a.dqkv, a.datty, a.qkv, a.atty, a.logsumexp, a.att_scratch,
                        model->dropout(RandomUse::attention, l), B, T, C, NH);
-    matmul_backward(a.dnorm, d.qkvw, d.qkvb, a.dqkv, a.ln1, p.qkvw, a.reduce_scratch, BT, C, 3 * C);
+    matmul_backward(a.dnorm, d.qkvw, d.qkvb, a.dqkv, a.ln1, p.qkvw, a.reduce_scratch, fresh, BT, C,
+                    3 * C);
     layernorm_backward(a.dresidual, d.ln1w, d.ln1b, a.dnorm, inp, p.ln1w, a.ln1_mean, a.ln1_rstd,
                        a.reduce_scratch, B, T, C);
 }
@@ -1681,6 +1765,7 @@ static void model_backward(GPT2* model) {
         block_recompute<Float>(model, model->block_input<Float>(l), l);
         block_backward<Float>(model, model->block_input<Float>(l), l);
     }
+    model->fresh_blocks = false;
     encoder_backward(d.wte, d.wpe, branch_gradient(model, a, RandomUse::encoder, 0), model->inputs,
                      B, T, C);
 }
@@ -1692,17 +1777,19 @@ void gpt2_backward(GPT2* model) {
 
 // ==== gpt2_update ================================================================================
 
+// What the pass that follows writes is not zeroed: see FreshGradients.
 void gpt2_zero_gradients(GPT2* model) {
     model->loss = 0;
     if (!model->shape.training) return;
-    real* gradients = model->groups[size_t(Group::gradients)];
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < model->parameters; i++) gradients[i] = 0;
+    model->fresh_head = model->fresh_blocks = true;
+    zero_gradient_rows(
+        model, [](FreshGradients written_by) { return written_by == FreshGradients::nothing; });
 }
 
 void gpt2_update(GPT2* model, const AdamW& adamw) {
     auto [params, grads, m, v] = model->groups;
     bf16* narrow = model->narrow_parameters;
+    settle_gradients(model);
     double grad_norm = global_norm(grads, model->parameters);
     gpt2_snapshot_wait(model);  // what it copies is about to change
     bool finite = std::isfinite(grad_norm) && std::isfinite(model->loss);
@@ -1734,10 +1821,12 @@ GPT2Stats gpt2_previous_stats(GPT2* model) { return model->before_last; }
 
 const char* gpt2_program() { return "train_gpt2"; }
 
-// Seconds of the fastest of a few products of the size of a block of GPT-2 124M in each type.
+#ifdef GPT2_ONEDNN
+
+// Seconds of the fastest of a few products of the size of a block of GPT-2 124M.
 template <class Float>
 static double product_seconds(int tries) {
-    constexpr int M = 256, N = 768, K = 768;
+    constexpr int M = 128, N = 768, K = 768;
     static const std::vector<Float> a(size_t(M) * K, Float(1)), b(size_t(N) * K, Float(1));
     static std::vector<Float> c(size_t(M) * N);
     double best = INFINITY;
@@ -1749,18 +1838,22 @@ static double product_seconds(int tries) {
     return best;
 }
 
-// Whether products in bf16 are clearly faster: never where oneDNN has no instructions for them, and
-// with AVX-512 alone on some processors only, which is measured, a few ms of each type in turns.
-// What was found is kept beside the caches of other programs, so that every run of a machine is
-// made in the same precision.
+#endif
+
+// Whether products in bf16 are clearly faster: never where oneDNN has no instructions for them,
+// always with AMX, and with those of AVX-512 alone on some processors only: there some milliseconds
+// of each type in turns decide. (What they decide between differs by a factor of two or more, so
+// that every run of a machine is made in the same precision.)
 static bool bf16_is_faster() {
 #ifdef GPT2_ONEDNN
     constexpr double kClearly = 1.25;
-    dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa();
-    if (isa == dnnl::cpu_isa::avx512_core_amx) return true;
-    if (isa != dnnl::cpu_isa::avx512_core_bf16 || sizeof(real) != 4) return false;
+    auto has = [](dnnl::cpu_isa wanted) {
+        return (unsigned(dnnl::get_effective_cpu_isa()) & unsigned(wanted)) == unsigned(wanted);
+    };
+    if (sizeof(real) != 4 || !has(dnnl::cpu_isa::avx512_core_bf16)) return false;
+    if (has(dnnl::cpu_isa::avx512_core_amx)) return true;
     double fp32_s = INFINITY, bf16_s = INFINITY;
-    for (int turn = 0; turn < 5; turn++) {
+    for (int turn = 0; turn < 3; turn++) {
         fp32_s = std::min(fp32_s, product_seconds<real>(2));
         bf16_s = std::min(bf16_s, product_seconds<bf16>(2));
     }
@@ -1818,6 +1911,19 @@ PeakRate gpt2_peak(const GPT2Shape& shape) {
 // ==== main =======================================================================================
 
 #ifndef GPT2_MODEL_ONLY
+// libgomp's threads wait for each other by spinning, for milliseconds, unless the environment says
+// otherwise before the program starts. Where other programs want the cores too, they then burn the
+// time that the thread they wait for needs: steps took seven times as long on two busy cores. So
+// the program starts itself once more with a short spin, which costs nothing where cores are free.
+static void shorten_waits(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") != nullptr || getenv("OMP_WAIT_POLICY") != nullptr) return;
+    setenv("GOMP_SPINCOUNT", "3000", 0);
+    execv("/proc/self/exe", argv);  // where that fails, it goes on as it is
+}
+
 // Weak: the tests, which are linked with this file, have a main of their own.
-__attribute__((weak)) int main(int argc, char** argv) { return run(argc, argv); }
+__attribute__((weak)) int main(int argc, char** argv) {
+    shorten_waits(argv);
+    return run(argc, argv);
+}
 #endif

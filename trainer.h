@@ -155,7 +155,7 @@ inline GPT2Shape choose_shape(const ComputeOptions& o) {
     shape.dtype = gpt2_dtype(o.dtype);
     shape.tf32 = o.tf32 == "on";
     shape.deterministic = o.deterministic != "off";
-    shape.threads = o.threads > 0 ? o.threads : omp_get_max_threads();
+    shape.threads = o.threads > 0 ? o.threads : machine_threads();
     return shape;
 }
 

@@ -116,6 +116,8 @@ program_tests() {
     fi
     part "$folder/test_gpt2" "$folder/test_gpt2"
     if [ "$2" = double ]; then return; fi
+    part "$folder/test_gpt2, bf16" env GPT2_TEST_DTYPE=bf16 "$folder/test_gpt2" \
+        --gtest_filter='Model.*:Golden.*'
     part "$folder/test_data" "$folder/test_data"
     part "$folder/test_runs" env GPT2_BINARY="$folder/train_gpt2" "$folder/test_runs"
 }

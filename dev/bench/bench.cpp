@@ -4,8 +4,10 @@
 // Times drift by the hour on a shared machine, ratios within one run do not: the two steps take
 // turns (A B A B ...), and what counts is the ratio of their medians. Layers report operations a
 // second, or bytes where memory is their floor. Google Benchmark's options work, for example
-//   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": the step
-//   only
+//   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": steps only
+// Then a table of whole steps in each precision and of generation: each as a share of what the
+// machine was just measured to do at best, and beside PyTorch, where $PYTHON has it. --json=FILE
+// keeps it; --no-plain leaves the plain step out.
 #include <benchmark/benchmark.h>
 #include <omp.h>
 
@@ -255,14 +257,21 @@ double median(std::vector<double> values) {
 }
 
 double own_step(GPT2* model, const int* inputs, const int* targets, const AdamW& adamw) {
+    const GPT2Shape& shape = gpt2_shape(model);
     GPT2Pass pass;
     pass.training = true;
-    pass.loss_scale = 1.0 / BT;
+    pass.loss_scale = 1.0 / (shape.B * shape.T);
     gpt2_zero_gradients(model);
-    gpt2_forward(model, inputs, targets, B, T, pass);
+    gpt2_forward(model, inputs, targets, shape.B, shape.T, pass);
     gpt2_backward(model);
     gpt2_update(model, adamw);
     return gpt2_stats(model).loss;
+}
+
+std::vector<int> random_tokens(size_t count) {
+    std::vector<int> tokens(count);
+    for (size_t i = 0; i < count; i++) tokens[i] = int(philox(2, uint32_t(i), 0, 0, 0).word[0] % V);
+    return tokens;
 }
 
 // A step of each in turn, from the same parameters and on the same batch, so that their losses must
@@ -276,9 +285,7 @@ bool compare_steps() {
     gpt2_initialise(own.get(), 1);
     PlainModel plain(config, B, T);
     plain.copy_parameters(own.get());
-    std::vector<int> tokens(BT + 1);
-    for (size_t i = 0; i < tokens.size(); i++)
-        tokens[i] = int(philox(2, uint32_t(i), 0, 0, 0).word[0] % V);
+    std::vector<int> tokens = random_tokens(BT + 1);
 
     printf("\nGPT-2 124M, B=%d, T=%d, float32, %s\n", B, T, gpt2_device().c_str());
     printf("%6s %14s %14s %8s %12s %12s\n", "step", "train_gpt2, s", "plain, s", "ratio", "loss",
@@ -309,16 +316,198 @@ bool compare_steps() {
     return agree;
 }
 
+// ==== shares of the floors, and PyTorch ==========================================================
+
+// What this machine can do at best, measured in this run.
+struct Floors {
+    double fp32_flops, bf16_flops, bytes_per_s;
+    double flops(Dtype dtype) const { return dtype == Dtype::bf16 ? bf16_flops : fp32_flops; }
+};
+
+// Bytes that all threads read and write in place in a second: what AdamW does with most of its own.
+double memory_bandwidth() {
+    std::vector<float> values(kUpdated, 1);
+    double best = 0;
+    for (int i = 0; i < 6; i++) {
+        double seconds = seconds_of([&] {
+#pragma omp parallel for simd schedule(static)
+            for (size_t j = 0; j < kUpdated; j++) values[j] = values[j] * 0.5f + 0.5f;
+        });
+        best = std::max(best, 2 * sizeof(float) * double(kUpdated) / seconds);
+    }
+    return best;
+}
+
+Floors measure_floors() {
+    GPT2Shape shape;
+    shape.threads = threads();
+    Floors floors = {};
+    for (int i = 0; i < 3; i++) {
+        shape.dtype = Dtype::fp32;
+        floors.fp32_flops = std::max(floors.fp32_flops, gpt2_peak(shape).flops);
+        shape.dtype = Dtype::bf16;
+        floors.bf16_flops = std::max(floors.bf16_flops, gpt2_peak(shape).flops);
+    }
+    floors.bytes_per_s = memory_bandwidth();
+    return floors;
+}
+
+struct Row {
+    std::string name;
+    Dtype dtype;
+    double ms, cpu_ms, floor_ms;  // wall clock; processor time of all threads; what it cannot beat
+    double torch_ms = 0, torch_cpu_ms = 0;  // 0: not measured
+};
+
+double processor_s() {
+    timespec time;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
+// The medians of a few calls of `work`, after one that is not counted.
+template <typename F>
+Row timed_row(const std::string& name, Dtype dtype, int tries, double floor_s, F work) {
+    std::vector<double> wall, processor;
+    for (int i = 0; i <= tries; i++) {
+        double before = processor_s(), seconds = seconds_of(work);
+        if (i == 0) continue;
+        wall.push_back(seconds), processor.push_back(processor_s() - before);
+    }
+    return {name, dtype, median(wall) * 1e3, median(processor) * 1e3, floor_s * 1e3};
+}
+
+// A step cannot overlap its products with what only moves memory: AdamW reads parameters, gradients
+// and moments and writes all but gradients, and bf16 parameters too; the norm reads the gradients,
+// which were zeroed. Its floor is the sum of both.
+Row step_row(int batch, int length, Dtype dtype, const Floors& floors) {
+    GPT2Config config;
+    GPT2Shape shape;
+    shape.B = batch, shape.T = length, shape.training = true, shape.threads = threads();
+    shape.dtype = dtype;
+    GPT2Ptr model(gpt2_create(config, shape));
+    gpt2_initialise(model.get(), 1);
+    size_t tokens = size_t(batch) * size_t(length);
+    std::vector<int> ids = random_tokens(tokens + 1);
+    double bytes = double(allocated_parameters(config)) * (dtype == Dtype::bf16 ? 38 : 36);
+    double floor_s = operations_per_token(config, length) * double(tokens) / floors.flops(dtype) +
+                     bytes / floors.bytes_per_s;
+    AdamW adamw;
+    adamw.learning_rate = 1e-4, adamw.step = 0;
+    return timed_row(format("step %dx%d", batch, length), dtype, tokens > 256 ? 5 : 9, floor_s,
+                     [&] {
+                         adamw.step++;
+                         own_step(model.get(), ids.data(), ids.data() + 1, adamw);
+                     });
+}
+
+// One token after another: every weight of a product is read once.
+Row generation_row(Dtype dtype, const Floors& floors) {
+    GPT2Config config;
+    GPT2Shape shape;
+    shape.T = 64, shape.generate = 1, shape.threads = threads(), shape.dtype = dtype;
+    GPT2Ptr model(gpt2_create(config, shape));
+    gpt2_initialise(model.get(), 1);
+    double bytes = double(allocated_parameters(config) - size_t(config.context) * C) *
+                   (dtype == Dtype::bf16 ? 2 : 4);
+    std::vector<real> logits(V);
+    int position = 0;
+    return timed_row("generated token", dtype, 48, bytes / floors.bytes_per_s, [&] {
+        int token = position * 7919 % V;
+        gpt2_generate(model.get(), &token, 1, 1, position++, logits.data());
+    });
+}
+
+// The same steps by PyTorch, where the Python that $PYTHON names (python3) has it: torch_step.py
+// prints `step WAY B T ms tokens/s processor-ms`.
+void add_torch(std::vector<Row>& rows) {
+    const char* python = getenv("PYTHON");
+    std::string command = python != nullptr ? python : "python3";
+    if (system((command + " -c 'import torch' 2>/dev/null").c_str()) != 0) {
+        printf("(no PyTorch for %s: nothing to put beside; PYTHON names another)\n",
+               command.c_str());
+        return;
+    }
+    FILE* pipe = popen((command + " dev/bench/torch_step.py --cpu 2>/dev/null").c_str(), "r");
+    if (pipe == nullptr) return;
+    char line[256], way[32];
+    int batch, length;
+    double ms, rate, cpu_ms;
+    while (fgets(line, sizeof(line), pipe) != nullptr) {
+        if (sscanf(line, "step %31s %d %d %lf %lf %lf", way, &batch, &length, &ms, &rate,
+                   &cpu_ms) != 6)
+            continue;
+        Dtype dtype = strcmp(way, "fp32") == 0 ? Dtype::fp32 : Dtype::bf16;
+        for (Row& row : rows)
+            if (row.name == format("step %dx%d", batch, length) && row.dtype == dtype)
+                row.torch_ms = ms, row.torch_cpu_ms = cpu_ms;
+    }
+    pclose(pipe);
+}
+
+void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::string& json_path) {
+    printf("\nGPT-2 124M, %s\nfloors: %.0f GFLOP/s in fp32, %.0f in bf16, %.1f GB/s\n",
+           gpt2_device().c_str(), floors.fp32_flops / 1e9, floors.bf16_flops / 1e9,
+           floors.bytes_per_s / 1e9);
+    printf("%-18s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
+           "PyTorch, ms", "ratio", "ratio of CPU");
+    std::string json = format(
+        "{\"device\": \"%s\", \"fp32_flops\": %.4g, \"bf16_flops\": %.4g, "
+        "\"bytes_per_s\": %.4g, \"rows\": [",
+        gpt2_device().c_str(), floors.fp32_flops, floors.bf16_flops, floors.bytes_per_s);
+    for (const Row& row : rows) {
+        const char* dtype = row.dtype == Dtype::bf16 ? "bf16" : "fp32";
+        printf("%-18s %5s %10.1f %10.1f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
+               100 * row.floor_ms / row.ms);
+        if (row.torch_ms > 0)
+            printf(" %11.1f %7.2f %13.2f", row.torch_ms, row.ms / row.torch_ms,
+                   row.cpu_ms / row.torch_cpu_ms);
+        printf("\n");
+        json += format(
+            "%s\n {\"name\": \"%s\", \"dtype\": \"%s\", \"ms\": %.4g, \"cpu_ms\": "
+            "%.4g, \"floor_ms\": %.4g, \"torch_ms\": %.4g, \"torch_cpu_ms\": %.4g}",
+            &row == &rows[0] ? "" : ",", row.name.c_str(), dtype, row.ms, row.cpu_ms, row.floor_ms,
+            row.torch_ms, row.torch_cpu_ms);
+    }
+    if (!json_path.empty()) write_file_atomic(json_path, json + "]}\n");
+}
+
+void compare_with_floors(const std::string& json_path) {
+    Floors floors = measure_floors();
+    std::vector<Row> rows;
+    for (Dtype dtype : {Dtype::fp32, Dtype::bf16}) {
+        if (dtype == Dtype::bf16 && gpt2_dtype("auto") == Dtype::fp32) continue;  // not made for it
+        for (auto [batch, length] : {std::pair(4, 64), {4, 256}, {1, 1024}})
+            rows.push_back(step_row(batch, length, dtype, floors));
+        rows.push_back(generation_row(dtype, floors));
+    }
+    add_torch(rows);
+    print_rows(rows, floors, json_path);
+}
+
 }  // namespace
 
+// --json=FILE, --no-plain: this program's own; the others are Google Benchmark's.
 int main(int argc, char** argv) {
+    std::string json_path;
+    bool plain = true;
+    int kept = 1;
+    for (int i = 1; i < argc; i++) {
+        std::string word = argv[i];
+        if (word.rfind("--json=", 0) == 0) json_path = word.substr(7);
+        else if (word == "--no-plain") plain = false;
+        else argv[kept++] = argv[i];
+    }
+    argc = kept;
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return kExitInput;
     register_layers();
     benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     try {
-        return compare_steps() ? 0 : kExitMachine;
+        bool agree = !plain || compare_steps();
+        compare_with_floors(json_path);
+        return agree ? 0 : kExitMachine;
     } catch (const Error& error) {
         fprintf(stderr, "bench: error: %s\n", error.what());
         return error.exit_code;
