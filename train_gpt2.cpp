@@ -1223,19 +1223,20 @@ void adamw_update(real* params, real* m, real* v, const real* grads, size_t N, c
 template <class Number>
 static Number* allocate(size_t size, const char* group) {
     constexpr size_t kAlignment = 1 << 21;
-    size_t bytes = (size * sizeof(Number) + kAlignment - 1) / kAlignment * kAlignment;
     if (size == 0) return nullptr;
-    void* memory = size > SIZE_MAX / 16 ? nullptr : aligned_alloc(kAlignment, bytes);
+    size_t bytes = size * sizeof(Number);
+    size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    void* memory = size > SIZE_MAX / 16 ? nullptr : aligned_alloc(kAlignment, whole);
     if (memory == nullptr)
         fail_machine(
             "out of memory: %s need %.1f MiB; a smaller --batch-size, --sequence-length or --model "
             "would fit",
-            group, double(size) * sizeof(Number) / 1048576);
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    Number* values = static_cast<Number*>(memory);
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < size; i++) values[i] = 0;
-    return values;
+            group, double(bytes) / 1048576);
+    madvise(memory, whole, MADV_HUGEPAGE);
+#pragma omp parallel for schedule(static)
+    for (size_t at = 0; at < bytes; at += kAlignment)
+        memset(static_cast<char*>(memory) + at, 0, std::min(kAlignment, bytes - at));
+    return static_cast<Number*>(memory);
 }
 
 struct GPT2 {
@@ -1244,10 +1245,9 @@ struct GPT2 {
     ParameterTable parameter_rows;
     ActivationTable activation_rows;
     std::array<real*, 4> groups = {};  // parameters, gradients, moments: each laid out as the table
-    bf16* narrow_parameters =
-        nullptr;                // what products read in bf16; without training, all there is
-    real* snapshot = nullptr;   // parameters and moments, one group after the other
-    std::thread snapshot_copy;  // what fills it
+    bf16* narrow_parameters = nullptr;  // what products read in bf16; all there is without training
+    real* snapshot = nullptr;           // parameters and moments, one group after the other
+    std::thread snapshot_copy;          // what fills it
     char* activation_memory = nullptr;
     std::array<void*, kActivationRows> activations = {};
     size_t parameters = 0;

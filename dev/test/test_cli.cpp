@@ -109,20 +109,35 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
     EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
 }
 
-// A precision that this program lacks is refused by every command that computes, before it begins.
-TEST_F(Cli, APrecisionThatIsNotThereIsRefused) {
+// In float32 and in bf16, and a run goes on from one to the other, which a line says; a word that
+// names no precision is refused.
+TEST_F(Cli, EveryCommandComputesInEitherPrecision) {
     make_model();
-    const std::vector<std::string> commands[] = {
-        {"train", "--data", "text.txt"},
-        {"plan"},
-        {"sample", "--model", "run"},
-        {"evaluate", "--model", "run", "--data", "text.txt"},
-        {"dump", "--model", "run", "--tokens", "ids.npy", "--out", "d.safetensors"}};
-    for (std::vector<std::string> words : commands) {
-        words.insert(words.end(), {"--dtype", "bf16"});
-        expect_error(call(words), 2, "--dtype bf16");
+    std::vector<double> losses;
+    for (std::string dtype : {"fp32", "bf16"}) {
+        for (std::vector<std::string> words :
+             {std::vector<std::string>{"plan"},
+              {"sample", "--model", "run"},
+              {"evaluate", "--model", "run", "--data", "text.txt", "--json"}}) {
+            words.insert(words.end(), {"--threads", "1", "--dtype", dtype});
+            if (words[0] == "sample") words.insert(words.end(), {"--max-new-tokens", "3"});
+            Outcome outcome = call(words);
+            EXPECT_EQ(outcome.code, 0) << words[0] << ": " << outcome.err;
+            if (words[0] == "evaluate")
+                losses.push_back(json::parse(outcome.out).at("loss").get<double>());
+        }
     }
-    EXPECT_FALSE(fs::exists(path("runs/text")));
+    EXPECT_NEAR(losses.at(0), losses.at(1), 0.05) << "logits of a few units, rounded by 2^-9";
+    EXPECT_NE(losses.at(0), losses.at(1)) << "one precision, whatever --dtype says";
+    for (auto [steps, dtype] : {std::pair("3", "fp32"), {"4", "bf16"}, {"5", "fp32"}}) {
+        Outcome trained = call(train_words({"--data", "text.txt", "--tokenizer", "chars", "--steps",
+                                            steps, "--out", "run", "--dtype", dtype}));
+        EXPECT_EQ(trained.code, 0) << trained.err;
+        std::string note = format("goes on with %s", dtype);
+        bool noted = (trained.out + trained.err).find(note) != std::string::npos;
+        EXPECT_EQ(noted, steps != std::string("3")) << trained.out;
+    }
+    expect_error(call({"plan", "--dtype", "fp16"}), 2, "--dtype");
 }
 
 // Weights of another format are converted, and one line says so.
