@@ -130,8 +130,10 @@ TEST_F(Cli, EveryCommandComputesInEitherPrecision) {
     EXPECT_NEAR(losses.at(0), losses.at(1), 0.05) << "logits of a few units, rounded by 2^-9";
     EXPECT_NE(losses.at(0), losses.at(1)) << "one precision, whatever --dtype says";
     for (auto [steps, dtype] : {std::pair("3", "fp32"), {"4", "bf16"}, {"5", "fp32"}}) {
-        Outcome trained = call(train_words({"--data", "text.txt", "--tokenizer", "chars", "--steps",
-                                            steps, "--out", "run", "--dtype", dtype}));
+        std::vector<std::string> words = train_words(
+            {"--data", "text.txt", "--tokenizer", "chars", "--steps", steps, "--out", "run"});
+        *(std::find(words.begin(), words.end(), "--dtype") + 1) = dtype;
+        Outcome trained = call(words);
         EXPECT_EQ(trained.code, 0) << trained.err;
         std::string note = format("goes on with %s", dtype);
         bool noted = (trained.out + trained.err).find(note) != std::string::npos;
