@@ -635,18 +635,21 @@ void gemm_bf16(bool plain, bool trans_a, bool trans_b, int M, int N, int K, cons
 
 // A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
 // * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.
+// (A template, so that a program that holds the layers both in float and in double tells its two
+// functions apart.)
+template <class Number>
 struct TileProduct {
     int M, N, K;
-    const real* A;
+    const Number* A;
     int row, column;
-    const real* B;
+    const Number* B;
     int ldb;
     bool add;
-    real* C;
+    Number* C;
     int ldc;
 };
 
-void tile_product(const TileProduct& product);
+void tile_product(const TileProduct<real>& product);
 
 // ==== initialisation =============================================================================
 

@@ -609,7 +609,7 @@ static inline Vector load_vector(const real* from) {
 
 // Rows x (Vectors * kLanes) numbers of C from (m,n) on, whose sums stay in registers.
 template <int Rows, int Vectors>
-static inline void tile_block(const TileProduct& p, int m, int n) {
+static inline void tile_block(const TileProduct<real>& p, int m, int n) {
     Vector sums[Rows][Vectors];
     real* c = p.C + size_t(m) * p.ldc + n;
     for (int r = 0; r < Rows; r++)
@@ -629,14 +629,14 @@ static inline void tile_block(const TileProduct& p, int m, int n) {
 }
 
 template <int Vectors>
-static inline void tile_columns(const TileProduct& p, int n) {
+static inline void tile_columns(const TileProduct<real>& p, int n) {
     int m = 0;
     for (; m + 4 <= p.M; m += 4) tile_block<4, Vectors>(p, m, n);
     for (; m < p.M; m++) tile_block<1, Vectors>(p, m, n);
 }
 
 // As gpt2.h says; columns that fill no register are summed one by one.
-void tile_product(const TileProduct& p) {
+void tile_product(const TileProduct<real>& p) {
     int n = 0;
     for (; n + kTileVectors * kLanes <= p.N; n += kTileVectors * kLanes)
         tile_columns<kTileVectors>(p, n);
