@@ -171,6 +171,15 @@ inline int machine_threads() {
 #endif
 }
 
+// Where what was measured of this machine is kept: XDG_CACHE_HOME, or .cache in the home folder; ""
+// where there is neither.
+inline std::string user_cache_folder() {
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (cache != nullptr && *cache != 0) return std::string(cache) + "/train_gpt2";
+    if (home != nullptr && *home != 0) return std::string(home) + "/.cache/train_gpt2";
+    return "";
+}
+
 // ==== reading ====================================================================================
 
 inline uint64_t hash_bytes(const void* data, size_t size, uint64_t seed = 0) {

@@ -1826,6 +1826,14 @@ GPT2Stats gpt2_previous_stats(GPT2* model) { return model->before_last; }
 
 const char* gpt2_program() { return "train_gpt2"; }
 
+static std::string processor_name() {
+    std::string line;
+    std::ifstream file("/proc/cpuinfo");
+    while (std::getline(file, line))
+        if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+    return "CPU";
+}
+
 #ifdef GPT2_ONEDNN
 
 // Seconds of the fastest of a few products of the size of a block of GPT-2 124M.
@@ -1843,45 +1851,55 @@ static double product_seconds(int tries) {
     return best;
 }
 
-#endif
-
-// Whether products in bf16 are clearly faster: never where oneDNN has no instructions for them,
-// always with AMX, and with those of AVX-512 alone on some processors only: there some milliseconds
-// of each type in turns decide. (What they decide between differs by a factor of two or more, so
-// that every run of a machine is made in the same precision.)
-static bool bf16_is_faster() {
-#ifdef GPT2_ONEDNN
+// Whether products in bf16 are clearly faster, by some milliseconds of each type in turns.
+static bool bf16_products_are_faster() {
     constexpr double kClearly = 1.25;
-    auto has = [](dnnl::cpu_isa wanted) {
-        return (unsigned(dnnl::get_effective_cpu_isa()) & unsigned(wanted)) == unsigned(wanted);
-    };
-    if (sizeof(real) != 4 || !has(dnnl::cpu_isa::avx512_core_bf16)) return false;
-    if (has(dnnl::cpu_isa::avx512_core_amx)) return true;
     double fp32_s = INFINITY, bf16_s = INFINITY;
     for (int turn = 0; turn < 3; turn++) {
         fp32_s = std::min(fp32_s, product_seconds<real>(2));
         bf16_s = std::min(bf16_s, product_seconds<bf16>(2));
     }
     return fp32_s > kClearly * bf16_s;
+}
+
+#endif
+
+// What --dtype auto stands for: float32 where oneDNN has no instructions for products in bf16, bf16
+// with AMX, and with those of AVX-512 alone what was faster when this processor was first asked,
+// so that every run makes the same choice.
+static Dtype fastest_dtype() {
+#ifdef GPT2_ONEDNN
+    auto has = [](dnnl::cpu_isa wanted) {
+        return (unsigned(dnnl::get_effective_cpu_isa()) & unsigned(wanted)) == unsigned(wanted);
+    };
+    if (sizeof(real) != 4 || !has(dnnl::cpu_isa::avx512_core_bf16)) return Dtype::fp32;
+    if (has(dnnl::cpu_isa::avx512_core_amx)) return Dtype::bf16;
+    std::string folder = user_cache_folder(), name = processor_name();
+    std::replace(name.begin(), name.end(), '/', '_');
+    std::string path = folder + "/dtype of " + name;
+    std::string kept = folder.empty() ? "" : first_line(path);
+    if (kept == "bf16" || kept == "fp32") return kept == "bf16" ? Dtype::bf16 : Dtype::fp32;
+    Dtype fastest = bf16_products_are_faster() ? Dtype::bf16 : Dtype::fp32;
+    try {
+        if (!folder.empty()) {
+            make_folder(folder);
+            write_file_atomic(path, std::string(dtype_name(fastest)) + "\n");
+        }
+    } catch (const Error&) {}  // it is measured again next time
+    return fastest;
 #else
-    return false;
+    return Dtype::fp32;
 #endif
 }
 
 Dtype gpt2_dtype(const std::string& option) {
     if (option != "auto") return option == "bf16" ? Dtype::bf16 : Dtype::fp32;
-    static const Dtype fastest = bf16_is_faster() ? Dtype::bf16 : Dtype::fp32;
+    static const Dtype fastest = fastest_dtype();
     return fastest;
 }
 
 std::string gpt2_device() {
-    std::string name = "CPU", line;
-    std::ifstream file("/proc/cpuinfo");
-    while (std::getline(file, line)) {
-        if (line.rfind("model name", 0) != 0) continue;
-        name = line.substr(line.find(':') + 2);
-        break;
-    }
+    std::string name = processor_name();
 #ifdef GPT2_ONEDNN
     const dnnl_version_t* version = dnnl_version();
     return name + format(", %d threads, oneDNN %d.%d.%d", omp_get_max_threads(), version->major,

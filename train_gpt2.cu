@@ -3132,14 +3132,6 @@ static void allocate_sums(GPT2* model) {
     }
 }
 
-// Where the winners of timed products are kept: XDG_CACHE_HOME, or .cache in the home folder.
-static std::string product_cache_folder() {
-    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
-    if (cache != nullptr && *cache != 0) return std::string(cache) + "/train_gpt2";
-    if (home != nullptr && *home != 0) return std::string(home) + "/.cache/train_gpt2";
-    return "";
-}
-
 // Products that take less time than a launch are not worth timing.
 static bool worth_tuning(const GPT2Config& config, const GPT2Shape& shape) {
     constexpr double kMultiplications = 1 << 24;
@@ -3191,7 +3183,7 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank) {
     allocate_sums(model.get());
     check(cudaStreamSynchronize(model->stream), "gpt2_create");  // the copy stream sees zeros too
     ProductOptions options = {shape.tf32, shape.deterministic, worth_tuning(config, shape),
-                              product_cache_folder()};
+                              user_cache_folder()};
     model->products = std::make_unique<Products>(options, model->stream);
     if (options.tune) tune_products(model.get());
     check(cudaStreamSynchronize(model->stream), "gpt2_create");

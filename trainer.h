@@ -2010,9 +2010,18 @@ class Training {
         return goal_.time_limit_s > 0 && after_next_s >= goal_.time_limit_s;
     }
 
+    // --dtype, of which auto is, for a run that goes on, what it was so far.
+    std::string precision() const {
+        if (o_.compute.dtype != "auto" || folder_.checkpoint.empty()) return o_.compute.dtype;
+        std::string so_far = read_state(folder_.checkpoint, nullptr).dtype;
+        return so_far == "fp32" || so_far == "bf16" ? so_far : "auto";
+    }
+
     void prepare_model() {
         bool samples = data_.tokenizer.has_value();
-        GPT2Shape shape = training_shape(o_, choice_.config, T_, samples, world_);
+        TrainOptions options = o_;
+        options.compute.dtype = link_.broadcast("the precision", precision(), kPatience_s);
+        GPT2Shape shape = training_shape(options, choice_.config, T_, samples, world_);
         shape.snapshot = shape.snapshot && leads();
         const char* dtype = dtype_name(shape.dtype);
         leader_first("the model", [&] {  // the others find the products that it has timed

@@ -144,6 +144,42 @@ TEST_F(Cli, EveryCommandComputesInEitherPrecision) {
     expect_error(call({"plan", "--dtype", "fp16"}), 2, "--dtype");
 }
 
+// auto is what a run was begun in, so that it goes on to the same bits wherever it goes on; and for
+// a new one what was found once, which a file keeps.
+TEST_F(Cli, ThePrecisionOfARunStays) {
+    auto train = [&](const std::string& out, const char* steps, const std::string& dtype) {
+        std::vector<std::string> words = train_words(
+            {"--data", "text.txt", "--tokenizer", "chars", "--steps", steps, "--out", out});
+        *(std::find(words.begin(), words.end(), "--dtype") + 1) = dtype;
+        Outcome outcome = call(words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_EQ(outcome.out.find("goes on with"), std::string::npos) << outcome.out;
+        return verify_checkpoint(path(out + "/last"))["dtype"].get<std::string>();
+    };
+    for (std::string dtype : {"fp32", "bf16"}) {
+        EXPECT_EQ(train(dtype, "2", dtype), dtype);
+        EXPECT_EQ(train(dtype, "4", "auto"), dtype);
+    }
+    const char* before = getenv("XDG_CACHE_HOME");
+    std::string kept = before != nullptr ? before : "";
+    setenv("XDG_CACHE_HOME", path("cache").c_str(), 1);
+    std::string found = train("new", "1", "auto");
+    std::error_code ignored;  // a processor that leaves no choice keeps none
+    for (const auto& entry : fs::directory_iterator(path("cache/train_gpt2"), ignored)) {
+        std::string name = entry.path().string();
+        if (name.find("dtype of ") == std::string::npos) continue;
+        EXPECT_EQ(read_file(name), found + "\n");
+        for (std::string dtype : {"fp32", "bf16"}) {
+            write_file_atomic(name, dtype + "\n");
+            EXPECT_EQ(train("by_" + dtype, "1", "auto"), dtype);
+        }
+        write_file_atomic(name, "x");
+        train("anew", "1", "auto");
+        EXPECT_NE(read_file(name), "x") << "what is damaged is found anew";
+    }
+    before != nullptr ? setenv("XDG_CACHE_HOME", kept.c_str(), 1) : unsetenv("XDG_CACHE_HOME");
+}
+
 // Weights of another format are converted, and one line says so.
 TEST_F(Cli, ConvertedWeightsAreSaid) {
     make_model("bytes");
