@@ -36,8 +36,8 @@ struct Settings {
     int jobs = 2;
     size_t kills = 0, allocations = 0;
     std::string only;
-    std::string dtype;   // --dtype, where it is not the program's own choice
-    bool newer = false;  // the program tries a failed save again, and knows OUT/stop
+    std::string dtype = "fp32";  // --dtype
+    bool newer = false;          // the program tries a failed save again, and knows OUT/stop
 };
 
 // ==== counting ===================================================================================
@@ -276,8 +276,8 @@ inline std::string judge_outcome(const Settings& settings, const Outcome& outcom
         return outcome.text() + ": " + outcome.err;
     size_t errors = 0;
     std::istringstream lines(outcome.err);
-    bool of_libgomp = outcome.code == 1 &&
-                      outcome.err.find("\nlibgomp: Out of memory") != std::string::npos;
+    bool of_libgomp =
+        outcome.code == 1 && outcome.err.find("\nlibgomp: Out of memory") != std::string::npos;
     for (std::string line; std::getline(lines, line);) {
         if (of_libgomp && line.empty()) continue;
         bool error = line.starts_with(settings.name + ": error: ") ||

@@ -28,7 +28,7 @@ static Words train_words(const Settings& settings, const Words& more) {
                    "0",     "--out",        "run",      "--eval-batches",
                    "1"};
     if (settings.newer) words.insert(words.end(), {"--save-retry", "0"});
-    if (!settings.dtype.empty()) words.insert(words.end(), {"--dtype", settings.dtype});
+    words.insert(words.end(), {"--dtype", settings.dtype});
     words.insert(words.end(), more.begin(), more.end());
     return words;
 }
@@ -712,6 +712,7 @@ static void prepare(Settings& settings, char** argv) {
 }
 
 int main(int argc, char** argv) {
+    setenv("GOMP_SPINCOUNT", "3000", 0);  // without it the program starts itself once more
     Settings settings;
     Words parts = read_words(argc, argv, settings);
     if (settings.program.empty()) {
