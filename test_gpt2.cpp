@@ -347,7 +347,8 @@ namespace {
 TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
     constexpr int kShapes[][3] = {
         {1, 1, 1}, {17, 13, 5}, {64, 65, 33}, {3, 130, 257}, {129, 1, 40}};
-    for (auto [M, N, K] : kShapes) {
+    for (const int* shape : kShapes) {
+        int M = shape[0], N = shape[1], K = shape[2];
         for (int mode = 0; mode < 8; mode++) {
             bool trans_a = mode & 1, trans_b = mode & 2;
             real beta = mode & 4 ? real(1) : real(0);
@@ -381,7 +382,8 @@ TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
     };
     constexpr int kShapes[][3] = {
         {1, 70, 33}, {4, 7, 129}, {5, 300, 64}, {64, 65, 33}, {129, 1, 40}};
-    for (auto [M, N, K] : kShapes) {
+    for (const int* shape : kShapes) {
+        int M = shape[0], N = shape[1], K = shape[2];
         for (int mode = 0; mode < 8; mode++) {
             bool trans_a = mode & 1, trans_b = mode & 2;
             real beta = mode & 4 ? real(1) : real(0);

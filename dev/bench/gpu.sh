@@ -12,7 +12,7 @@
 # when nothing failed. The settings of the card are left as they are.
 cd "$(dirname "$0")/../.." || exit 1
 
-PARTS="environment checks training pytorch layers tests sanitizer"
+PARTS="environment checks training pytorch layers tests ranks sanitizer"
 emulated=no
 if [ "$1" = --emulated ]; then emulated=yes && shift; fi
 for word in "$@"; do
