@@ -51,7 +51,7 @@ TEST(Scaling, OneGpuIsItsOwnMeasure) {
         StepCost cost = step_cost(config_of(size), shape_of(8, 1024), 4, c);
         EXPECT_DOUBLE_EQ(efficiency(cost, c), 1) << size;
         EXPECT_EQ(cost.communication_s, 0);
-        EXPECT_EQ(cost.exposed_s, 0);
+        EXPECT_NEAR(cost.exposed_s, 0, 1e-15);  // a difference of what may be rounded apart
         EXPECT_EQ(cost.tokens, 4 * 8 * 1024);
     }
 }
