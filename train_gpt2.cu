@@ -2854,6 +2854,7 @@ struct GPT2 {
         return pointers(all + layout.buckets[size_t(l)].begin, all + layout.once().begin);
     }
     ParameterPointers<float> gradients_of(int l) const {
+        if (groups[size_t(Group::gradients)] == nullptr) return {};  // it does not train
         return pointers(gradients_at(size_t(l)), gradients_at(layout.buckets.size() - 1));
     }
 
