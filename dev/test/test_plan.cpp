@@ -125,10 +125,8 @@ TEST(Scaling, MoreNodesNeverMakeAStepShorter) {
     }
 }
 
-// Two blocks of 8 channels, 3 micro-batches of 2 sequences of 4 tokens, 2 machines of 2 GPUs. A
-// token needs 3 * 2 * 128 * 8 = 6,144 operations in the classifier and 4,848 in a block; a block
-// has 872 parameters, and 1,104 exist once.
-TEST(Scaling, ASmallCaseIsAsComputedByHand) {
+// Two blocks of 8 channels, and two machines of two GPUs whose calls cost nothing.
+std::pair<GPT2Config, Cluster> small_case() {
     GPT2Config config;
     config.vocab_size = 128, config.context = 8, config.layers = 2, config.heads = 1;
     config.channels = 8;
@@ -136,6 +134,14 @@ TEST(Scaling, ASmallCaseIsAsComputedByHand) {
     c.gpus = c.nodes = 2;
     c.flops = 2e6, c.share = 0.5, c.memory = 1e6, c.node_link = 1e6, c.link = 1e5;
     c.call_s = c.node_hop_s = c.hop_s = 0;
+    return {config, c};
+}
+
+// Two blocks of 8 channels, 3 micro-batches of 2 sequences of 4 tokens, 2 machines of 2 GPUs. A
+// token needs 3 * 2 * 128 * 8 = 6,144 operations in the classifier and 4,848 in a block; a block
+// has 872 parameters, and 1,104 exist once.
+TEST(Scaling, ASmallCaseIsAsComputedByHand) {
+    auto [config, c] = small_case();
     StepCost cost = step_cost(config, shape_of(2, 4), 3, c);
     EXPECT_NEAR(cost.passes_s, 3 * 8 * (6144 + 2 * 4848) / 1e6, 1e-12);
     EXPECT_NEAR(cost.passes_s, 0.38016, 1e-12);
@@ -168,13 +174,7 @@ TEST(Scaling, ASmallCaseIsAsComputedByHand) {
 // those of the second block come while the first computes (4,848 * 8 / 3 operations); and with
 // sharded gradients, whose second block is hidden by no pass.
 TEST(Scaling, ShardsAreAsComputedByHand) {
-    GPT2Config config;
-    config.vocab_size = 128, config.context = 8, config.layers = 2, config.heads = 1;
-    config.channels = 8;
-    Cluster c;
-    c.gpus = c.nodes = 2;
-    c.flops = 2e6, c.share = 0.5, c.memory = 1e6, c.node_link = 1e6, c.link = 1e5;
-    c.call_s = c.node_hop_s = c.hop_s = 0;
+    auto [config, c] = small_case();
     GPT2Shape shape = shape_of(2, 4);
     double whole_s = step_cost(config, shape, 3, c).update_s;
     shape.zero = 1;
