@@ -8,6 +8,8 @@
 #include <sys/statvfs.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <climits>
 #include <cmath>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 #include <numeric>
 #include <optional>
 #include <set>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 
@@ -881,6 +884,15 @@ inline void read_finite(const SafetensorsFile& file, const std::string& name,
         fail_input("%s: %s: holds numbers that are not finite", file.path().c_str(), name.c_str());
 }
 
+// Moments go on with the same numbers, or not at all.
+inline void require_own_dtype(const SafetensorsFile& file, const std::string& name) {
+    const std::string& dtype = file.entry(name).dtype;
+    if (dtype != kRealDtype)
+        fail_input(
+            "%s: %s: is %s, this program keeps it in %s; it would not go on with the same numbers",
+            file.path().c_str(), one_line(name).c_str(), dtype.c_str(), kRealDtype);
+}
+
 // Copies what a file holds of one row and layer into the model. `scratch` is of no meaning after.
 inline void write_hf_tensor(GPT2* model, Group group, int index, int layer,
                             const std::vector<real>& values, std::vector<real>& scratch) {
@@ -1063,29 +1075,52 @@ inline std::string json_checksum(json root) {
     return hash_text(hash_bytes(text.data(), text.size()));
 }
 
+// The file of the moments that one rank of `world` saves; of one rank it has them all.
+inline std::string moments_file(int rank = 0, int world = 1) {
+    if (world == 1) return "optimizer.safetensors";
+    return format("optimizer-%05d-of-%05d.safetensors", rank + 1, world);
+}
+
+// Of the files that a trainer.json lists, those of the moments: one, or the parts of several ranks,
+// of which all must be there. `path` is for messages, with exit code 2.
+inline std::vector<std::string> moments_files(const json& files, const std::string& path) {
+    std::vector<std::string> names;
+    for (const auto& [name, recorded] : files.items())
+        if (name.starts_with("optimizer")) names.push_back(name);
+    for (size_t rank = 0; rank < names.size(); rank++)
+        if (names[rank] != moments_file(int(rank), int(names.size()))) names.clear();
+    if (names.empty())
+        fail_input("%s: files: %s is not listed, nor are all parts of it", path.c_str(),
+                   moments_file().c_str());
+    return names;
+}
+
 // Holds every file of a checkpoint against the size and hash that its trainer.json recorded, and
-// returns trainer.json. Throws with exit code 2, naming the file that differs.
-inline json verify_checkpoint(const std::string& folder) {
+// returns trainer.json. Throws with exit code 2, naming the file that differs. Of files in `read`,
+// whose content was verified before, only the size.
+inline json verify_checkpoint(const std::string& folder, const std::set<std::string>& read = {}) {
     std::string path = join_path(folder, "trainer.json");
     json root = read_json_object(path);
     if (!root.contains("checksum") || root["checksum"] != json_checksum(root))
         fail_input("%s: its content does not match its checksum; the file is damaged",
                    path.c_str());
     json files = root.value("files", json());
-    for (const char* name : {"config.json", "model.safetensors", "optimizer.safetensors"})
+    for (const char* name : {"config.json", "model.safetensors"})
         if (!files.is_object() || !files.contains(name))
             fail_input("%s: files: %s is not listed", path.c_str(), name);
+    moments_files(files, path);
     for (const auto& [name, recorded] : files.items()) {
         if (!is_plain_name(name) || !recorded.is_object() || !recorded.contains("bytes") ||
             !recorded.contains("xxh3"))
             fail_input("%s: files: \"%s\" is no file with bytes and xxh3", path.c_str(),
                        one_line(name).c_str());
         std::string file = join_path(folder, name);
-        FileDigest digest = digest_file(file);
+        bool known = read.count(name) > 0;
+        FileDigest digest = known ? FileDigest{MappedFile(file).size(), 0} : digest_file(file);
         if (recorded["bytes"] != digest.bytes)
             fail_input("%s: %zu bytes, trainer.json recorded %s; the checkpoint is damaged",
                        file.c_str(), digest.bytes, one_line(recorded["bytes"].dump()).c_str());
-        if (recorded["xxh3"] != hash_text(digest.hash))
+        if (!known && recorded["xxh3"] != hash_text(digest.hash))
             fail_input(
                 "%s: its content does not match the hash in trainer.json; the checkpoint is "
                 "damaged",
@@ -1096,9 +1131,19 @@ inline json verify_checkpoint(const std::string& folder) {
 
 // ==== checkpoints: saving ========================================================================
 
-inline void remove_folder(const std::string& path) {
+// A folder with all that it holds, also what another rank puts there meanwhile. A link is removed,
+// not followed.
+inline std::error_code try_to_remove(const std::string& path) {
     std::error_code error;
-    fs::remove_all(path, error);  // a link is removed, not followed
+    for (int tries = 0; tries < 10; tries++) {
+        fs::remove_all(path, error);
+        if (error != std::errc::directory_not_empty) break;
+    }
+    return error;
+}
+
+inline void remove_folder(const std::string& path) {
+    std::error_code error = try_to_remove(path);
     if (error) fail_machine("%s: cannot remove: %s", path.c_str(), error.message().c_str());
 }
 
@@ -1126,8 +1171,7 @@ class TemporaryFolder {
     TemporaryFolder(const TemporaryFolder&) = delete;
     TemporaryFolder& operator=(const TemporaryFolder&) = delete;
     ~TemporaryFolder() {
-        std::error_code error;
-        if (!path_.empty()) fs::remove_all(path_, error);
+        if (!path_.empty()) try_to_remove(path_);
     }
     const std::string& path() const { return path_; }
 
@@ -1205,7 +1249,20 @@ inline void write_trainer_json(const std::string& folder, uint64_t step, const o
     write_file_atomic(join_path(folder, "trainer.json"), json_text(root, 2) + "\n");
 }
 
-// What a checkpoint is made of. `tokenizer` may be null; `state` is the trainer's own.
+// What a rank saves of one row of one layer.
+using PartView = std::function<TensorPart(Group group, int row, int layer)>;
+
+// Who saves a checkpoint: one process, or several ranks that each save what they hold of the
+// moments.
+struct SavingRank {
+    int rank = 0, world = 1;
+    std::string job;          // this start of the ranks, which no other is called like
+    double patience_s = 600;  // of rank 0, for the other ranks' parts
+    std::function<bool()> is_over = [] { return false; };  // the run no longer wants the save
+};
+
+// What a checkpoint is made of. `tokenizer` may be null; `state` is the trainer's own; `parts` are
+// the moments of a rank of several, which has `tensors` for the parameters alone, if it is rank 0.
 struct Checkpoint {
     uint64_t step = 0;
     GPT2Config config;
@@ -1213,6 +1270,8 @@ struct Checkpoint {
     const Tokenizer* tokenizer = nullptr;
     ordered_json state;
     bool best = false;
+    PartView parts = {};
+    SavingRank saving = {};
 };
 
 // Bytes that a checkpoint takes on the disk, but for its tokenizer and headers.
@@ -1227,33 +1286,147 @@ inline std::optional<size_t> disk_free(const std::string& folder) {
     return size_t(disk.f_bavail) * disk.f_frsize;
 }
 
+constexpr std::pair<Group, const char*> kMoments[] = {{Group::first_moments, "m."},
+                                                      {Group::second_moments, "v."}};
+
+// Writes the moments of this rank. Whole tensors have their names and shapes in transformers' state
+// dict behind m. and v.; of a part, NAME[BEGIN:END] are the numbers from BEGIN to END of the tensor
+// as the program holds it (which is the transpose of some of transformers').
+inline FileDigest write_moments(const Checkpoint& checkpoint, const std::string& folder) {
+    const SavingRank& saving = checkpoint.saving;
+    SafetensorsWriter writer(join_path(folder, moments_file(saving.rank, saving.world)));
+    for (const auto& [group, prefix] : kMoments) {
+        if (saving.world == 1) {
+            add_tensors(writer, checkpoint.config, checkpoint.tensors, group, prefix);
+            continue;
+        }
+        ParameterTable table = parameter_table(checkpoint.config);
+        for (int index = 0; index < kParameterRows; index++) {
+            const ParameterRow& row = table[size_t(index)];
+            for (int layer = 0; row.present && layer < int(row.count); layer++) {
+                TensorPart part = checkpoint.parts(group, index, layer);
+                if (part.begin == part.end) continue;
+                std::string name = prefix + hf_name(row, layer);
+                writer.add(name + format("[%zu:%zu]", part.begin, part.end), kRealDtype,
+                           {part.end - part.begin}, part.numbers);
+            }
+        }
+    }
+    return writer.commit();
+}
+
+// ---- in parts ----
+
+// Ranks that save parts write into one folder, which all of them must see: rank 0 makes it, and
+// leaves in it a file that names this attempt. Every other rank waits for that, writes its file,
+// reads it back, and leaves a note with its digest, or with what went wrong. Rank 0 waits for the
+// notes, and removes them before it publishes the folder. The messages are files because ranks
+// train meanwhile, and speak to each other of that.
+inline std::string attempt_file(const std::string& folder) { return join_path(folder, "attempt"); }
+inline std::string note_file(const std::string& folder, int rank) {
+    return join_path(folder, format("part-%05d", rank + 1));
+}
+
+// The content of a small file; "" where there is none.
+inline std::string read_message(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::string text(4096, 0);
+    file.read(text.data(), std::streamsize(text.size()));
+    text.resize(size_t(file.gcount()));
+    return text;
+}
+
+inline std::string attempt_prefix(const Checkpoint& checkpoint) {
+    return checkpoint.saving.job + " " + step_name(checkpoint.step) + " ";
+}
+
+// For a rank that is not the first: its part of every attempt of rank 0's to save this checkpoint,
+// until the run no longer wants it. What goes wrong is for rank 0 to say.
+inline void serve_part(const std::string& out, const Checkpoint& checkpoint) {
+    constexpr auto kPause = std::chrono::milliseconds(10);
+    const SavingRank& saving = checkpoint.saving;
+    std::string folder = join_path(out, step_name(checkpoint.step) + ".tmp");
+    std::string served, name = moments_file(saving.rank, saving.world);
+    for (; !saving.is_over(); std::this_thread::sleep_for(kPause)) {
+        std::string attempt = read_message(attempt_file(folder));
+        if (attempt == served || !attempt.starts_with(attempt_prefix(checkpoint))) continue;
+        ordered_json note = {{"attempt", attempt}};
+        try {
+            FileDigest digest = write_moments(checkpoint, folder);
+            if (digest_file(join_path(folder, name)) != digest)
+                fail_machine("%s: the disk did not keep what was written",
+                             join_path(folder, name).c_str());
+            note["bytes"] = digest.bytes, note["xxh3"] = digest.hash;
+        } catch (const Error& error) {
+            note["error"] = error.what();
+        } catch (const std::bad_alloc&) { note["error"] = "out of memory"; }
+        try {
+            write_file_atomic(note_file(folder, saving.rank), note.dump());
+            served = attempt;
+        } catch (const Error&) {}  // rank 0 gave the attempt up, or will
+    }
+}
+
+// Rank 0 waits for the parts of the others, and adds them to digests.
+inline void await_parts(const Checkpoint& checkpoint, const std::string& folder,
+                        const std::string& attempt, std::map<std::string, FileDigest>* digests) {
+    using Clock = std::chrono::steady_clock;
+    constexpr auto kPause = std::chrono::milliseconds(5);
+    const SavingRank& saving = checkpoint.saving;
+    auto end = Clock::now() + std::chrono::duration<double>(saving.patience_s);
+    for (int rank = 1; rank < saving.world; rank++) {
+        json note;
+        while (!note.is_object() || note.value("attempt", "") != attempt) {
+            if (saving.is_over()) fail_machine("the run ended before its parts were saved");
+            if (Clock::now() > end)
+                fail_machine("rank %d did not save its part within %g s", rank, saving.patience_s);
+            std::this_thread::sleep_for(kPause);
+            note = json::parse(read_message(note_file(folder, rank)), nullptr, false);
+        }
+        if (note.contains("error"))
+            fail_machine("rank %d: %s", rank, note["error"].get<std::string>().c_str());
+        (*digests)[moments_file(rank, saving.world)] = {note["bytes"].get<size_t>(),
+                                                        note["xxh3"].get<uint64_t>()};
+        unlink(note_file(folder, rank).c_str());
+    }
+    unlink(attempt_file(folder).c_str());
+}
+
 // Writes the files of a checkpoint into a folder and reads them back.
 inline void write_checkpoint(const Checkpoint& checkpoint, const std::string& folder) {
-    const auto& [step, config, tensors, tokenizer, state, best] = checkpoint;
+    const Tokenizer* tokenizer = checkpoint.tokenizer;
+    const GPT2Config& config = checkpoint.config;
     std::map<std::string, FileDigest> digests;
+    std::set<std::string> verified;  // by the rank that wrote them
+    std::string attempt;
+    if (checkpoint.saving.world > 1) {
+        static std::atomic<unsigned> attempts;
+        attempt = attempt_prefix(checkpoint) + std::to_string(attempts++);
+        write_file_atomic(attempt_file(folder), attempt);
+    }
     if (tokenizer != nullptr) tokenizer->save(folder, config.context);
     write_config(config, tokenizer != nullptr ? tokenizer->end_of_text() : -1, folder);
-    digests["model.safetensors"] = write_model_file(config, tensors, folder);
-    SafetensorsWriter optimizer(join_path(folder, "optimizer.safetensors"));
-    add_tensors(optimizer, config, tensors, Group::first_moments, "m.");
-    add_tensors(optimizer, config, tensors, Group::second_moments, "v.");
-    digests["optimizer.safetensors"] = optimizer.commit();
-    write_trainer_json(folder, step, state, digests);
+    digests["model.safetensors"] = write_model_file(config, checkpoint.tensors, folder);
+    digests[moments_file(0, checkpoint.saving.world)] = write_moments(checkpoint, folder);
+    if (checkpoint.saving.world > 1) await_parts(checkpoint, folder, attempt, &digests);
+    for (int rank = 1; rank < checkpoint.saving.world; rank++)
+        verified.insert(moments_file(rank, checkpoint.saving.world));
+    write_trainer_json(folder, checkpoint.step, checkpoint.state, digests);
     try {
-        verify_checkpoint(folder);
+        verify_checkpoint(folder, verified);
     } catch (const Error& error) {
         fail_machine("%s; the disk did not keep what was written", error.what());
     }
 }
 
 // Saves a checkpoint of the run in `out` as OUT/step_N: a model folder, the moments as
-// optimizer.safetensors (m.NAME and v.NAME, in the precision that they have in memory) and
-// trainer.json, which is the state and, under "step", "files" and "checksum", what was saved. It is
-// built beside its place, synced, read back and held against the recorded hashes, and only then
-// renamed; OUT/last (and OUT/best when it is the best) then point to it, and old checkpoints go.
-// `before_publishing` makes durable what must not be older than the checkpoint. Throws with exit
-// code 1 when the disk refuses; the checkpoints before are then as they were. What cannot be
-// removed does no harm and is returned as a line for people.
+// optimizer.safetensors (m.NAME and v.NAME, in the precision that they have in memory) or as the
+// parts of several ranks, and trainer.json, which is the state and, under "step", "files" and
+// "checksum", what was saved. It is built beside its place, synced, read back and held against the
+// recorded hashes, and only then renamed; OUT/last (and OUT/best when it is the best) then point to
+// it, and old checkpoints go. `before_publishing` makes durable what must not be older than the
+// checkpoint. Throws with exit code 1 when the disk refuses; the checkpoints before are then as
+// they were. What cannot be removed does no harm and is returned as a line for people.
 inline std::string save_checkpoint(const std::string& out, const Checkpoint& checkpoint,
                                    const Retention& retention,
                                    const std::function<void()>& before_publishing = {}) {
@@ -1301,11 +1474,75 @@ inline std::string latest_checkpoint(const std::string& out, std::string* warnin
     return "";
 }
 
-// Fills parameters and moments, bit for bit, from a checkpoint that was verified. Throws with exit
-// code 2 for one of another model or precision.
-inline void read_checkpoint(GPT2* model, const std::string& folder) {
-    load_model(model, folder);
-    SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
+// The tensors of a checkpoint's moments that ranks saved in parts.
+class MomentParts {
+  public:
+    MomentParts(const std::string& folder, const std::vector<std::string>& names) {
+        for (const std::string& name : names) {
+            files_.push_back(std::make_unique<SafetensorsFile>(join_path(folder, name)));
+            for (const auto& [part, entry] : files_.back()->entries()) add(*files_.back(), part);
+        }
+    }
+    size_t tensors() const { return parts_.size(); }
+    const std::string& path() const { return files_.front()->path(); }
+
+    // Of a tensor of `size` numbers those from begin to end, to their places in `out`. Throws with
+    // exit code 2 unless the parts of the tensor are the whole of it, each number once.
+    void read(const std::string& tensor, size_t size, size_t begin, size_t end, real* out) const {
+        auto found = parts_.find(tensor);
+        size_t covered = 0;
+        std::vector<real> numbers;
+        if (found != parts_.end()) {
+            for (const auto& [from, part] : found->second) {
+                if (from != covered) break;
+                covered = part.end;
+                if (covered > size || part.end <= begin || from >= end) continue;
+                read_finite(*part.file, part.name, numbers);
+                std::copy(numbers.begin(), numbers.end(), out + from);
+            }
+        }
+        if (covered != size)
+            fail_input("%s: %s: its parts hold %zu numbers without a gap, the tensor has %zu",
+                       path().c_str(), one_line(tensor).c_str(), covered, size);
+    }
+
+  private:
+    struct Part {
+        size_t end;
+        const SafetensorsFile* file;
+        std::string name;
+    };
+
+    void add(const SafetensorsFile& file, const std::string& name) {
+        size_t bracket = name.rfind('['), begin = 0, end = 0;
+        const SafetensorsFile::Entry& entry = file.entry(name);
+        std::string tensor = name.substr(0, bracket);
+        bool fits = bracket != std::string::npos &&
+                    sscanf(name.c_str() + bracket, "[%zu:%zu]", &begin, &end) == 2 &&
+                    name == tensor + format("[%zu:%zu]", begin, end) && begin < end &&
+                    entry.shape == std::vector<size_t>{end - begin};
+        if (!fits)
+            fail_input("%s: %s: is no part NAME[BEGIN:END] of a tensor, of END - BEGIN numbers",
+                       file.path().c_str(), one_line(name).c_str());
+        require_own_dtype(file, name);
+        if (!parts_[tensor].emplace(begin, Part{end, &file, name}).second)
+            fail_input("%s: %s: another part begins there too", file.path().c_str(),
+                       one_line(name).c_str());
+    }
+
+    std::vector<std::unique_ptr<SafetensorsFile>> files_;
+    std::map<std::string, std::map<size_t, Part>> parts_;  // by tensor, and by where they begin
+};
+
+// Fills the moments from a checkpoint that was verified; of a rank that saves parts, its own.
+inline void read_moments(GPT2* model, const std::string& folder) {
+    std::string path = join_path(folder, "trainer.json");
+    std::vector<std::string> names =
+        moments_files(read_json_object(path).value("files", json::object()), path);
+    std::optional<SafetensorsFile> whole;
+    std::optional<MomentParts> parts;
+    if (names.size() == 1) whole.emplace(join_path(folder, names[0]));
+    else parts.emplace(folder, names);
     ParameterTable table = parameter_table(gpt2_config(model));
     std::vector<real> values, scratch;
     size_t used = 0;
@@ -1313,25 +1550,36 @@ inline void read_checkpoint(GPT2* model, const std::string& folder) {
         const ParameterRow& row = table[size_t(index)];
         if (!row.present) continue;
         for (int layer = 0; layer < int(row.count); layer++) {
-            for (Group group : {Group::first_moments, Group::second_moments}) {
-                std::string name =
-                    (group == Group::first_moments ? "m." : "v.") + hf_name(row, layer);
-                check_shape(file, name, row);
-                if (file.entry(name).dtype != kRealDtype)
-                    fail_input(
-                        "%s: %s: is %s, this program keeps it in %s; it would not go on with the "
-                        "same numbers",
-                        file.path().c_str(), name.c_str(), file.entry(name).dtype.c_str(),
-                        kRealDtype);
-                read_finite(file, name, values);
-                write_hf_tensor(model, group, index, layer, values, scratch);
+            for (const auto& [group, prefix] : kMoments) {
+                std::string name = prefix + hf_name(row, layer);
                 used++;
+                if (whole) {
+                    check_shape(*whole, name, row);
+                    require_own_dtype(*whole, name);
+                    read_finite(*whole, name, values);
+                    write_hf_tensor(model, group, index, layer, values, scratch);
+                    continue;
+                }
+                TensorPart held{0, row.file_size()};
+                if (gpt2_shape(model).saves_parts)
+                    held = gpt2_snapshot_tensor(model, group, index, layer);
+                values.resize(row.file_size());
+                parts->read(name, values.size(), held.begin, held.end, values.data());
+                gpt2_copy_in(model, group, index, layer, values.data());
             }
         }
     }
-    if (used != file.entries().size())
-        fail_input("%s: holds %zu tensors, the model has %zu", file.path().c_str(),
-                   file.entries().size(), used);
+    size_t there = whole ? whole->entries().size() : parts->tensors();
+    if (used != there)
+        fail_input("%s: holds %zu tensors, the model has %zu",
+                   whole ? whole->path().c_str() : parts->path().c_str(), there, used);
+}
+
+// Fills parameters and moments, bit for bit, from a checkpoint that was verified. Throws with exit
+// code 2 for one of another model or precision.
+inline void read_checkpoint(GPT2* model, const std::string& folder) {
+    load_model(model, folder);
+    read_moments(model, folder);
 }
 
 // The same for one that nobody looked at yet, whose every file is verified first; returns its

@@ -209,8 +209,9 @@ inline void add_sharding_options(CLI::App* app, TrainOptions& o) {
     add_number(app, "--log-every", o.log_every, 0, kMaxSteps, "STEPS",
                "log how long each process computes in a step and waits for data, and say which "
                "holds up the others; 0: never");
-    add_choice(app, "--reduce", o.reduce, {"fp32", "bf16"},
-               "the type in which gradients are summed over the processes");
+    add_choice(app, "--reduce", o.reduce, {"fp32", "mixed", "bf16"},
+               "how gradients are summed over the processes: in fp32 or bf16, or, mixed, sent in "
+               "bf16 and added up in fp32");
 }
 
 inline void add_optimizer_options(CLI::App* app, TrainOptions& o) {

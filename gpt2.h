@@ -249,10 +249,12 @@ struct GPT2Shape {
     bool tf32 = false;          // float32 products round what they multiply to 10 bits (CUDA)
     bool deterministic = true;  // only algorithms that give the same bits every time
     bool snapshot = false;      // it can be copied while it trains: see gpt2_snapshot_begin
+    bool saves_parts = false;   // every rank saves and reads the part that it holds of moments
     int world = 1;              // ranks that train it together
     int zero = 0;               // what each of them holds but a part of: 0 nothing, 1 the states of
                                 // the optimizer, 2 also the gradients
     Dtype reduce = Dtype::fp32;  // what gradients are rounded to on their way to other ranks
+    bool sums_exactly = false;   // what comes in bf16 is added up in float32
     int leaves = 0;  // batches of a step, over all ranks, whose gradients are added up in one tree,
                      // whoever made them; 0: in whatever order is fastest (CUDA)
 };
@@ -370,11 +372,11 @@ inline size_t snapshot_bytes(size_t numbers) {
     return kSnapshotGroups.size() * sizeof(real) * numbers;
 }
 
-// The number of a snapshot at which one of its groups begins; `numbers` is the size of a group.
-inline size_t snapshot_offset(Group group, size_t numbers) {
+// The place of a group among those of a snapshot.
+inline size_t snapshot_index(Group group) {
     auto place = std::find(kSnapshotGroups.begin(), kSnapshotGroups.end(), group);
     assert(place != kSnapshotGroups.end());
-    return size_t(place - kSnapshotGroups.begin()) * numbers;
+    return size_t(place - kSnapshotGroups.begin());
 }
 
 inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
@@ -553,20 +555,28 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
 
 // One row of the tensor table, of one layer, to and from host memory (file_rows, cols), in this
 // program's orientation, without padding. A row that is not present cannot be copied. Where the
-// shape shards a group, copy_in is for rank 0, before gpt2_share, and copy_out writes zeros for
-// what other ranks hold, and rounded parameters where the float32 ones are elsewhere.
+// shape shards a group, copy_in is for rank 0, before gpt2_share, or for every rank where it saves
+// parts, which takes its part of the moments; copy_out writes zeros for what other ranks hold, and
+// rounded parameters where the float32 ones are elsewhere.
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
+
+// Of one row of one layer, the numbers that a rank saves: all of them, or its part.
+struct TensorPart {
+    size_t begin = 0, end = 0;
+    const real* numbers = nullptr;  // from begin on
+};
 
 // Copies parameters and moments, as the last update left them, to the snapshot that the shape asked
 // for. begin returns at once: passes of the next step run beside the copy, and the update after
 // them waits for its end, as wait does. Where the shape shards a group every rank calls begin, and
-// the snapshot, which rank 0 has, is of all. A whole snapshot stays as it is until the next begin;
-// snapshot_tensor is where one row of one layer of it lies, in host memory, as gpt2_copy_out would
-// write it; any thread may read it.
+// the snapshot, which rank 0 has, is of all; where ranks save parts, each has one of its moments,
+// and rank 0 of the parameters too. A snapshot stays as it is until the next begin; snapshot_tensor
+// is where one row of one layer of it lies, in host memory, as gpt2_copy_out would write it; any
+// thread may read it.
 void gpt2_snapshot_begin(GPT2* model);
 void gpt2_snapshot_wait(GPT2* model);
-const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer);
+TensorPart gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer);
 
 // One buffer of the activation table, of one layer, as the last passes left it, to host memory
 // (size). For looking into what went wrong, and for nothing that must be fast.

@@ -1560,6 +1560,11 @@ class RankLink {
         throw_failure();
         progress_ = progress, worked_s_ = steady_s(), watched_ = true;
     }
+    // Whether the job has failed. Any thread may ask.
+    bool has_failed() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return failure_.has_value();
+    }
     // What follows may take long, and nobody is to take this rank for hung.
     void rest() {
         std::lock_guard<std::mutex> lock(mutex_);

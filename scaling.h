@@ -165,7 +165,9 @@ inline StepCost step_cost(const GPT2Config& config, const GPT2Shape& shape, int 
         kUpdateBytes * double(allocated_parameters(config)) / (kMemoryShare * c.memory);
     cost.update_s = sharded ? whole_update_s / c.world() : whole_update_s;
     cost.alone_s = c.world() * cost.passes_s + whole_update_s;
-    double sum = (shape.reduce == Dtype::bf16 ? 2.0 : 4.0) * (sharded ? 0.5 : 1);
+    double sum = shape.reduce == Dtype::bf16 ? 2 : 4;
+    if (shape.sums_exactly && !sharded) sum = 3;  // pieces of 2 bytes come, sums of 4 go
+    if (sharded) sum /= 2;
     double block_sum_s = all_reduce_s(c, sum * block), last_sum_s = all_reduce_s(c, sum * once);
     cost.communication_s = L * block_sum_s + last_sum_s;
     cost.exposed_s = exposed_sums_s(config.layers, backward_s, block_sum_s, last_sum_s);

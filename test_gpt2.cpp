@@ -1216,7 +1216,7 @@ TEST(Model, ASnapshotIsTheModelAsItWasWhenItBegan) {
         return all;
     };
     auto snapshot = [&](const GPT2* from, Group group, int row, int layer, real* host) {
-        const real* numbers = gpt2_snapshot_tensor(from, group, row, layer);
+        const real* numbers = gpt2_snapshot_tensor(from, group, row, layer).numbers;
         std::copy(numbers, numbers + parameter_table(config)[size_t(row)].file_size(), host);
     };
     step(1);
@@ -1248,7 +1248,7 @@ TEST(Model, WhatIsWrittenWaitsForWhatIsUnderWay) {
     gpt2_snapshot_begin(model.get());
     std::vector<real> written(before.size(), 3);
     gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, written.data());
-    const real* kept = gpt2_snapshot_tensor(model.get(), Group::parameters, k_lnfw, 0);
+    const real* kept = gpt2_snapshot_tensor(model.get(), Group::parameters, k_lnfw, 0).numbers;
     EXPECT_EQ(std::vector<real>(kept, kept + before.size()), before);
 
     forward_loss(model.get(), batch, 2, 8, GPT2Pass{true, 0, 0, 0, 0, nullptr});

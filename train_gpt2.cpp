@@ -1510,9 +1510,10 @@ void gpt2_snapshot_wait(GPT2* model) {
     if (model->snapshot_copy.joinable()) model->snapshot_copy.join();
 }
 
-const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
-    return model->snapshot + snapshot_offset(group, model->parameters) +
-           tensor_offset(model, row, layer);
+TensorPart gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
+    return {0, model->parameter_rows[size_t(row)].file_size(),
+            model->snapshot + snapshot_index(group) * model->parameters +
+                tensor_offset(model, row, layer)};
 }
 
 // ==== ranks ======================================================================================

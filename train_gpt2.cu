@@ -2747,6 +2747,23 @@ static bool shards(const GPT2Shape& shape, Group group) {
     return group != Group::gradients || shape.zero == 2;
 }
 
+// What a rank's snapshot holds, and where a group begins in it: everything, or, of several ranks
+// that save parts, of the moments its own, and on rank 0 all parameters.
+struct SnapshotPlaces {
+    std::array<size_t, 3> places = {};  // of kSnapshotGroups
+    size_t numbers = 0;
+
+    SnapshotPlaces(const Layout& layout, const GPT2Shape& shape, int rank) {
+        for (size_t i = 0; i < kSnapshotGroups.size(); i++) {
+            places[i] = numbers;
+            if (shape.saves_parts && kSnapshotGroups[i] != Group::parameters)
+                numbers += layout.numbers / size_t(shape.world);
+            else if (rank == 0) numbers += layout.numbers;
+        }
+    }
+    size_t place(Group group) const { return places[snapshot_index(group)]; }
+};
+
 // Gradients that are sharded exist whole for the tensors that are there once, which every layer may
 // add to, and for two layers: while one is summed over ranks, backward computes the next.
 constexpr size_t kLayersInFlight = 2;
@@ -2878,6 +2895,9 @@ struct GPT2 {
     }
     size_t part_begin(size_t bucket) const { return size_t(rank) * part_size(bucket); }
     bool shards_states() const { return shards(shape, Group::first_moments); }
+    SnapshotPlaces snapshot_places() const { return SnapshotPlaces(layout, shape, rank); }
+    // Whether this rank saves, and reads, its own part of a group.
+    bool saves_part(Group group) const { return shape.saves_parts && group != Group::parameters; }
     bool shards_gradients() const { return shards(shape, Group::gradients); }
     bool is_layer(size_t bucket) const { return bucket + 1 < layout.buckets.size(); }
 
@@ -2995,11 +3015,11 @@ static std::vector<MemoryRow> memory_beside_tensors(const GPT2Config& config,
     bool narrow = shape.reduce == Dtype::bf16;
     if (shape.training && narrow)
         rows.push_back({"gradients to send", part * world * sizeof(bf16)});
-    if (shape.training && shape.leaves > 0) {
+    if (shape.training && (shape.leaves > 0 || shape.sums_exactly))
         rows.push_back(
             {"gradients received", part * world * (narrow ? sizeof(bf16) : sizeof(float))});
+    if (shape.training && shape.leaves > 0)
         rows.push_back({"sums in a tree", tree_bytes(layout, shape)});
-    }
     if (shards(shape, Group::first_moments) && shape.snapshot)
         rows.push_back({"a part to save", part * sizeof(float)});
     return rows;
@@ -3013,7 +3033,8 @@ std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& sh
 
 std::vector<MemoryRow> gpt2_host_memory(const GPT2Config& config, const GPT2Shape& shape) {
     if (!shape.snapshot) return {};
-    return {{"snapshot, not on the card", snapshot_bytes(Layout(config, shape.world).numbers)}};
+    SnapshotPlaces places(Layout(config, shape.world), shape, 0);  // of rank 0, which has the most
+    return {{"snapshot, not on the card", places.numbers * sizeof(float)}};
 }
 
 static void require_device();
@@ -3103,7 +3124,7 @@ static void allocate_slots(GPT2* model) {
 
 // Moments of a model that was never saved are zeros, where other ranks get them from here too.
 static void allocate_snapshot(GPT2* model) {
-    size_t bytes = snapshot_bytes(model->layout.numbers);
+    size_t bytes = model->snapshot_places().numbers * sizeof(float);
     if (cudaMallocHost(reinterpret_cast<void**>(&model->snapshot), bytes) != cudaSuccess) {
         cudaGetLastError();
         fail_machine(
@@ -3113,6 +3134,7 @@ static void allocate_snapshot(GPT2* model) {
     }
     if (!model->shards_states()) return;
     memset(model->snapshot, 0, bytes);
+    if (model->rank > 0) return;
     size_t part = largest_part(model->layout, model->shape);
     void* memory = allocate(model, part * sizeof(float), "a part to save");
     model->staging = static_cast<float*>(memory);
@@ -3208,17 +3230,35 @@ static size_t tensor_offset(const GPT2* model, int row, int layer) {
 // Waits until the device has nothing to do, and updated parameters have come from every rank.
 static void wait_for_device(const GPT2* model, const char* what);
 
-// What this rank holds of a tensor of a sharded group, and zeros for the rest.
-static void copy_part_out(const GPT2* model, Group group, int row, int layer, real* host) {
+// The numbers of a tensor that lie in this rank's part of its bucket, and where there.
+struct HeldPart {
+    size_t begin = 0, end = 0, place = 0;
+};
+static HeldPart held_part(const GPT2* model, int row, int layer) {
     size_t bucket = bucket_of(model, row, layer), first = model->layout.places[size_t(row)];
     size_t N = model->parameter_rows[size_t(row)].file_size();
     size_t part = model->part_begin(bucket), end = part + model->part_size(bucket);
-    std::fill(host, host + N, real(0));
     size_t from = std::max(first, part), to = std::min(first + N, end);
-    if (from >= to) return;
-    check(cudaMemcpy(host + (from - first), model->updated(group, bucket) + (from - part),
-                     (to - from) * sizeof(float), cudaMemcpyDeviceToHost),
+    if (from >= to) return {};
+    return {from - first, to - first, from - part};
+}
+
+// What this rank holds of a tensor of a sharded group, and zeros for the rest.
+static void copy_part_out(const GPT2* model, Group group, int row, int layer, real* host) {
+    std::fill(host, host + model->parameter_rows[size_t(row)].file_size(), real(0));
+    HeldPart held = held_part(model, row, layer);
+    const float* memory = model->updated(group, bucket_of(model, row, layer)) + held.place;
+    check(cudaMemcpy(host + held.begin, memory, (held.end - held.begin) * sizeof(float),
+                     cudaMemcpyDeviceToHost),
           "gpt2_copy_out");
+}
+
+static void copy_part_in(GPT2* model, Group group, int row, int layer, const real* host) {
+    HeldPart held = held_part(model, row, layer);
+    float* memory = model->updated(group, bucket_of(model, row, layer)) + held.place;
+    check(cudaMemcpy(memory, host + held.begin, (held.end - held.begin) * sizeof(float),
+                     cudaMemcpyHostToDevice),
+          "gpt2_copy_in");
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
@@ -3241,17 +3281,19 @@ void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* hos
 }
 
 // Parameters go to the float32 copy and, rounded to nearest, to the bf16 one, where they are. What
-// is sharded goes to the snapshot, from which gpt2_share takes every rank's part.
+// is sharded goes to the snapshot, from which gpt2_share takes every rank's part, unless every rank
+// takes its own.
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     gpt2_snapshot_wait(model);
     wait_for_device(model, "gpt2_copy_in");
     float* memory = model->groups[size_t(group)];
-    if (shards(model->shape, group)) {
+    if (model->saves_part(group)) {
+        copy_part_in(model, group, row, layer, host);
+    } else if (shards(model->shape, group)) {
         assert(model->snapshot != nullptr);
-        float* kept = model->snapshot + snapshot_offset(group, model->layout.numbers) + offset;
-        std::copy(host, host + N, kept);
+        std::copy(host, host + N, model->snapshot + model->snapshot_places().place(group) + offset);
     } else if (memory != nullptr) {
         check(cudaMemcpy(memory + offset, host, N * sizeof(float), cudaMemcpyHostToDevice),
               "gpt2_copy_in");
@@ -3294,13 +3336,15 @@ void gpt2_snapshot_begin(GPT2* model) {
     check(cudaEventRecord(model->snapshot_ready, model->stream), "snapshot");
     check(cudaStreamWaitEvent(stream, model->snapshot_ready, 0), "snapshot");
     for (Group group : kSnapshotGroups) {
-        if (shards(model->shape, group)) gather_snapshot(model, group);
-        else if (model->shape.snapshot)
-            check(
-                cudaMemcpyAsync(model->snapshot + snapshot_offset(group, model->layout.numbers),
-                                model->groups[size_t(group)], model->layout.numbers * sizeof(float),
-                                cudaMemcpyDeviceToHost, stream),
-                "snapshot");
+        bool part = model->saves_part(group);
+        if (shards(model->shape, group) && !part) gather_snapshot(model, group);
+        else if (part || (model->shape.snapshot && model->rank == 0)) {
+            size_t numbers = model->layout.numbers / size_t(part ? model->shape.world : 1);
+            check(cudaMemcpyAsync(model->snapshot + model->snapshot_places().place(group),
+                                  model->groups[size_t(group)], numbers * sizeof(float),
+                                  cudaMemcpyDeviceToHost, stream),
+                  "snapshot");
+        }
     }
     check(cudaEventRecord(model->snapshot_copied, stream), "snapshot");
     model->snapshot_begun = true;
@@ -3310,9 +3354,14 @@ void gpt2_snapshot_wait(GPT2* model) {
     if (model->snapshot_begun) wait_for(model, model->snapshot_copied, "snapshot");
 }
 
-const real* gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
-    return model->snapshot + snapshot_offset(group, model->layout.numbers) +
-           tensor_offset(model, row, layer);
+TensorPart gpt2_snapshot_tensor(const GPT2* model, Group group, int row, int layer) {
+    const float* kept = model->snapshot + model->snapshot_places().place(group);
+    if (!model->saves_part(group))
+        return {0, model->parameter_rows[size_t(row)].file_size(),
+                kept + tensor_offset(model, row, layer)};
+    HeldPart held = held_part(model, row, layer);
+    size_t begin = model->layout.buckets[bucket_of(model, row, layer)].begin;
+    return {held.begin, held.end, kept + begin / size_t(model->shape.world) + held.place};
 }
 
 // ==== ranks ======================================================================================
@@ -3545,7 +3594,7 @@ static void exchange_part(GPT2* model, Group group, size_t bucket, int holder, b
         return;
     }
     if (holder > 0) held = model->staging;
-    float* kept = model->snapshot + snapshot_offset(group, model->layout.numbers) +
+    float* kept = model->snapshot + model->snapshot_places().place(group) +
                   model->layout.buckets[bucket].begin + size_t(holder) * N;
     if (to_snapshot) {
         if (holder > 0) check(ncclRecv(held, N, ncclFloat32, holder, comm, stream), what);
@@ -3577,6 +3626,7 @@ void gpt2_share(GPT2* model) {
               "gpt2_share");
     };
     for (Group group : kSnapshotGroups) {
+        if (model->saves_part(group)) continue;
         if (shards(model->shape, group)) exchange_parts(model, group, false);
         else share(model->groups[size_t(group)], model->layout.numbers * sizeof(float));
     }
@@ -3608,35 +3658,6 @@ static void sum_doubles_over_ranks(GPT2* model, double* numbers, size_t N, const
     check(ncclAllReduce(numbers, numbers, N, ncclFloat64, ncclSum, peers.comm, peers.stream), what);
 }
 
-// dweight = sum over ranks of dweight, in place, of the tensors of a bucket, once the pass that
-// completes a step has them; with the last bucket the loss too. They are finished on the model's
-// stream, and nothing there writes to them again before the update, so that the sums overlap with
-// the rest of the backward pass. Sharded gradients of a layer are summed in every pass, and added
-// to this rank's part: their memory is needed again for the layer two before it. Each rank sends
-// and gets 2 (world - 1) / world of their bytes, or half of that where it updates a part.
-static void sum_over_ranks(GPT2* model, size_t bucket) {
-    Peers& peers = model->peers;
-    bool adds = model->sums_every_pass(bucket), layer = model->is_layer(bucket);
-    if (peers.comm == nullptr || !(model->pass.completes || adds)) return;
-    peers_follow(model, "gradients");
-    float* gradients = model->gradients_at(bucket);
-    bf16* narrow = model->narrow_gradients;
-    size_t size = model->layout.buckets[bucket].size;
-    if (narrow != nullptr) narrow_numbers(narrow, gradients, size, peers.stream);
-    check(ncclGroupStart(), "gradients");
-    if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
-    else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
-    if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
-    check(ncclGroupEnd(), "gradients");
-    size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
-    float* sums = model->updated(Group::gradients, bucket);
-    if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
-    else if (adds) widen_numbers(sums, gradients + first, N, true, peers.stream);
-    if (adds)
-        check(cudaEventRecord(peers.sent[model->place_of(bucket)], peers.stream), "gradients");
-    if (!layer) model_follows(model, "gradients");
-}
-
 // Every rank's piece of this rank's part of a bucket, in the order of ranks: each sends and gets
 // (world - 1) / world of the bucket's bytes.
 static const void* exchange_pieces(GPT2* model, size_t bucket, const void* numbers) {
@@ -3662,6 +3683,52 @@ static void gather_sums(GPT2* model, size_t bucket) {
     check(ncclAllGather(model->gradient_part(bucket), model->gradients_at(bucket),
                         model->part_size(bucket), ncclFloat32, peers.comm, peers.stream),
           "gradients");
+}
+
+// The same sums of gradients that travel in bf16, each rounded once: in float32, in the order of
+// ranks. Where every rank updates all of them, they are sent on as they are.
+static void sum_pieces(GPT2* model, size_t bucket, bool adds) {
+    size_t N = model->part_size(bucket);
+    const auto* pieces =
+        static_cast<const bf16*>(exchange_pieces(model, bucket, model->narrow_gradients));
+    for (size_t r = 0; r < size_t(model->shape.world); r++)
+        widen_numbers(model->gradient_part(bucket), pieces + r * N, N, adds || r > 0,
+                      model->peers.stream);
+    gather_sums(model, bucket);
+}
+
+// dweight = sum over ranks of dweight, in place, of the tensors of a bucket, once the pass that
+// completes a step has them; with the last bucket the loss too. They are finished on the model's
+// stream, and nothing there writes to them again before the update, so that the sums overlap with
+// the rest of the backward pass. Sharded gradients of a layer are summed in every pass, and added
+// to this rank's part: their memory is needed again for the layer two before it. Each rank sends
+// and gets 2 (world - 1) / world of their bytes, or half of that where it updates a part.
+static void sum_over_ranks(GPT2* model, size_t bucket) {
+    Peers& peers = model->peers;
+    bool adds = model->sums_every_pass(bucket), layer = model->is_layer(bucket);
+    if (peers.comm == nullptr || !(model->pass.completes || adds)) return;
+    peers_follow(model, "gradients");
+    float* gradients = model->gradients_at(bucket);
+    bf16* narrow = model->narrow_gradients;
+    size_t size = model->layout.buckets[bucket].size;
+    if (narrow != nullptr) narrow_numbers(narrow, gradients, size, peers.stream);
+    if (model->shape.sums_exactly) {
+        sum_pieces(model, bucket, adds);
+        if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
+    } else {
+        check(ncclGroupStart(), "gradients");
+        if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
+        else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
+        if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
+        check(ncclGroupEnd(), "gradients");
+        size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
+        float* sums = model->updated(Group::gradients, bucket);
+        if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
+        else if (adds) widen_numbers(sums, gradients + first, N, true, peers.stream);
+    }
+    if (adds)
+        check(cudaEventRecord(peers.sent[model->place_of(bucket)], peers.stream), "gradients");
+    if (!layer) model_follows(model, "gradients");
 }
 
 // Where states are sharded, every rank's updated part of a bucket to all, while the model's stream

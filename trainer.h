@@ -1500,6 +1500,9 @@ inline void warn(const std::string& text) {
 // writes, syncs and verifies it. There is one such thread at a time; who comes second waits. A save
 // that fails is a warning and is tried again; the third failure in a row ends the run with exit
 // code 1 and the checkpoints before as they were.
+//
+// Of ranks that save parts each has one, and rank 0's saves as that of one process does. Those of
+// the others serve it, each with its part, until wait(): rank 0's has come to an end by then.
 class Saver {
   public:
     struct Options {
@@ -1507,10 +1510,12 @@ class Saver {
         Retention retention;
         bool background = true;
         double retry_s = 30;  // after a failure
+        SavingRank ranks = {};
     };
 
     Saver(const Options& options, GPT2* model, const std::function<void()>& before_publishing)
         : o_(options), model_(model), before_publishing_(before_publishing) {}
+    ~Saver() { is_over_ = true; }
 
     double last_save_s() const { return last_save_s_; }
     bool idle() const { return !content_; }  // nothing is being saved, or to be tried again
@@ -1523,7 +1528,8 @@ class Saver {
         handed_over_ = !o_.background;
         if (o_.background) return;
         gpt2_snapshot_wait(model_);
-        save_now();
+        if (serves()) start();
+        else save_now();
     }
 
     // To be called when the step after begin() was launched.
@@ -1553,7 +1559,8 @@ class Saver {
         content_ = std::move(checkpoint);
         take_snapshot();
         gpt2_snapshot_wait(model_);
-        for (save_now(); failures_ > 0; save_now())
+        if (serves()) return start();
+        for (save_now(); failures_ > 0 && !is_over(); save_now())
             std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
     }
 
@@ -1567,6 +1574,7 @@ class Saver {
     // Until no save is at work.
     void wait() {
         if (!running_.valid()) return;
+        is_over_ = serves();
         std::string note;
         try {
             note = running_.get();
@@ -1579,16 +1587,28 @@ class Saver {
   private:
     static constexpr int kTries = 3;
 
+    bool serves() const { return o_.ranks.rank > 0; }
+    bool is_over() const { return is_over_ || o_.ranks.is_over(); }
+
     // The content is the snapshot's, where the model has one.
     void take_snapshot() {
         if (!gpt2_shape(model_).snapshot) return;
-        content_->tensors = [model = model_](Group group, int row, int layer) {
+        content_->parts = [model = model_](Group group, int row, int layer) {
             return gpt2_snapshot_tensor(model, group, row, layer);
         };
+        content_->tensors = [parts = content_->parts](Group group, int row, int layer) {
+            return parts(group, row, layer).numbers;
+        };
+        content_->saving = o_.ranks;
+        content_->saving.is_over = [this] { return is_over(); };
         gpt2_snapshot_begin(model_);
     }
 
     std::string save() {
+        if (serves()) {
+            serve_part(o_.out, *content_);
+            return "";
+        }
         double begin_s = now_s();
         std::string note = save_checkpoint(o_.out, *content_, o_.retention, before_publishing_);
         last_save_s_ = now_s() - begin_s;
@@ -1602,6 +1622,7 @@ class Saver {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
+        is_over_ = false;
         running_ = std::async(std::launch::async, [this] {
             omp_set_num_threads(1);
 #ifdef __linux__
@@ -1628,6 +1649,7 @@ class Saver {
 
     void failed(const std::string& reason) {
         failures_++;
+        if (is_over()) return;  // other ranks' end, of which there is more to say elsewhere
         retry_at_s_ = now_s() + o_.retry_s;
         std::string name = step_name(content_->step);
         if (failures_ < kTries)
@@ -1650,7 +1672,8 @@ class Saver {
     int failures_ = 0;  // in a row
     double retry_at_s_ = 0;
     std::atomic<double> last_save_s_ = 0;
-    std::future<std::string> running_;  // last: it is waited for before the rest goes
+    std::atomic<bool> is_over_ = false;  // the thread need not wait for other ranks
+    std::future<std::string> running_;   // last: it is waited for before the rest goes
 };
 
 // What a file system is known for that puts checkpoints at risk; "" for the others.
@@ -1778,7 +1801,8 @@ inline void shard(const TrainOptions& o, int T, int world, GPT2Shape* shape) {
     shape->world = world, shape->zero = o.zero;
     if (o.compute.deterministic == "ranks") shape->leaves = accumulation(o, T, world) * world;
     bool sent = world > 1 || shape->zero > 0 || shape->leaves > 0;
-    if (sent && o.reduce == "bf16") shape->reduce = Dtype::bf16;
+    if (sent && o.reduce != "fp32") shape->reduce = Dtype::bf16;
+    shape->sums_exactly = sent && o.reduce == "mixed";
 }
 
 // The shape of the model that trains on one of `world` ranks: with a cache for one sequence when it
@@ -1879,14 +1903,20 @@ class Training {
             folder_ = choose_run_folder(o_, goal_, identity_);
             check_disk(o_, folder_.out, choice_.config, goal_);
         }
+        if (world_ > 1 && o_.zero > 0) find_shared_folder();
         prepare_model();
-        if (leads()) {
-            log_.emplace(folder_.out, state_.step);
+        if (leads()) log_.emplace(folder_.out, state_.step);
+        bool saves_parts = gpt2_shape(model_.get()).saves_parts;
+        if (leads() || saves_parts) {
             Saver::Options saving = {
-                folder_.out,
+                leads() ? folder_.out : shared_out_,
                 {o_.keep, o_.keep_every},
                 gpt2_shape(model_.get()).snapshot && o_.background_save != "off",
                 o_.save_retry_s};
+            if (saves_parts) {
+                saving.ranks.rank = rank_, saving.ranks.world = world_, saving.ranks.job = job_;
+                saving.ranks.is_over = [this] { return link_.has_failed(); };
+            }
             saver_.emplace(saving, model_.get(), [this] {
                 folder_.lock->renew();
                 log_->sync();
@@ -2022,13 +2052,18 @@ class Training {
         TrainOptions options = o_;
         options.compute.dtype = link_.broadcast("the precision", precision(), kPatience_s);
         GPT2Shape shape = training_shape(options, choice_.config, T_, samples, world_);
-        shape.snapshot = shape.snapshot && leads();
+        shape.saves_parts = !shared_out_.empty();
+        shape.snapshot = shape.snapshot && (leads() || shape.saves_parts);
         const char* dtype = dtype_name(shape.dtype);
         leader_first("the model", [&] {  // the others find the products that it has timed
             model_.reset(gpt2_create(choice_.config, shape, rank_));
         });
+        std::string checkpoint = folder_.checkpoint;
+        if (shape.saves_parts)
+            checkpoint = link_.broadcast("the checkpoint", checkpoint, kPatience_s);
         if (!leads()) {
-            // what rank 0 has comes below
+            // the rest of what rank 0 has comes below
+            if (shape.saves_parts && !checkpoint.empty()) read_moments(model_.get(), checkpoint);
         } else if (!folder_.checkpoint.empty()) {
             json settings;
             read_checkpoint(model_.get(), folder_.checkpoint);
@@ -2076,6 +2111,7 @@ class Training {
     }
 
     void compare_ranks();
+    void find_shared_folder();
     void join_ranks();
     void share_state();
     bool agree(bool wish = false);
@@ -2094,6 +2130,7 @@ class Training {
     LaunchedStep launch();
     ordered_json finish(const LaunchedStep& launched, const GPT2Stats& stats);
     void show_progress(double loss, double rate, double grad_norm);
+    void await_save();
     bool validation_is_intact();
     bool evaluate(ordered_json* record, bool* last);
     void sample();
@@ -2141,6 +2178,7 @@ class Training {
     size_t timed_steps_ = 0;
     RankLink& link_;
     int rank_, world_;
+    std::string job_, shared_out_;  // the run folder, where all ranks see it and save parts there
     Times agreed_;
     int agreed_signal_ = 0;
     Evaluation final_;
@@ -2159,7 +2197,8 @@ inline std::string describe_computing(const GPT2Shape& shape) {
     if (shape.tf32 && shape.dtype == Dtype::fp32) text += " with tf32 products";
     if (!shape.deterministic) text += ", not deterministic";
     if (shape.leaves > 0) text += format(", sums in one tree over %d batches", shape.leaves);
-    if (shape.reduce == Dtype::bf16) text += ", gradients summed in bf16";
+    if (shape.reduce == Dtype::bf16)
+        text += shape.sums_exactly ? ", gradients sent in bf16" : ", gradients summed in bf16";
     if (shape.zero > 0)
         text += format(", %s sharded over %d rank%s",
                        shape.zero == 2 ? "gradients and optimizer states" : "optimizer states",
@@ -2275,6 +2314,21 @@ inline void Training::compare_ranks() {
         {"samples, saves and times of ranks",
          format("every %zu, %zu and %zu steps", o_.sample_every, o_.save_every, o_.log_every)});
     link_.all_equal("the options", std::move(list), kPatience_s);
+}
+
+// Whether every rank sees rank 0's run folder, by its name. Then each saves its part of the
+// optimizer's states there; otherwise rank 0 collects them all.
+inline void Training::find_shared_folder() {
+    std::string probe = join_path(folder_.out, format("ranks.%d", int(getpid())));
+    if (leads()) job_ = format("%d %.6f", int(getpid()), now_s());
+    job_ = link_.broadcast("the job", job_, kPatience_s);
+    if (leads()) write_file_atomic(probe, job_);
+    probe = link_.broadcast("a file of the run folder", probe, kPatience_s);
+    bool sees = read_message(probe) == job_;
+    bool all = sum_over_ranks(link_, "who sees the run folder", sees) == world_;
+    if (leads()) unlink(probe.c_str());
+    if (all) shared_out_ = fs::path(probe).parent_path().string();
+    else add_note("not all ranks see " + folder_.out + ": rank 0 collects what they save");
 }
 
 // Meets the other ranks' models, and gives them what rank 0 has read.
@@ -2519,8 +2573,8 @@ inline ordered_json Training::diagnosis_of_ranks(const ordered_json& own) {
 
 // OUT/diagnosis.json and the end. Weights and checkpoints stay as they are.
 inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats) {
-    if (saver_) saver_->wait();
     link_.rest();
+    await_save();
     ordered_json root;
     root["step"] = bad.step;
     root["bad_steps_in_a_row"] = state_.bad_steps;
@@ -2576,6 +2630,7 @@ inline bool Training::roll_back() {
         checkpoint = latest_checkpoint(folder_.out);
     }
     checkpoint = link_.broadcast("the checkpoint to go back to", checkpoint, kPatience_s);
+    if (saver_) saver_->give_up();
     if (checkpoint.empty()) {
         note_trouble("there is no checkpoint yet to go back to");
         return false;
@@ -2585,6 +2640,8 @@ inline bool Training::roll_back() {
     if (leads()) {
         read_checkpoint(model_.get(), checkpoint);
         state_ = read_state(checkpoint, nullptr);
+    } else if (gpt2_shape(model_.get()).saves_parts) {
+        read_moments(model_.get(), checkpoint);
     }
     share_state();
     state_.finished = false, state_.goal = goal_, state_.dtype = dtype;
@@ -2717,9 +2774,18 @@ inline void Training::sample() {
     screen_.line(text);
 }
 
+// Until no save is at work. Ranks that save parts serve rank 0's until that is done with it.
+inline void Training::await_save() {
+    if (!saver_) return;
+    if (leads()) saver_->wait();
+    if (gpt2_shape(model_.get()).saves_parts) link_.barrier("the save before", kPatience_s);
+    saver_->wait();
+}
+
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
     link_.rest();
+    await_save();
     if (!saver_ && gpt2_shape(model_.get()).zero > 0) gpt2_snapshot_begin(model_.get());
     if (!saver_) return;
     state_.elapsed_s = elapsed_s();
@@ -2730,8 +2796,10 @@ inline void Training::save(bool best, bool last) {
                           data_.tokenizer ? &*data_.tokenizer : nullptr,
                           to_json(state_, identity_, settings_, o_.seed),
                           best};
-    if (last || signal() != 0 || data_error_) saver_->finish(std::move(checkpoint));
-    else saver_->begin(std::move(checkpoint));
+    bool ends = last || signal() != 0 || data_error_;
+    if (!ends) return saver_->begin(std::move(checkpoint));
+    saver_->finish(std::move(checkpoint));
+    await_save();
 }
 
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation

@@ -25,6 +25,7 @@ CXX=${CXX:-g++}
 make="${MAKE:-make} --no-print-directory"
 log=build/test.part.$$
 passed=0 failed=0 skipped=0
+start=$(date +%s)
 mkdir -p build
 
 # ==== parts ======================================================================================
@@ -51,7 +52,9 @@ part() {
     name=$1
     shift
     echo "== $name"
+    began=$(date +%s)
     { "$@" 2>&1 </dev/null; echo $? >$log.status; } | tee $log
+    echo "-- $(($(date +%s) - began)) s: $name, ended $(($(date +%s) - start)) s after the start"
     status=$(cat $log.status)
     counts=$(tail -n 1 $log | grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$')
     # shellcheck disable=SC2046  # the three numbers of the line

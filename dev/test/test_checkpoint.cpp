@@ -839,6 +839,127 @@ TEST(Checkpoint, MomentsOfAnotherModelOrPrecisionAreRefused) {
            "is F16, this program keeps it in");
 }
 
+// ---- in parts
+
+// Ranks that hold equal parts of every tensor's moments, and save them into one folder.
+struct RanksOfARun : SavedRun {
+    static constexpr int kWorld = 3;
+    std::map<std::tuple<Group, int, int>, std::vector<real>> moments;
+    std::atomic<bool> over{false};
+    std::vector<std::thread> others;
+
+    RanksOfARun() {
+        ParameterTable table = parameter_table(gpt2_config(model.get()));
+        for (Group group : {Group::first_moments, Group::second_moments})
+            for (int row = 0; row < kParameterRows; row++)
+                for (int layer = 0;
+                     table[size_t(row)].present && layer < int(table[size_t(row)].count); layer++) {
+                    std::vector<real>& numbers = moments[{group, row, layer}];
+                    numbers.resize(table[size_t(row)].file_size());
+                    gpt2_copy_out(model.get(), group, row, layer, numbers.data());
+                }
+    }
+    ~RanksOfARun() { end(); }
+    void end() {
+        over = true;
+        for (std::thread& rank : others) rank.join();
+        others.clear();
+        over = false;
+    }
+    Checkpoint part_of(int rank, uint64_t step) const {
+        Checkpoint content = checkpoint(step);
+        content.saving = {rank, kWorld, "job", 20, [this] { return over.load(); }};
+        content.parts = [this, rank](Group group, int row, int layer) {
+            const std::vector<real>& numbers = moments.at({group, row, layer});
+            size_t begin = numbers.size() * size_t(rank) / kWorld;
+            size_t end = numbers.size() * size_t(rank + 1) / kWorld;
+            return TensorPart{begin, end, numbers.data() + begin};
+        };
+        return content;
+    }
+    void serve(const Checkpoint& content) {
+        others.emplace_back([out = out, content] { serve_part(out, content); });
+    }
+};
+
+TEST(Checkpoint, RanksSaveItInParts) {
+    RanksOfARun run;
+    for (int rank : {1, 2}) run.serve(run.part_of(rank, 5));
+    EXPECT_EQ(save_checkpoint(run.out, run.part_of(0, 5), {}), "");
+    // An attempt after one that failed gets the parts again.
+    EXPECT_EQ(save_checkpoint(run.out, run.part_of(0, 5), {}), "");
+    run.end();
+    GPT2Ptr other = filled_model(odd_configs()[0], 22);
+    load_checkpoint(other.get(), run.path("last"));
+    EXPECT_EQ(bits_of(run.model.get()), bits_of(other.get()));
+    Strings names;
+    for (const auto& file : fs::directory_iterator(run.path("last") + "/"))
+        names.push_back(file.path().filename().string());
+    std::sort(names.begin(), names.end());
+    EXPECT_EQ(names, (Strings{"config.json", "model.safetensors", moments_file(0, 3),
+                              moments_file(1, 3), moments_file(2, 3), "trainer.json"}));
+}
+
+TEST(Checkpoint, APartThatCannotBeSavedIsSaidByRankZero) {
+    RanksOfARun run;
+    run.save(4);
+    Checkpoint broken = run.part_of(1, 5), slow = run.part_of(0, 5), old = run.part_of(2, 5);
+    broken.parts = [](Group, int, int) -> TensorPart { fail_machine("no space on that disk"); };
+    old.saving.job = "another job";
+    run.serve(broken), run.serve(old);
+    expect_failure([&] { save_checkpoint(run.out, run.part_of(0, 5), {}); }, 1,
+                   "rank 1: no space on that disk");
+    run.end();
+    run.serve(run.part_of(1, 5)), run.serve(old);
+    slow.saving.patience_s = 0.3;
+    expect_failure([&] { save_checkpoint(run.out, slow, {}); }, 1,
+                   "rank 2 did not save its part within 0.3 s");
+    slow.saving.is_over = [] { return true; };
+    expect_failure([&] { save_checkpoint(run.out, slow, {}); }, 1, "the run ended");
+    EXPECT_EQ(run.names(), (Strings{"last", "step_00000004"}));
+}
+
+TEST(Checkpoint, PartsThatDoNotMakeTheMomentsAreRefused) {
+    RanksOfARun run;
+    for (int rank : {1, 2}) run.serve(run.part_of(rank, 5));
+    save_checkpoint(run.out, run.part_of(0, 5), {});
+    run.end();
+    std::string folder = run.path("step_00000005"), name = moments_file(1, 3);
+    const RawTensors good = read_raw(join_path(folder, name));
+    auto expect = [&](auto edit, const char* part) {
+        RawTensors tensors = good;
+        edit(tensors);
+        write_raw(join_path(folder, name), tensors);
+        fs::remove(join_path(folder, "trainer.json"));
+        write_trainer_json(folder, 5, {}, {});
+        expect_failure([&] { load_checkpoint(run.model.get(), folder); }, 2, part);
+    };
+    const std::string part = "v.transformer.h.1.ln_2.bias[5:10]";
+    ASSERT_EQ(good.count(part), 1u);
+    auto renamed = [&](const char* to) {
+        return [=](RawTensors& t) { t[to] = t[part], t.erase(part); };
+    };
+    expect([&](RawTensors& t) { t.erase(part); }, "its parts hold 5 numbers without a gap");
+    expect(renamed("v.transformer.h.1.ln_2.bias[6:11]"), "its parts hold 5 numbers without a gap");
+    expect(renamed("v.transformer.h.1.ln_2.bias[0:5]"), "another part begins there too");
+    expect(renamed("v.transformer.h.1.ln_2.bias[5:11]"), "is no part NAME[BEGIN:END]");
+    expect(renamed("v.transformer.h.1.ln_2.bias[ 5:10]"), "is no part NAME[BEGIN:END]");
+    expect(renamed("v.transformer.h.1.ln_2.bias"), "is no part NAME[BEGIN:END]");
+    expect([&](RawTensors& t) { t["extra[0:5]"] = t[part]; }, "holds 57 tensors, the model has 56");
+    expect(
+        [&](RawTensors& t) {
+            t[part].dtype = "F16";
+            t[part].bytes.resize(10);
+        },
+        "is F16, this program keeps it in");
+    write_raw(join_path(folder, name), good);
+    fs::remove(join_path(folder, moments_file(2, 3)));
+    fs::remove(join_path(folder, "trainer.json"));
+    write_trainer_json(folder, 5, {}, {});
+    expect_failure([&] { load_checkpoint(run.model.get(), folder); }, 2,
+                   "optimizer.safetensors is not listed, nor are all parts of it");
+}
+
 TEST(Checkpoint, APathIsResolvedToAModelFolder) {
     SavedRun run;
     expect_failure([&] { resolve_model_folder(run.out); }, 2, "no such folder; expected a model");
