@@ -1805,6 +1805,15 @@ inline void shard(const TrainOptions& o, int T, int world, GPT2Shape* shape) {
     shape->sums_exactly = sent && o.reduce == "mixed";
 }
 
+// Refuses what is about several ranks in a program that can only be one.
+inline void refuse_ranks(const TrainOptions& o) {
+    std::string why = gpt2_alone();
+    if (why.empty()) return;
+    if (o.zero > 0) fail_input("--zero %d: %s", o.zero, why.c_str());
+    if (o.reduce != "fp32") fail_input("--reduce %s: %s", o.reduce.c_str(), why.c_str());
+    if (o.compute.deterministic == "ranks") fail_input("--deterministic ranks: %s", why.c_str());
+}
+
 // The shape of the model that trains on one of `world` ranks: with a cache for one sequence when it
 // also samples. Where states are sharded the snapshot is what they are saved from.
 inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
@@ -1876,6 +1885,7 @@ class Training {
           rank_(link.ranks().rank),
           world_(link.ranks().world) {
         choose_shape(o_.compute);  // refuses early what this program cannot
+        refuse_ranks(o_);
         choice_ = choose_model(o_.model);
         T_ = choose_sequence_length(o_.sequence_length, choice_.config);
         micro_batches_ = accumulation(o_, T_, world_);

@@ -434,6 +434,9 @@ sanitized_kernels() {
         emulated "$folder/test_gpt2cu_emu, $dtype" GPT2_TEST_DTYPE=$dtype OMP_NUM_THREADS=1 \
             "$folder/test_gpt2cu_emu" --gtest_filter='Golden.*'
     done
+    emulated "$folder/test_runscu_emu, ranks" GPT2_TEST_DTYPE=bf16 OMP_NUM_THREADS=1 \
+        GPT2_BINARY="$folder/train_gpt2cu_emu" "$folder/test_runscu_emu" \
+        --gtest_filter='Jobs.*Shard*:Jobs.*Bf16*:Jobs.OneTree*:Jobs.*ItsPart'
 }
 
 # ==== main =======================================================================================

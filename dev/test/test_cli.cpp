@@ -109,6 +109,16 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
     EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
 }
 
+// A program that is always one process does not pass over what is about several.
+TEST_F(Cli, WhatIsAboutSeveralRanksIsRefusedByAProgramThatIsOne) {
+    if (gpt2_alone().empty()) GTEST_SKIP() << "this program may be several";
+    for (auto [option, value] : std::vector<std::pair<std::string, std::string>>{
+             {"--zero", "1"}, {"--reduce", "bf16"}, {"--deterministic", "ranks"}})
+        expect_error(call({"train", "--data", "text.txt", option, value}), 2,
+                     option + " " + value + ": " + gpt2_alone());
+    EXPECT_FALSE(fs::exists(path("runs/text"))) << "nothing was begun";
+}
+
 // In float32 and in bf16, and a run goes on from one to the other, which a line says; a word that
 // names no precision is refused.
 TEST_F(Cli, EveryCommandComputesInEitherPrecision) {
