@@ -1386,6 +1386,7 @@ class PrefetchLoader {
             started_ = true;
             sigset_t all, before;
             sigfillset(&all);
+            sigdelset(&all, SIGBUS);  // of a file that is cut short; blocked, it kills
             pthread_sigmask(SIG_SETMASK, &all, &before);
             try {
                 thread_ = std::thread([this] { work(); });

@@ -1197,14 +1197,15 @@ class RunLock {
 
     // The folder may have been removed under the run, or moved: locks the one that is there now.
     void renew() {
-        if (is_still_there(fd_, path_)) return;
-        close(fd_);
+        if (taken_ && is_still_there(fd_, path_)) return;
+        if (fd_ >= 0) close(fd_);
         take();
         if (!taken_) fail_machine("%s: %s trains there now", path_.c_str(), owner_.c_str());
     }
 
   private:
     void take() {
+        taken_ = false;
         fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
         if (fd_ < 0) fail_machine("%s: cannot create: %s", path_.c_str(), strerror(errno));
         taken_ = flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
@@ -1441,8 +1442,9 @@ class RunLog {
     }
 
     void open_file() {
-        fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
-        if (fd_ < 0) fail_errno(path_, "open");
+        int fd = open(path_.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+        if (fd < 0) fail_errno(path_, "open");  // the old file is kept, to be tried with again
+        fd_ = fd;
     }
 
     // The folder may have been removed under the run: what the old file held, which lives on while
@@ -1974,7 +1976,7 @@ class Training {
             write_record(record);
             if (is_due(o_.sample_every, now.step) && !last) sample();
             owes_save_ |= best || save_again || is_due(o_.save_every, now.step);
-            if (last || (owes_save_ && state_.bad_steps == 0)) save(best, last);
+            if (last || best || (owes_save_ && state_.bad_steps == 0)) save(best, last);
         }
         conclude();
         return 0;

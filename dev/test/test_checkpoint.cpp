@@ -722,6 +722,45 @@ TEST(Checkpoint, ADamagedOneIsReportedAndTheOneBeforeIsTaken) {
     EXPECT_EQ(latest_checkpoint(run.out + "/none"), "");
 }
 
+TEST(Checkpoint, ADamagedTokenizerIsNoticed) {
+    SavedRun run;
+    Tokenizer tokenizer = Tokenizer::bytes();
+    Checkpoint checkpoint = run.checkpoint(1);
+    checkpoint.tokenizer = &tokenizer;
+    save_checkpoint(run.out, checkpoint, {});
+    flip_byte(run.path("step_00000001/tokenizer.json"), 10);
+    expect_failure([&] { verify_checkpoint(run.path("step_00000001")); }, 2, "tokenizer.json: ");
+}
+
+// Of several that verify, the newest.
+TEST(Checkpoint, WhereTheLastIsDamagedTheNewestOfTheOthersIsTaken) {
+    SavedRun run;
+    for (uint64_t step = 1; step <= 4; step++) run.save(step);
+    flip_byte(run.path("step_00000004/model.safetensors"), 100);
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000003"));
+    flip_byte(run.path("step_00000003/config.json"), 0);
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000002"));
+}
+
+// A disk that does not keep what it was given: the moments are asked for when the model's file is
+// there, and lets a byte of that go bad.
+TEST(Checkpoint, WhatTheDiskDidNotKeepIsNoticedBeforeItIsPublished) {
+    SavedRun run;
+    run.save(1);
+    Checkpoint checkpoint = run.checkpoint(2);
+    bool damaged = false;
+    checkpoint.tensors = [&, whole = checkpoint.tensors](Group group, int row, int layer) {
+        std::string file = run.path("step_00000002.tmp/model.safetensors");
+        if (group == Group::first_moments && !damaged) flip_byte(file, 1000), damaged = true;
+        return whole(group, row, layer);
+    };
+    expect_failure([&] { save_checkpoint(run.out, checkpoint, {}); }, 1,
+                   "the disk did not keep what was written");
+    EXPECT_TRUE(damaged);
+    EXPECT_EQ(run.names(), (Strings{"last", "step_00000001"}));
+    EXPECT_EQ(run.link("last"), "step_00000001");
+}
+
 TEST(Checkpoint, AnyByteOfTrainerJsonThatChangesIsNoticed) {
     SavedRun run;
     run.save(1);

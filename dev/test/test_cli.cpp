@@ -463,7 +463,7 @@ TEST_F(Cli, AFullDiskLeavesNothingOfAnExport) {
 }
 
 TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
-    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1}) {
+    for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU}) {
         std::string out = format("run%d", signal);
         std::vector<std::string> words =
             train_words({"--data", "text.txt", "--out", out, "--steps"});
@@ -488,6 +488,55 @@ TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
         trainer = json::parse(read_file(path(out + "/last/trainer.json")));
         EXPECT_EQ(trainer.at("step"), step + 2);
     }
+}
+
+std::string read_if_there(const std::string& path) {
+    return path_exists(path) ? read_file(path) : "";
+}
+
+// The first signal asks for a save, which fails here and waits for an hour; the second ends it.
+TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
+    if (kThreadSanitizer) GTEST_SKIP() << kDiesOfTheLimit;
+    Call run{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
+                                   "100000000", "--time-limit", "60", "--eval-every", "0",
+                                   "--save-retry", "3600", "--out", "run"})};
+    run.file_limit = 9000;
+    pid_t child = run.start();
+    auto await = [&](auto done) {
+        for (int i = 0; i < 3000 && !done(); i++) usleep(10000);
+        return done();
+    };
+    EXPECT_TRUE(await([&] { return read_if_there(path("run/log.jsonl")).size() > 200; }));
+    kill(child, SIGINT);
+    EXPECT_TRUE(await(
+        [&] { return read_if_there(path("stderr")).find("in 3600 s") != std::string::npos; }));
+    siginfo_t ended = {};
+    EXPECT_EQ(waitid(P_PID, id_t(child), &ended, WEXITED | WNOHANG | WNOWAIT), 0);
+    EXPECT_EQ(ended.si_pid, 0) << "it waits";
+    kill(child, SIGTERM);
+    await([&] {
+        waitid(P_PID, id_t(child), &ended, WEXITED | WNOHANG | WNOWAIT);
+        return ended.si_pid == child;
+    });
+    kill(child, SIGKILL);
+    EXPECT_EQ(run.finish(child).code, 128 + SIGTERM);
+}
+
+// A folder that was removed, or moved, and in which another program trains by now.
+TEST_F(Cli, ARunWhoseFolderAnotherHasTakenEnds) {
+    make_folder(path("other"));
+    RunLock theirs(path("other"));
+    ASSERT_TRUE(theirs.taken());
+    Call run{folder_, train_words({"--data", "text.txt", "--steps", "100000000", "--time-limit",
+                                   "60", "--eval-every", "0", "--save-every", "20", "--save-retry",
+                                   "0", "--out", "run"})};
+    pid_t child = run.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run/last")); i++) usleep(10000);
+    ASSERT_TRUE(exchange_paths(path("run"), path("other")));
+    Outcome outcome = run.finish(child);
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_NE(outcome.err.find("trains there now"), std::string::npos) << outcome.err;
+    EXPECT_FALSE(fs::exists(path("run/last"))) << "nothing is put into their folder";
 }
 
 // A kill leaves no time for anything: the run goes on from its last checkpoint and ends with the
@@ -566,6 +615,13 @@ TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
     for (const char* out : {"runs/text", "runs/text-2"}) {
         EXPECT_EQ(call(words).code, 0);
         EXPECT_TRUE(fs::exists(path(std::string(out) + "/last/model.safetensors"))) << out;
+    }
+    {
+        fs::create_directories(path("runs/text-3"));
+        RunLock other(path("runs/text-3"));
+        EXPECT_EQ(call(words).code, 0);
+        EXPECT_FALSE(fs::exists(path("runs/text-3/log.jsonl"))) << "another program trains there";
+        EXPECT_TRUE(fs::exists(path("runs/text-4/last/model.safetensors")));
     }
     expect_train_error(
         {"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes", "--out", "runs/text"}, 2,

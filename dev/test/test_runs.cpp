@@ -90,6 +90,22 @@ struct SmallRun {
         return records;
     }
     json state() const { return json::parse(read_file(out("last/trainer.json"))); }
+    // Lets one step be made, and what was saved say something else.
+    void stop_after_one_step() const {
+        stop_signal() = SIGINT;
+        EXPECT_EQ(train(), 130);
+        stop_signal() = 0;
+    }
+    template <typename F>
+    void change_state(const std::string& checkpoint, F change) const {
+        std::string path = out(checkpoint + "/trainer.json");
+        ordered_json state = ordered_json::parse(read_file(path));
+        uint64_t step = state.at("step");
+        for (const char* key : {"step", "files", "checksum"}) state.erase(key);
+        change(state);
+        fs::remove(path);
+        write_trainer_json(out(checkpoint), step, state, {});
+    }
 };
 
 void expect_same_file(const std::string& a, const std::string& b) {
@@ -397,6 +413,8 @@ TEST(Run, WritesOneRecordAStepAndAModelThatLoads) {
         EXPECT_EQ(log[i].contains("val_loss"), evaluated);
         EXPECT_EQ(log[i].contains("val_bits_per_byte"), evaluated);
     }
+    EXPECT_EQ(log[3].at("val_windows"), 8u) << "two batches on the way";
+    EXPECT_GT(log[5].at("val_windows").get<size_t>(), 8u) << "and all of them at the end";
     EXPECT_NEAR(log[0].at("train_loss").get<double>(), std::log(270), 0.1);
     EXPECT_DOUBLE_EQ(log[0].at("learning_rate"), 1e-3);
     EXPECT_EQ(run.state().at("step"), 6u);
@@ -423,8 +441,43 @@ TEST(Run, ResumedAtEveryStepItEndsWithTheSameBits) {
             EXPECT_EQ(a[i].at(key), b[i].at(key)) << key << " of record " << i;
         EXPECT_EQ(a[i].value("val_loss", 0.0), b[i].value("val_loss", 0.0));
     }
-    for (const char* key : {"best_val_loss", "best_step", "loader", "tokens"})
+    for (const char* key : {"best_val_loss", "best_step", "evaluations_without_gain", "loader",
+                            "tokens", "loss_trend", "bad_steps_in_a_row"})
         EXPECT_EQ(whole.state().at(key), parts.state().at(key)) << key;
+}
+
+TEST(Run, AStateIsReadAsItWasWritten) {
+    RunState state;
+    state.step = 1, state.tokens = 2, state.position = {3, 4}, state.elapsed_s = 5.5;
+    state.best_loss = 6.5, state.best_step = 7, state.stale = 8, state.finished = true;
+    state.dtype = "bf16", state.goal = {9, 10.5}, state.bad_steps = 11;
+    state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}};
+    json written = json::parse(to_json(state, {}, {}, 1).dump());
+    written["step"] = 1u;
+    RunState read = read_state(written, "a state");
+    EXPECT_EQ(to_json(read, {}, {}, 1).dump(), to_json(state, {}, {}, 1).dump());
+    EXPECT_EQ(read.step, 1u);
+}
+
+// What a run has used of its time and of its patience, and what was best, outlives a stop.
+TEST(Run, TimePatienceAndTheBestOutliveAStop) {
+    SmallRun patient;
+    patient.options.learning_rate = 0;  // so that no evaluation is better than the first
+    patient.options.steps = 50, patient.options.early_stop = 2;
+    for (int i = 0; i < 5; i++) patient.stop_after_one_step();
+    EXPECT_EQ(patient.train(), 0);
+    EXPECT_EQ(patient.state().at("step"), 6u);
+    EXPECT_EQ(patient.state().at("best_step"), 2u);
+    EXPECT_EQ(linked_step(patient.options.out, "best"), "step_00000002");
+
+    SmallRun timed;
+    timed.stop_after_one_step();
+    timed.change_state("step_00000001", [](ordered_json& state) { state["elapsed_s"] = 1000; });
+    timed.options.time_limit_s = 500;
+    EXPECT_EQ(timed.train(), 0);
+    EXPECT_EQ(timed.state().at("step"), 2u) << "its time was over";
+    EXPECT_GT(timed.log().back().at("elapsed_s").get<double>(), 1000);
+    EXPECT_GT(timed.state().at("elapsed_s").get<double>(), 1000);
 }
 
 TEST(Run, TheSameCommandTwiceGivesTheSameBitsAndAnotherSeedOthers) {
@@ -581,8 +634,34 @@ TEST(Run, AnotherModelSeedOrTextIsRefusedWithBothValues) {
     expect_refusal("windows is \"shuffled\" there and \"sliding\" here");
     run.options.separate_documents = true;
     expect_refusal("separate documents is false there and true here");
+    run.options.batch_size = 8;
+    expect_refusal("sequences a step is 4 there and 8 here");
+    run.options.overfit_one_batch = true;
+    expect_refusal("overfit one batch is false there and true here");
+    run.options.model = {};
+    run.options.model.model = run.out("last"), run.options.tokenizer = "auto";
+    expect_refusal("started from is \"\" there and \"" + run.out("last"));
     write_file_atomic(run.options.data[0], some_text(701));
     expect_refusal("data is ");
+}
+
+TEST(Run, AnotherTokenizerOrStrideIsRefused) {
+    SmallRun run;
+    run.options.data = {run.folder + "/a.bin"};
+    write_shard(run.options.data[0], random_ids(2000, 270, 1));
+    Tokenizer::train_bpe(some_text(700), 270).save(run.folder);
+    Tokenizer::train_bpe("others have other pairs, and so on, on and on", 270)
+        .save(run.folder + "/run");
+    run.options.tokenizer = run.folder + "/tokenizer.json";
+    run.options.windows = "sliding";
+    run.stop_after_one_step();
+    run.options.stride = 4;
+    std::string error = error_of([&] { run.train(); });
+    EXPECT_NE(error.find("stride is 9 there and 4 here"), std::string::npos) << error;
+    run.options.stride = 0;
+    run.options.tokenizer = run.folder + "/run/tokenizer.json";
+    error = error_of([&] { run.train(); });
+    EXPECT_NE(error.find("tokenizer is "), std::string::npos) << error;
 }
 
 // Runs of before there were orders to choose from.
@@ -673,6 +752,16 @@ TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
     EXPECT_TRUE(read_file(run.out("last/model.safetensors")) == whole);
     run.options.resume = run.folder + "/nothing";
     EXPECT_EQ(error_of([&] { run.train(); }).substr(0, 11), "2 --resume ");
+    SmallRun other;
+    EXPECT_EQ(other.train(), 0);
+    other.options.resume = run.out("step_00000003");
+    std::string error = error_of([&] { other.train(); });
+    EXPECT_EQ(error.substr(0, 2), "2 ");
+    EXPECT_NE(error.find("holds another run; give another --out"), std::string::npos) << error;
+    fs::resize_file(run.out("step_00000003/optimizer.safetensors"), 1000);
+    run.options.resume = run.out("step_00000003");
+    error = error_of([&] { run.train(); });
+    EXPECT_NE(error.find("the checkpoint is damaged"), std::string::npos) << error;
 }
 
 TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
@@ -711,6 +800,24 @@ TEST(Run, TheLogKeepsWhatTheDiskRefuses) {
     EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"step\":4}\n");
 }
 
+// What the run goes back over is not written later, where it waits for a disk that refused it.
+TEST(Run, TheLogForgetsWhatWaitsBehindACut) {
+    std::string folder = test_folder(), path = folder + "/log.jsonl";
+    RunLog log(folder, 0);
+    EXPECT_EQ(log.write({{"step", 1}}), "");
+    rlimit old_limit;
+    getrlimit(RLIMIT_FSIZE, &old_limit);
+    auto old_action = signal(SIGXFSZ, SIG_IGN);
+    rlimit small = {15, old_limit.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &small);
+    EXPECT_NE(log.write({{"step", 2}, {"train_loss", 1}}), "");
+    setrlimit(RLIMIT_FSIZE, &old_limit);
+    signal(SIGXFSZ, old_action);
+    log.cut(1);
+    EXPECT_EQ(log.write({{"step", 2}}), "");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n");
+}
+
 TEST(Run, TheLogFollowsAFolderThatIsRemoved) {
     std::string folder = test_folder() + "/run", path = folder + "/log.jsonl";
     make_folder(folder);
@@ -721,6 +828,12 @@ TEST(Run, TheLogFollowsAFolderThatIsRemoved) {
     EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n");
     log.cut(1);
     EXPECT_EQ(read_file(path), "{\"step\":1}\n");
+    fs::remove_all(folder);
+    fs::create_directories(path);  // where the file cannot be made for a while
+    EXPECT_NE(log.write({{"step", 2}}), "");
+    fs::remove(path);
+    EXPECT_EQ(log.write({{"step", 3}}), "");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
 }
 
 TEST(Run, ADamagedStateIsRefused) {
@@ -739,6 +852,13 @@ TEST(Run, ADamagedStateIsRefused) {
     fs::resize_file(run.out("step_00000003/trainer.json"), 10);
     run.options.steps = 9;
     EXPECT_EQ(run.train(), 0) << "goes on from the newest checkpoint that is intact";
+    EXPECT_EQ(run.log().size(), 9u);
+    for (const StepFolder& folder : list_steps(run.options.out, ""))
+        fs::resize_file(run.out(folder.name + "/optimizer.safetensors"), 1000);
+    run.options.steps = 12;
+    std::string error = error_of([&] { run.train(); });
+    EXPECT_EQ(error.substr(0, 2), "2 ");
+    EXPECT_NE(error.find("no checkpoint is intact"), std::string::npos) << error;
     EXPECT_EQ(run.log().size(), 9u);
 }
 
@@ -851,40 +971,111 @@ TEST(Run, TooManyBadStepsEndItWithADiagnosis) {
     }
 }
 
+// A good step ends a row of bad ones; a save that is due at a bad one is made after the next good
+// one.
+TEST(Run, AGoodStepEndsTheRowAndThenWhatIsDueIsSaved) {
+    RunWithOneBadWindow run, later;
+    run.options.steps = later.options.steps = 130;  // several times over the text
+    run.options.max_bad_steps = later.options.max_bad_steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    std::vector<size_t> skipped = run.skipped_steps();
+    ASSERT_GE(skipped.size(), 2u);
+    EXPECT_EQ(run.state().at("bad_steps_in_a_row"), 0u);
+    size_t bad = skipped[0];
+    later.options.save_every = bad;
+    EXPECT_EQ(later.train(), 0);
+    EXPECT_FALSE(path_exists(later.out(step_name(bad))));
+    EXPECT_TRUE(path_exists(later.out(step_name(bad + 1))));
+    EXPECT_EQ(list_steps(later.options.out, "").size(), 130 / bad + (130 % bad != 0));
+}
+
+TEST(Run, ARowOfBadStepsGoesOnAfterAStop) {
+    RunWithOneBadWindow run;
+    run.options.max_bad_steps = 2, run.options.overfit_one_batch = true;
+    write_file_atomic(run.folder + "/text.txt", std::string(3000, 'Q'));
+    run.stop_after_one_step();
+    EXPECT_EQ(run.state().at("bad_steps_in_a_row"), 1u);
+    std::string error = error_of([&] { run.train(); });
+    EXPECT_NE(error.find("step 1 and the 1 after it"), std::string::npos) << error;
+}
+
 // Text of one pattern, with a stretch that is like nothing before it.
+struct RunWithSpikes : SmallRun {
+    explicit RunWithSpikes(const char* on_spike) {
+        std::string text, noise;
+        for (int i = 0; i < 900; i++) text += "abcd ";
+        for (int id : random_ids(30, 26, 7)) noise += char('A' + id);
+        text.replace(2000, noise.size(), noise);
+        write_file_atomic(folder + "/text.txt", text);
+        options.tokenizer = "bytes", options.on_spike = on_spike, options.spike_threshold = 2;
+        options.steps = 220, options.save_every = 10, options.eval_every = 0;
+        options.schedule = "constant", options.learning_rate = 1e-2;
+    }
+    std::vector<json> rollbacks() const {
+        std::vector<json> events;
+        std::stringstream lines(read_file(out("log.jsonl")));
+        for (std::string line; std::getline(lines, line);) {
+            json record = json::parse(line);
+            if (record.value("event", "") == "rollback") events.push_back(record);
+        }
+        return events;
+    }
+    size_t spikes() const {
+        std::vector<json> records = log();
+        return size_t(std::count_if(records.begin(), records.end(),
+                                    [](const json& record) { return record.contains("spike"); }));
+    }
+};
+
 TEST(Run, ASpikeIsReportedAndRolledBack) {
-    std::string text;
-    for (int i = 0; i < 900; i++) text += "abcd ";
-    std::string noise;
-    for (int id : random_ids(30, 26, 7)) noise += char('A' + id);
-    text.replace(2000, noise.size(), noise);
-    auto prepare = [&](SmallRun& run, const char* on_spike) {
-        write_file_atomic(run.folder + "/text.txt", text);
-        run.options.tokenizer = "bytes", run.options.on_spike = on_spike;
-        run.options.spike_threshold = 2;
-        run.options.steps = 220, run.options.save_every = 10, run.options.eval_every = 0;
-        run.options.schedule = "constant", run.options.learning_rate = 1e-2;
-    };
-    auto count = [](const SmallRun& run, const char* key) {
-        std::string log = read_file(run.out("log.jsonl"));
-        size_t found = 0;
-        for (size_t at = log.find(key); at != std::string::npos; at = log.find(key, at + 1))
-            found++;
-        return found;
-    };
-    SmallRun report, rollback, again;
-    prepare(report, "report"), prepare(rollback, "rollback"), prepare(again, "rollback");
+    RunWithSpikes report("report"), rollback("rollback"), again("rollback");
     EXPECT_EQ(report.train(), 0);
-    EXPECT_GE(count(report, "\"spike\":"), 1u);
-    EXPECT_EQ(count(report, "\"rollback\""), 0u);
+    EXPECT_GE(report.spikes(), 1u);
+    EXPECT_EQ(report.rollbacks().size(), 0u);
     EXPECT_EQ(rollback.train(), 0);
-    EXPECT_GE(count(rollback, "\"event\":\"rollback\""), 1u);
+    EXPECT_GE(rollback.rollbacks().size(), 1u);
     EXPECT_GE(rollback.state().at("skipped_data").size(), 1u);
     std::vector<json> log = rollback.log();
     ASSERT_EQ(log.size(), 220u) << "each step once";
     for (size_t i = 0; i < log.size(); i++) EXPECT_EQ(log[i].at("step"), i + 1);
     EXPECT_EQ(again.train(), 0);
     expect_same_file(again.out("last/model.safetensors"), rollback.out("last/model.safetensors"));
+}
+
+// A run that went back to a checkpoint is one that starts there and knows which data to pass over:
+// parameters, moments, the place in the data and the state are those of the checkpoint.
+TEST(Run, GoingBackRestoresAllThatTheCheckpointHas) {
+    RunWithSpikes run("rollback");
+    run.options.save_every = 90;
+    EXPECT_EQ(run.train(), 0);
+    std::vector<json> rollbacks = run.rollbacks();
+    json skipped = run.state().at("skipped_data"), passed = json::array();
+    for (const json& event : rollbacks) passed.push_back(event.at("skipped_data"));
+    ASSERT_GE(rollbacks.size(), 2u) << "behind the same checkpoint";
+    EXPECT_EQ(rollbacks[0].at("step"), rollbacks[1].at("step"));
+    EXPECT_EQ(skipped, passed);
+    for (size_t i = 1; i < skipped.size(); i++) EXPECT_NE(skipped[i], skipped[i - 1]);
+
+    std::string model = read_file(run.out("last/model.safetensors"));
+    std::string moments = read_file(run.out("last/optimizer.safetensors"));
+    json state = run.state();
+    std::string from = step_name(rollbacks.back().at("step"));
+    run.change_state(from, [&](ordered_json& changed) { changed["skipped_data"] = skipped; });
+    run.options.resume = run.out(from);
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(read_file(run.out("last/model.safetensors")) == model);
+    EXPECT_TRUE(read_file(run.out("last/optimizer.safetensors")) == moments);
+    for (const char* key : {"step", "tokens", "loader", "loss_trend", "skipped_data"})
+        EXPECT_EQ(run.state().at(key), state.at(key)) << key;
+    EXPECT_EQ(run.rollbacks().size(), rollbacks.size()) << "and does not go back again";
+}
+
+TEST(Run, GoesBackTenTimesAtMost) {
+    RunWithSpikes run("rollback");
+    run.options.spike_threshold = 0.1, run.options.learning_rate = 0;  // about every third step
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.state().at("skipped_data").size(), 10u);
+    EXPECT_EQ(run.log().size(), 220u);
 }
 
 // A rate beyond all numbers makes the first update the last one that counts. Whether step 2 is
@@ -996,6 +1187,42 @@ TEST(Saver, TheThirdFailureInARowEndsTheRunAndLeavesWhatWas) {
     }
 }
 
+TEST(Saver, AFailedSaveThatIsGivenUpIsNotTriedAgain) {
+    FailingSaver failing(1, true);
+    failing.saver->begin(failing.checkpoint(1));
+    failing.saver->hand_over();
+    failing.saver->wait();
+    failing.saver->give_up();
+    EXPECT_TRUE(failing.saver->idle());
+    EXPECT_FALSE(failing.saver->poll());
+    failing.saver->wait();
+    EXPECT_EQ(failing.tries, 1);
+    EXPECT_EQ(latest_checkpoint(failing.out), "");
+}
+
+TEST(Run, TheLockFollowsAFolderThatIsRemoved) {
+    std::string out = test_folder() + "/run";
+    make_folder(out);
+    RunLock mine(out);
+    mine.renew();
+    fs::remove_all(out);
+    make_folder(out);
+    mine.renew();
+    EXPECT_FALSE(RunLock(out).taken());
+    fs::rename(out, out + "_moved");
+    make_folder(out);
+    mine.renew();
+    EXPECT_TRUE(RunLock(out + "_moved").taken()) << "the one that was moved is free";
+    fs::remove_all(out);
+    make_folder(out);
+    RunLock theirs(out);
+    EXPECT_TRUE(theirs.taken());
+    std::string error = error_of([&] { mine.renew(); });
+    EXPECT_EQ(error.substr(0, 2), "1 ");
+    EXPECT_NE(error.find("trains there now"), std::string::npos) << error;
+    EXPECT_EQ(error_of([&] { mine.renew(); }), error) << "also when it is asked again";
+}
+
 TEST(Run, TwoInOneFolderAreRefused) {
     SmallRun run;
     make_folder(run.options.out);
@@ -1021,6 +1248,19 @@ TEST(Run, AFileNamedStopStopsIt) {
     stop_signal() = 0;
     EXPECT_FALSE(path_exists(run.out("stop"))) << "the next command goes on";
     EXPECT_NE(latest_checkpoint(run.options.out), "") << said;
+}
+
+TEST(Run, AHangUpThatNohupIgnoresStaysIgnored) {
+    for (bool ignored : {false, true}) {
+        auto before = signal(SIGHUP, ignored ? SIG_IGN : SIG_DFL);
+        {
+            StopOnSignal signals;
+            raise(SIGHUP);
+        }
+        EXPECT_EQ(stop_signal(), ignored ? 0 : SIGHUP);
+        stop_signal() = 0;
+        EXPECT_EQ(signal(SIGHUP, before), ignored ? SIG_IGN : SIG_DFL) << "as it was";
+    }
 }
 
 TEST(Run, SettingsThatChangeAreSaidWithBothValues) {
@@ -1050,6 +1290,11 @@ TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
     EXPECT_EQ(error.substr(0, 2), "1 ");
     EXPECT_NE(error.find("a smaller --keep or a larger --save-every would fit"), std::string::npos)
         << error;
+    run.options.steps = size_t(kMaxSteps);
+    stop_signal() = SIGINT;
+    EXPECT_EQ(error_of([&] { run.train(); }).substr(0, 2), "1 ");
+    stop_signal() = 0;
+    EXPECT_FALSE(path_exists(run.out("log.jsonl")));
 }
 
 TEST(Run, ResumingInAnotherPrecisionIsSaid) {
