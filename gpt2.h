@@ -207,6 +207,13 @@ inline ParameterTable parameter_table(const GPT2Config& config) {
     return table;
 }
 
+// Whether products read the rows of this tensor as their weights; every other one is looked up in,
+// added or multiplied with, number by number.
+inline bool is_product_weight(const GPT2Config& config, int row) {
+    return row == k_qkvw || row == k_attprojw || row == k_fcw || row == k_fcprojw ||
+           row == (config.tied ? k_wte : k_headw);
+}
+
 // A tensor's name in the state dict of transformers' GPT2LMHeadModel.
 inline std::string hf_name(const ParameterRow& row, int layer) {
     bool head = strcmp(row.name, "headw") == 0;
@@ -244,6 +251,7 @@ struct GPT2Shape {
     int generate = 0;  // sequences in the key-value cache; 0: it will not generate
     int threads = 1;   // of the CPU twin
     Dtype dtype = Dtype::fp32;
+    bool int8 = false;          // the weights of products in 8 bits; not where it trains (CPU)
     int recompute = 0;          // what backward computes again instead of forward keeping it:
                                 // 0 nothing, 1 GELU, 2 also layer norms, 3 the whole block
     bool tf32 = false;          // float32 products round what they multiply to 10 bits (CUDA)
@@ -261,6 +269,11 @@ struct GPT2Shape {
 constexpr int kRecomputeLevels = 4;  // of GPT2Shape::recompute
 constexpr int kZeroStages = 3;       // of GPT2Shape::zero
 
+// Sequences that are best generated together, at most: for so few rows a product of the CPU twin
+// takes the time that its weights take to arrive, and gives a row the same bits whatever the
+// others.
+constexpr int kFewRows = 16;
+
 // Sizes that the twins choose for themselves.
 struct TwinSizes {
     size_t classifier_rows;    // rows of logits that exist at a time, at most
@@ -270,6 +283,8 @@ struct TwinSizes {
     size_t masters;            // of their float32 copy where those are bf16,
     size_t gradients;          // of the gradients that it holds,
     size_t moments;            // and of each moment
+    size_t int8_bytes = 0;     // of weights in int8 and their scales,
+    size_t expanded = 0;       // and numbers of them that products of many rows expand at a time
 };
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
 
@@ -277,7 +292,8 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
 //   type  narrow: the shape's dtype; exact: float32 whatever that is
 //   L or 1: `saved`, kept by forward for backward; `block`, `norms` and `gelus` the same unless
 //   backward computes the block, its layer norms or GELU again; a model that does not train uses
-//   one layer's for all. train: backward's own; cache: the key-value cache of generation
+//   one layer's for all. train: backward's own; int8: of weights in 8 bits; cache: the key-value
+//   cache of generation
 #define GPT2_ACTIVATION_TABLE(X)                         \
     X(encoded, narrow, B* T* C, 1)                       \
     X(ln1, narrow, B* T* C, norms)                       \
@@ -297,6 +313,7 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
     X(lnf_mean, exact, B* T, 1)                          \
     X(lnf_rstd, exact, B* T, 1)                          \
     X(branch, narrow, B* T* C, 1)                        \
+    X(expanded, narrow, expanded, int8)                  \
     X(logits, narrow, classifier_rows* Vp, 1)            \
     X(losses, exact, B* T, 1)                            \
     X(att_scratch, exact, attention_scratch, 1)          \
@@ -348,6 +365,7 @@ inline ActivationTable activation_table(const GPT2Config& config, const GPT2Shap
     TwinSizes twin = gpt2_sizes(config, shape);
     size_t classifier_rows = std::min(std::max(B * T, generate), twin.classifier_rows);
     size_t attention_scratch = twin.attention_scratch, reduce_rows = twin.reduce_rows;
+    size_t expanded = twin.expanded, int8 = shape.int8 ? 1 : 0;
     auto kept = [&](int below) { return shape.training && shape.recompute < below ? L : 1; };
     size_t saved = kept(4), block = kept(3), norms = kept(2), gelus = kept(1);
     size_t train = shape.training ? 1 : 0, cache = shape.generate > 0 ? L : 0;
@@ -400,6 +418,7 @@ inline std::vector<MemoryRow> tensor_memory(const GPT2Config& config, const GPT2
     size_t exact = shape.dtype == Dtype::fp32 ? twin.parameters : twin.masters;
     if (shape.dtype == Dtype::fp32 || shape.training)
         rows.push_back({"parameters", sizeof(real) * exact});
+    if (shape.int8) rows.push_back({"parameters, int8", twin.int8_bytes});
     if (shape.training) {
         rows.push_back({"gradients", sizeof(real) * twin.gradients});
         rows.push_back({"first moments", sizeof(real) * twin.moments});
@@ -550,14 +569,20 @@ GPT2Stats gpt2_previous_stats(GPT2* model);
 
 // Appends n tokens a sequence, tokens (B,n), to the key-value cache at `position` (what was there
 // and after is forgotten) and writes the logits (B,V) that follow the last of them. position + n is
-// at most the context.
+// at most the context. In the CPU twin the logits of a sequence have the same bits for every B up
+// to kFewRows, wherever it stands among the others.
 void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits);
+
+// Copies the first n keys and values of one sequence of the cache, in every layer, over those of
+// another: a prompt that several samples continue is computed once.
+void gpt2_copy_cache(GPT2* model, int from, int to, int n);
 
 // One row of the tensor table, of one layer, to and from host memory (file_rows, cols), in this
 // program's orientation, without padding. A row that is not present cannot be copied. Where the
 // shape shards a group, copy_in is for rank 0, before gpt2_share, or for every rank where it saves
 // parts, which takes its part of the moments; copy_out writes zeros for what other ranks hold, and
-// rounded parameters where the float32 ones are elsewhere.
+// rounded parameters where the float32 ones are elsewhere. With int8 copy_in quantises the weights
+// of products, and copy_out writes them as products read them.
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host);
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host);
 
@@ -642,6 +667,16 @@ void gemm_plain(bool trans_a, bool trans_b, int M, int N, int K, const real* A, 
                 const real* B, int ldb, real beta, real* C, int ldc);
 void gemm_bf16(bool plain, bool trans_a, bool trans_b, int M, int N, int K, const uint16_t* A,
                int lda, const uint16_t* B, int ldb, real beta, real* C, int ldc);
+
+// A matrix in int8, a scale to each row: W(o,c) = scale_o q(o,c), with q from -127 to 127 and the
+// largest |W(o,c)| of a row at 127. quantise_rows writes q (rows,cols) and scales (rows) for
+// weights (rows,cols); |W - scale q| is at most half a scale, beside rounding. A row with a number
+// that is not finite gets a scale of NaN, so that whatever is made of it is NaN too. gemm_int8: C
+// (M,N) = A W' + bias, as layers make it for M rows: A (M,K), W (N,K), bias (N) or null; `expanded`
+// is scratch, as many numbers as TwinSizes says.
+void quantise_rows(int8_t* q, real* scales, const real* weights, size_t rows, size_t cols);
+void gemm_int8(int M, int N, int K, const real* A, const int8_t* q, const real* scales,
+               const real* bias, real* expanded, real* C);
 
 // A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
 // * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.

@@ -407,6 +407,108 @@ TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
     }
 }
 
+// A weight is at most half a scale from what is stored: q is the nearest whole number to a quotient
+// of at most 127, itself off by 127 eps / 2, and the product scale q is rounded by as much again.
+TEST(Layer, Int8WeightsAreWithinHalfAStep) {
+    constexpr size_t kRows = 7, kCols = 67;
+    Buffer weights(kRows * kCols), scales(kRows);
+    weights.normal(1);
+    auto row = [&](size_t o) { return weights.begin() + o * kCols; };
+    std::fill(row(1), row(2), real(0));
+    std::fill(row(2), row(3), real(-0.25));
+    for (real* w = row(3); w < row(4); w++) *w *= std::numeric_limits<real>::min();
+    *row(4) = kNaN, *(row(6) - 1) = std::numeric_limits<real>::infinity();
+    *row(6) = -1000;  // what one large number costs the others
+    std::vector<int8_t> q(kRows * kCols, 99);
+    quantise_rows(q.data(), scales, weights, kRows, kCols);
+    for (size_t o = 0; o < kRows; o++) {
+        if (o == 4 || o == 5) {
+            EXPECT_TRUE(std::isnan(scales[o])) << o;
+            continue;
+        }
+        real largest = 0;
+        for (size_t c = 0; c < kCols; c++) largest = std::max(largest, std::abs(row(o)[c]));
+        EXPECT_AT_MOST(std::abs(double(scales[o]) - double(largest) / 127),
+                       kEps * double(largest) + std::numeric_limits<real>::denorm_min());
+        for (size_t c = 0; c < kCols; c++) {
+            int8_t q_oc = q[o * kCols + c];
+            double off = std::abs(double(scales[o]) * q_oc - double(row(o)[c]));
+            double least = o == 3 ? 127 * std::numeric_limits<real>::denorm_min() : 0;
+            EXPECT_AT_MOST(off, double(scales[o]) * (0.5 + 127 * kEps) + least) << o << ", " << c;
+            EXPECT_TRUE(q_oc >= -127) << o << ", " << c;
+            EXPECT_TRUE(o != 1 || (q_oc == 0 && scales[o] == 0)) << "zero stays zero";
+        }
+    }
+}
+
+// Few rows and many, which expand the weights a part at a time: 4,097 inputs make parts of 255
+// rows. Both sum exact products in `real` and differ in the order alone.
+TEST(Layer, Int8ProductsAgreeWithPlainLoops) {
+    GPT2Shape shape = test_shape(1, 1);
+    shape.int8 = true;
+    Buffer expanded(gpt2_sizes(odd_config(), shape).expanded);
+    constexpr int kShapes[][3] = {{1, 70, 33}, {4, 7, 129},   {6, 9, 64},     {16, 31, 100},
+                                  {17, 13, 5}, {40, 65, 192}, {17, 300, 4097}};
+    for (const int* sizes : kShapes) {
+        int M = sizes[0], N = sizes[1], K = sizes[2];
+        Buffer A(M * K), W(N * K), scales(N), bias(N), C(M * N);
+        A.normal(1), W.normal(2), bias.normal(3);
+        std::vector<int8_t> q(W.size());
+        quantise_rows(q.data(), scales, W, size_t(N), size_t(K));
+        for (const real* added :
+             {static_cast<const real*>(nullptr), static_cast<const real*>(bias)}) {
+            gemm_int8(M, N, K, A, q.data(), scales, added, expanded, C);
+            for (int m = 0; m < M; m++) {
+                for (int n = 0; n < N; n++) {
+                    double sum = 0;
+                    for (int k = 0; k < K; k++)
+                        sum += double(A[m * K + k]) * q[size_t(n) * size_t(K) + size_t(k)];
+                    sum = sum * double(scales[n]) + (added != nullptr ? double(added[n]) : 0);
+                    EXPECT_AT_MOST(std::abs(double(C[m * N + n]) - sum),
+                                   8 * kEps * std::sqrt(double(K) + 1) * 4)
+                        << M << " x " << N << " x " << K << " at " << m << ", " << n;
+                }
+            }
+        }
+    }
+}
+
+// What a sample is made of must not depend on the samples beside it.
+TEST(Layer, AFewRowsHaveTheSameBitsWhateverTheOthers) {
+    constexpr int N = 37;
+    for (int K : {5, 64, 200, 771}) {
+        Buffer A(kFewRows * K), B(N * K), scales(N), one(N), all(kFewRows * N);
+        A.normal(1), B.normal(2);
+        std::vector<int8_t> q(B.size());
+        quantise_rows(q.data(), scales, B, size_t(N), size_t(K));
+        std::vector<uint16_t> a(A.size()), b(B.size());
+        for (size_t i = 0; i < a.size(); i++)
+            a[i] = uint16_t(std::bit_cast<uint32_t>(float(A[i])) >> 16);
+        for (size_t i = 0; i < b.size(); i++)
+            b[i] = uint16_t(std::bit_cast<uint32_t>(float(B[i])) >> 16);
+        for (std::string weights : {"real", "bf16", "int8"}) {
+            if (kDouble && weights == "bf16") continue;  // double has no bf16
+            auto multiply = [&](int first, int M, real* C) {
+                const real* A_m = A + first * K;
+                if (weights == "int8")
+                    gemm_int8(M, N, K, A_m, q.data(), scales, nullptr, nullptr, C);
+                else if (weights == "bf16")
+                    gemm_bf16(false, false, true, M, N, K, a.data() + first * K, K, b.data(), K, 0,
+                              C, N);
+                else gemm(false, true, M, N, K, A_m, K, B, K, 0, C, N);
+            };
+            for (int M = 1; M <= kFewRows; M++) {
+                multiply(0, M, all);
+                for (int m = 0; m < M; m++) {
+                    multiply(m, 1, one);
+                    EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin() + m * N))
+                        << weights << ": row " << m << " of " << M << ", " << K << " inputs";
+                }
+            }
+        }
+    }
+}
+
 // Sizes around those of a block in registers, either way of A, added or not: within the rounding of
 // another order of the sums.
 TEST(Layer, TileProductsAgreeWithPlainLoops) {
@@ -1017,6 +1119,123 @@ TEST(Model, GenerationAgreesWithForward) {
             }
         }
     }
+}
+
+// The CPU twin, which these contracts are of.
+bool is_cpu_twin() { return std::string(gpt2_program()) == "train_gpt2"; }
+
+// The same model without int8, of the weights that products read there. Its head is apart, for the
+// token embedding that is looked up in is not rounded.
+GPT2Ptr expanded_model(const GPT2* model, GPT2Shape shape, unsigned seed) {
+    GPT2Config config = gpt2_config(model);
+    bool tied = config.tied;
+    config.tied = false;
+    GPT2Ptr plain = random_model(config, shape, seed);  // every other row is the same
+    ParameterTable table = parameter_table(config);
+    for (int index = 0; index < kParameterRows; index++) {
+        const ParameterRow& row = table[size_t(index)];
+        if (!is_product_weight(config, index)) continue;
+        for (int layer = 0; layer < int(row.count); layer++) {
+            Buffer values(row.file_size());
+            gpt2_copy_out(model, Group::parameters, tied && index == k_headw ? k_wte : index, layer,
+                          values);
+            gpt2_copy_in(plain.get(), Group::parameters, index, layer, values);
+        }
+    }
+    return plain;
+}
+
+// Logits of weights in int8 are those of the numbers that the bytes stand for: of few rows and of
+// many, with a head of its own and without.
+TEST(Model, Int8LogitsAreThoseOfTheExpandedWeights) {
+    if (!is_cpu_twin()) return;
+    GPT2Config config = odd_config();
+    constexpr int B = 3, T = 19;
+    Batch batch(B, T, config.vocab_size, 1);
+    size_t V = size_t(config.vocab_size);
+    for (bool tied : {true, false}) {
+        config.tied = tied;
+        GPT2Shape shape = test_shape(B, T, false, B);
+        GPT2Ptr rounded = random_model(config, shape, 5);
+        shape.int8 = true;
+        GPT2Ptr model = random_model(config, shape, 5);
+        shape.int8 = false;
+        GPT2Ptr plain = expanded_model(model.get(), shape, 5);
+        Buffer logits(B * T * V), expected(logits.size()), others(logits.size());
+        GPT2Pass pass;
+        for (auto [of, to] :
+             {std::pair(&model, &logits), {&plain, &expected}, {&rounded, &others}}) {
+            pass.logits = *to;
+            gpt2_forward(of->get(), batch.inputs.data(), nullptr, B, T, pass);
+        }
+        double largest = largest_magnitude(expected, expected.size());
+        EXPECT_AT_MOST(largest_difference(logits, expected, logits.size()),
+                       tolerance(200, 6) * largest);
+        double off = largest_difference(logits, others, logits.size());
+        EXPECT_TRUE(off > 1e-4 * largest) << "nothing was rounded to int8";
+        for (int cut : {1, 17, 18}) {
+            for (int b = 0, position = 0; b < 2; b++, position = cut) {
+                int n = b == 0 ? cut : T - cut;
+                Buffer next(V);
+                gpt2_generate(model.get(), &batch.inputs[size_t(position)], 1, n, position, next);
+                EXPECT_AT_MOST(largest_difference(next, expected + size_t(position + n - 1) * V, V),
+                               tolerance(200, 6) * largest);
+            }
+        }
+    }
+}
+
+// A sequence's logits have the same bits alone and among others, from its prompt on, however that
+// is cut; and a copy of its keys and values goes on as it does.
+TEST(Model, ASequenceIsGeneratedTheSameAloneAndAmongOthers) {
+    if (!is_cpu_twin()) return;
+    GPT2Config config = odd_config();
+    constexpr int B = kFewRows, kPrompt = 11, T = 15;
+    size_t V = size_t(config.vocab_size);
+    std::vector<int> ids = random_ids(size_t(B * T), config.vocab_size, 3);
+    for (bool int8 : {false, true}) {
+        GPT2Shape shape = test_shape(2, 8, false, B);
+        shape.int8 = int8;
+        GPT2Ptr model = random_model(config, shape), alone = random_model(config, shape);
+        Buffer logits(B * V), one(V);
+        for (int position = 0; position < T;) {
+            int n = position == 0 ? kPrompt : 1;
+            std::vector<int> tokens;
+            for (int b = 0; b < B; b++)
+                tokens.insert(tokens.end(), ids.begin() + b * T + position,
+                              ids.begin() + b * T + position + n);
+            gpt2_generate(model.get(), tokens.data(), B, n, position, logits);
+            position += n;
+        }
+        for (int b : {0, 3, B - 1}) {
+            gpt2_generate(alone.get(), &ids[size_t(b * T)], 1, kPrompt, 0, one);
+            for (int t = kPrompt; t < T; t++)
+                gpt2_generate(alone.get(), &ids[size_t(b * T + t)], 1, 1, t, one);
+            EXPECT_TRUE(std::equal(one.begin(), one.end(), logits.begin() + size_t(b) * V)) << b;
+        }
+        gpt2_copy_cache(model.get(), 3, 0, T), gpt2_copy_cache(model.get(), 3, 1, T - 1);
+        std::vector<int> next = {7, 7, 7, 7};
+        gpt2_generate(model.get(), next.data(), 4, 1, T, logits);
+        auto row = [&](int b) { return logits.begin() + size_t(b) * V; };
+        EXPECT_TRUE(std::equal(row(0), row(1), row(3)));
+        EXPECT_FALSE(std::equal(row(1), row(2), row(3))) << "more was copied than asked for";
+    }
+}
+
+// On any twin a copy of a sequence goes on like it.
+TEST(Model, ACopiedCacheGoesOnAsTheOriginal) {
+    GPT2Config config = odd_config();
+    GPT2Ptr model = random_model(config, test_shape(1, 8, false, 3));
+    size_t V = size_t(config.vocab_size);
+    std::vector<int> ids = random_ids(12, config.vocab_size, 3);
+    Buffer logits(3 * V);
+    gpt2_generate(model.get(), ids.data(), 1, 12, 0, logits);
+    for (int to : {1, 2}) gpt2_copy_cache(model.get(), 0, to, 12);
+    std::vector<int> next = {7, 7, 7};
+    gpt2_generate(model.get(), next.data(), 3, 1, 12, logits);
+    for (size_t b : {1, 2})
+        EXPECT_AT_MOST(largest_difference(logits, logits + b * V, V),
+                       tolerance(20, 2) * largest_magnitude(logits, V));
 }
 
 // Sampling between a forward and a backward pass of other steps must not disturb training.

@@ -13,6 +13,9 @@
 #include <omp.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __AVX2__
+#    include <immintrin.h>
+#endif
 
 #include <bit>
 #include <cassert>
@@ -42,6 +45,9 @@ constexpr double kGeluCube = 0.044715;
 constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
 constexpr int kAttentionRows = 64;    // queries, and keys, of a tile of scores
 constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
+
+constexpr int kInt8Most = 127;                 // the largest weight in int8
+constexpr size_t kExpanded = size_t(1) << 20;  // numbers of such weights expanded at a time
 
 // A float32 cut to its upper half: the range of float32, and 8 bits of it. Numbers of this type are
 // stored; what computes with them computes in `real`.
@@ -73,18 +79,51 @@ static size_t attention_numbers(size_t keys, size_t HS) {
            aligned(2 * keys * HS);
 }
 
+// The table of a model as it is in memory: weights in int8 are nowhere else, unless they are looked
+// up in too.
+static ParameterTable held_parameters(const GPT2Config& config, const GPT2Shape& shape) {
+    ParameterTable table = parameter_table(config);
+    for (int row = 0; row < kParameterRows; row++)
+        if (shape.int8 && is_product_weight(config, row) && row != k_wte)
+            table[size_t(row)].present = false;
+    return table;
+}
+
+// Where the weights in int8 of one row of the table, of one layer, begin, and their scales: numbers
+// of either. Of the row behind the last: how many there are.
+struct Int8Place {
+    size_t weights = 0, scales = 0;
+};
+static Int8Place int8_place(const GPT2Config& config, int row, int layer) {
+    ParameterTable table = parameter_table(config);
+    Int8Place place;
+    for (int i = 0; i <= row && i < kParameterRows; i++) {
+        const ParameterRow& tensor = table[size_t(i)];
+        if (!is_product_weight(config, i)) continue;
+        place.weights += i < row ? tensor.allocated() : size_t(layer) * tensor.size();
+        place.scales += i < row ? aligned(tensor.rows * tensor.count) : size_t(layer) * tensor.rows;
+    }
+    return place;
+}
+
 // Each thread has its own tiles; a model that generates sees up to `context` keys.
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
     size_t keys = size_t(shape.generate > 0 ? config.context : shape.T);
-    size_t numbers = allocated_parameters(config);
+    size_t numbers = 0;
+    for (const ParameterRow& row : held_parameters(config, shape)) numbers += row.allocated();
     size_t attention = attention_numbers(keys, size_t(config.head_size()));
-    return {size_t(kClassifierRows),
-            size_t(shape.threads) * attention,
-            size_t(kReduceRows),
-            numbers,
-            numbers,
-            numbers,
-            numbers};
+    TwinSizes sizes = {size_t(kClassifierRows),
+                       size_t(shape.threads) * attention,
+                       size_t(kReduceRows),
+                       numbers,
+                       numbers,
+                       numbers,
+                       numbers};
+    if (!shape.int8) return sizes;
+    Int8Place all = int8_place(config, kParameterRows, 0);
+    sizes.int8_bytes = all.weights + sizeof(real) * all.scales;
+    sizes.expanded = kExpanded;
+    return sizes;
 }
 
 // e^x in a form that compilers turn into vector code. For float: x = n ln2 + r with |r| <= ln2 / 2,
@@ -110,6 +149,52 @@ inline float vector_exp(float x) {
     e = e * (r * r) + r + 1.f;
     return std::bit_cast<float>(std::bit_cast<uint32_t>(e) +
                                 (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+// As many numbers as a register of the processor holds.
+#if defined(__AVX512F__)
+constexpr int kLanes = 64 / sizeof(real), kTileVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 32 / sizeof(real), kTileVectors = 2;
+#else
+constexpr int kLanes = 16 / sizeof(real), kTileVectors = 2;
+#endif
+typedef real Vector __attribute__((vector_size(kLanes * sizeof(real))));
+
+template <class To, class Number>
+static inline To load_lanes(const Number* from) {
+    To lanes;
+    memcpy(&lanes, from, sizeof(lanes));
+    return lanes;
+}
+
+// kLanes numbers of any type in which weights and activations are stored.
+static inline Vector load_vector(const real* from) { return load_lanes<Vector>(from); }
+static inline Vector load_vector(const bf16* from) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+    typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+    typedef float Floats __attribute__((vector_size(kLanes * 4)));
+    Words words = __builtin_convertvector(load_lanes<Halves>(from), Words) << 16;
+    return __builtin_convertvector(load_lanes<Floats>(&words), Vector);
+}
+// (g++ converts vectors of bytes one by one, and takes the AVX-512 instruction that keeps what was
+// in its register for a read of what was never written: GCC bugs of version 12.)
+static inline Vector load_vector(const int8_t* from) {
+    typedef int32_t Words __attribute__((vector_size(kLanes * 4)));
+#if defined(__AVX512F__)
+    if constexpr (sizeof(real) == 4) {
+        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return __builtin_convertvector((Words)_mm512_maskz_cvtepi8_epi32(0xFFFF, bytes), Vector);
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(real) == 4) {
+        __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        return __builtin_convertvector((Words)_mm256_cvtepi8_epi32(bytes), Vector);
+    }
+#endif
+    Words words;
+    for (int i = 0; i < kLanes; i++) words[i] = from[i];
+    return __builtin_convertvector(words, Vector);
 }
 
 // ==== encoder ====================================================================================
@@ -256,19 +341,20 @@ void layernorm_backward(Float* dinp, real* dweight, real* dbias, const Float* do
 
 // A product: C (M,N) = A' B' + bias + beta C, where ' transposes when asked; bias (N) or null, and
 // beta is 0 or 1. A' is (M,K), B' is (K,N), row-major; lda, ldb, ldc are the distances between
-// stored rows.
-template <class In, class Out>
+// stored rows. Where B is in int8, its rows have scales (N), and trans_b is true.
+template <class In, class Out, class Weight = In>
 struct Product {
     bool trans_a, trans_b;
     int M, N, K;
     const In* A;
     int lda;
-    const In* B;
+    const Weight* B;
     int ldb;
     const In* bias;
     real beta;
     Out* C;
     int ldc;
+    const real* scales = nullptr;
 };
 
 // Loop nests over a row of C, in pieces that stay in cache; they need no library, and sum in `real`
@@ -404,35 +490,69 @@ static ProductPlans& product_plans() {
 
 #endif
 
+// Up to kLanes numbers of any type, and zeros behind them.
+template <class Number>
+static inline Vector load_some(const Number* from, int count) {
+    Number numbers[kLanes] = {};
+    std::copy_n(from, count, numbers);
+    return load_vector(numbers);
+}
+
+// The sum of kTileVectors vectors, in one order: halves of what is left are added to each other.
+static inline real sum_of(const Vector* vectors) {
+    Vector sum = vectors[0];
+    for (int v = 1; v < kTileVectors; v++) sum += vectors[v];
+    real lanes[kLanes];
+    memcpy(lanes, &sum, sizeof(lanes));
+    for (int left = kLanes / 2; left > 0; left /= 2)
+        for (int i = 0; i < left; i++) lanes[i] += lanes[i + left];
+    return lanes[0];
+}
+
+// Row n of B times `Rows` rows of A from m on. Lanes add up the same numbers in the same order
+// whatever Rows is, and only vectors are added to: the rounding of a scalar sum depends on what a
+// compiler makes of its loop.
+template <int Rows, class In, class Out, class Weight>
+static inline void few_rows_block(real* sums, const Product<In, Out, Weight>& p, int m, int n) {
+    constexpr int kStep = kTileVectors * kLanes;
+    const In* a = p.A + size_t(m) * p.lda;
+    const Weight* b = p.B + size_t(n) * p.ldb;
+    Vector partial[Rows][kTileVectors] = {};
+    int k = 0;
+    for (; k + kStep <= p.K; k += kStep)
+        for (int v = 0; v < kTileVectors; v++) {
+            Vector b_k = load_vector(b + k + v * kLanes);
+            for (int r = 0; r < Rows; r++)
+                partial[r][v] += load_vector(a + size_t(r) * p.lda + k + v * kLanes) * b_k;
+        }
+    for (; k < p.K; k += kLanes) {
+        int count = std::min(kLanes, p.K - k);
+        Vector b_k = load_some(b + k, count);
+        for (int r = 0; r < Rows; r++)
+            partial[r][0] += load_some(a + size_t(r) * p.lda + k, count) * b_k;
+    }
+    for (int r = 0; r < Rows; r++) sums[r] = sum_of(partial[r]);
+}
+
 // The same with B transposed and so few rows of A that reading B is all that takes time, as where a
 // token is generated: each thread reads its rows of B once, from first to last, for several rows at
-// a time were measured to arrive at half the speed.
-constexpr int kFewRows = 4;
-template <class In, class Out>
-static void product_few_rows(const Product<In, Out>& p) {
-    constexpr int kPiece = 4096;
-#pragma omp parallel
-    {
-        real a[kFewRows][kPiece];
-        for (int first = 0; first < p.K; first += kPiece) {
-            int length = std::min(kPiece, p.K - first);
-            for (int m = 0; m < p.M; m++)
-                std::copy_n(p.A + size_t(m) * p.lda + first, length, a[m]);
-#pragma omp for schedule(static)
-            for (int n = 0; n < p.N; n++) {
-                const In* b = p.B + size_t(n) * p.ldb + first;
-                for (int m = 0; m < p.M; m++) {
-                    const real* a_m = a[m];
-                    Out* c = p.C + size_t(m) * p.ldc + n;
-                    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-                    for (int k = 0; k < length; k++) sum += a_m[k] * real(b[k]);
-                    if (first > 0) sum += real(*c);
-                    else if (p.beta != 0) sum += p.beta * real(*c);
-                    if (first == 0 && p.bias != nullptr) sum += real(p.bias[n]);
-                    *c = sum;
-                }
-            }
+// a time were measured to arrive at half the speed. A row of C has the same bits whatever M is.
+template <class In, class Out, class Weight>
+static void product_few_rows(const Product<In, Out, Weight>& p) {
+    assert(p.M <= kFewRows && p.trans_b && !p.trans_a);
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < p.N; n++) {
+        real sums[kFewRows];
+        int m = 0;
+        for (; m + 4 <= p.M; m += 4) few_rows_block<4>(sums + m, p, m, n);
+        for (; m < p.M; m++) few_rows_block<1>(sums + m, p, m, n);
+        for (m = 0; m < p.M; m++) {
+            Out* c = p.C + size_t(m) * p.ldc + n;
+            real sum = sums[m];
+            if (p.scales != nullptr) sum *= p.scales[n];
+            if (p.beta != 0) sum += p.beta * real(*c);
+            if (p.bias != nullptr) sum += real(p.bias[n]);
+            *c = sum;
         }
     }
 }
@@ -478,12 +598,87 @@ void gemm_bf16(bool plain, bool trans_a, bool trans_b, int M, int N, int K, cons
     product_plain(p);
 }
 
+// q = round(W / scale), scale = max |W| / 127, of each row, as gpt2.h says. |W / scale - q| is at
+// most 1/2 but for the rounding of the quotient, 127 times half an eps.
+void quantise_rows(int8_t* q, real* scales, const real* weights, size_t rows, size_t cols) {
+#pragma omp parallel for schedule(static)
+    for (size_t o = 0; o < rows; o++) {
+        const real* w = weights + o * cols;
+        int8_t* q_o = q + o * cols;
+        real largest = 0, strange = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : strange)
+        for (size_t c = 0; c < cols; c++) {
+            largest = std::abs(w[c]) > largest ? std::abs(w[c]) : largest;
+            strange += w[c] * 0;  // NaN where w is NaN or infinite
+        }
+        real scale = largest / kInt8Most + strange;
+        scales[o] = scale;
+        bool some = scale > 0;  // neither all zero nor NaN
+#pragma omp simd
+        for (size_t c = 0; c < cols; c++) {
+            real quotient = some ? w[c] / scale : real(0);
+            // (Scales that are almost zero have few digits.)
+            q_o[c] =
+                int8_t(std::clamp(std::nearbyint(quotient), -real(kInt8Most), real(kInt8Most)));
+        }
+    }
+}
+
+// The weights of a product as a model holds them: numbers, or int8 with scales, which products of
+// many rows expand into memory for kExpanded numbers.
+template <class Float>
+struct Weights {
+    const Float* numbers;
+    const int8_t* q = nullptr;
+    const real* scales = nullptr;
+    Float* expanded = nullptr;
+};
+
+// out = (inp q^T) * scale + bias, q expanded a few rows at a time: any q is a bf16 exactly, so that
+// the weights are those that few rows read.
+// out (BT,OC) is written; inp (BT,C), q (OC,C), scales (OC), bias (OC) or null
+template <class Float>
+static void matmul_expanded(Float* out, const Float* inp, const Weights<Float>& weight,
+                            const Float* bias, int BT, int C, int OC) {
+    int most = std::max(1, int(kExpanded / size_t(C)));
+    for (int first = 0; first < OC; first += most) {
+        int rows = std::min(most, OC - first);
+        const int8_t* q = weight.q + size_t(first) * C;
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < size_t(rows) * C; i++) weight.expanded[i] = real(q[i]);
+        product<Float, Float>(
+            {false, true, BT, rows, C, inp, C, weight.expanded, C, nullptr, 0, out + first, OC});
+    }
+#pragma omp parallel for schedule(static)
+    for (int bt = 0; bt < BT; bt++) {
+        Float* out_bt = out + size_t(bt) * OC;
+#pragma omp simd
+        for (int o = 0; o < OC; o++)
+            out_bt[o] = real(out_bt[o]) * weight.scales[o] + (bias != nullptr ? real(bias[o]) : 0);
+    }
+}
+
 // out = inp weight^T + bias
 // out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
 template <class Float>
 void matmul_forward(Float* out, const Float* inp, const Float* weight, const Float* bias, int BT,
                     int C, int OC) {
     product<Float, Float>({false, true, BT, OC, C, inp, C, weight, C, bias, 0, out, OC});
+}
+
+// The same by weights as they are held.
+template <class Float>
+void matmul_forward(Float* out, const Float* inp, const Weights<Float>& weight, const Float* bias,
+                    int BT, int C, int OC) {
+    if (weight.q == nullptr) return matmul_forward(out, inp, weight.numbers, bias, BT, C, OC);
+    if (BT > kFewRows) return matmul_expanded(out, inp, weight, bias, BT, C, OC);
+    product_few_rows<Float, Float, int8_t>(
+        {false, true, BT, OC, C, inp, C, weight.q, C, bias, 0, out, OC, weight.scales});
+}
+
+void gemm_int8(int M, int N, int K, const real* A, const int8_t* q, const real* scales,
+               const real* bias, real* expanded, real* C) {
+    matmul_forward<real>(C, A, Weights<real>{nullptr, q, scales, expanded}, bias, M, K, N);
 }
 
 // forward: out = inp weight^T + bias
@@ -589,22 +784,6 @@ static void softmax_row(real* row, int n, real scale) {
     real inverse = 1 / sum;
 #pragma omp simd
     for (int j = 0; j < n; j++) row[j] *= inverse;
-}
-
-// As many numbers as a register of the processor holds.
-#if defined(__AVX512F__)
-constexpr int kLanes = 64 / sizeof(real), kTileVectors = 4;
-#elif defined(__AVX__)
-constexpr int kLanes = 32 / sizeof(real), kTileVectors = 2;
-#else
-constexpr int kLanes = 16 / sizeof(real), kTileVectors = 2;
-#endif
-typedef real Vector __attribute__((vector_size(kLanes * sizeof(real))));
-
-static inline Vector load_vector(const real* from) {
-    Vector vector;
-    memcpy(&vector, from, sizeof(vector));
-    return vector;
 }
 
 // Rows x (Vectors * kLanes) numbers of C from (m,n) on, whose sums stay in registers.
@@ -1028,7 +1207,7 @@ void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N) {
 // pre and out (BT,OC) are written, both kept for backward; inp (BT,C), weight (OC,C), bias (OC) or
 // null. One name because the other twin's product applies GELU to its result before it is stored.
 template <class Float>
-void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* weight,
+void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Weights<Float>& weight,
                          const Float* bias, int BT, int C, int OC) {
     matmul_forward(pre, inp, weight, bias, BT, C, OC);
     gelu_forward(out, pre, size_t(BT) * OC);
@@ -1204,7 +1383,7 @@ void residual_layernorm_forward(real* residual, real* out, real* mean, real* rst
 }
 void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
                          const real* bias, int BT, int C, int OC) {
-    matmul_gelu_forward<real>(out, pre, inp, weight, bias, BT, C, OC);
+    matmul_gelu_forward<real>(out, pre, inp, Weights<real>{weight}, bias, BT, C, OC);
 }
 void gelu_matmul_backward(real* dpre, real* dweight, real* dbias, const real* dout, const real* inp,
                           const real* pre, const real* weight, real* scratch, int BT, int C,
@@ -1251,6 +1430,8 @@ struct GPT2 {
     ActivationTable activation_rows;
     std::array<real*, 4> groups = {};  // parameters, gradients, moments: each laid out as the table
     bf16* narrow_parameters = nullptr;  // what products read in bf16; all there is without training
+    int8_t* int8_weights = nullptr;     // those of products, where the shape wants them so,
+    real* int8_scales = nullptr;        // and of each of their rows
     real* snapshot = nullptr;           // parameters and moments, one group after the other
     std::thread snapshot_copy;          // what fills it
     char* activation_memory = nullptr;
@@ -1268,6 +1449,8 @@ struct GPT2 {
         if (snapshot_copy.joinable()) snapshot_copy.join();
         for (real* group : groups) free(group);
         free(narrow_parameters);
+        free(int8_weights);
+        free(int8_scales);
         free(snapshot);
         free(activation_memory);
     }
@@ -1279,6 +1462,19 @@ struct GPT2 {
         const void* memory = narrow_parameters;
         if (memory == nullptr) memory = groups[size_t(Group::parameters)];
         return pointers(static_cast<const Float*>(memory), l);
+    }
+    // The weights of a product, `numbers` or what int8 holds of the same row.
+    template <class Float>
+    Weights<Float> weights(const Float* numbers, int row, int l) const {
+        if (int8_weights == nullptr) return {numbers};
+        Int8Place place = int8_place(config, row, l);
+        return {numbers, int8_weights + place.weights, int8_scales + place.scales,
+                activations_of<Float>(l).expanded};
+    }
+    template <class Float>
+    Weights<Float> head_weights() const {
+        ParameterPointers<const Float> p = parameters_of<Float>(0);
+        return config.tied ? weights(p.wte, k_wte, 0) : weights(p.headw, k_headw, 0);
     }
     ParameterPointers<real> gradients_of(int l) const {
         return pointers(groups[size_t(Group::gradients)], l);
@@ -1388,14 +1584,15 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int) {
     check_range("tokens in a batch", double(shape.B) * shape.T, 1, INT32_MAX);
     assert(shape.recompute >= 0 && shape.recompute < kRecomputeLevels);
     assert(shape.dtype == Dtype::fp32 || sizeof(real) == 4);
+    assert(!(shape.int8 && (shape.training || shape.snapshot)));
     check_memory(config, shape);
     omp_set_num_threads(shape.threads);
     auto model = std::make_unique<GPT2>();
     model->config = config;
     model->shape = shape;
-    model->parameter_rows = parameter_table(config);
+    model->parameter_rows = held_parameters(config, shape);
     model->activation_rows = activation_table(config, shape);
-    model->parameters = allocated_parameters(config);
+    model->parameters = gpt2_sizes(config, shape).parameters;
     constexpr const char* kGroups[] = {"parameters", "gradients", "first moments",
                                        "second moments"};
     bool narrow = shape.dtype == Dtype::bf16;
@@ -1403,6 +1600,11 @@ GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int) {
     for (size_t group = 0; group < 4; group++)
         if (shape.training || (group == 0 && !narrow))
             model->groups[group] = allocate<real>(model->parameters, kGroups[group]);
+    if (shape.int8) {
+        Int8Place all = int8_place(config, kParameterRows, 0);
+        model->int8_weights = allocate<int8_t>(all.weights, "parameters, int8");
+        model->int8_scales = allocate<real>(all.scales, "parameters, int8");
+    }
     if (shape.snapshot)
         model->snapshot =
             allocate<real>(snapshot_bytes(model->parameters) / sizeof(real), "the snapshot");
@@ -1435,8 +1637,7 @@ enum class FreshGradients { nothing, head, blocks };
 
 static FreshGradients written_by(const GPT2* model, int row) {
     if (row == (model->config.tied ? k_wte : k_headw)) return FreshGradients::head;
-    bool block = row == k_qkvw || row == k_attprojw || row == k_fcw || row == k_fcprojw;
-    return block ? FreshGradients::blocks : FreshGradients::nothing;
+    return is_product_weight(model->config, row) ? FreshGradients::blocks : FreshGradients::nothing;
 }
 
 // Zeroes the gradients of the rows that `wanted` says, by what writes them.
@@ -1465,6 +1666,14 @@ static void settle_gradients(const GPT2* model) {
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
     if (group == Group::gradients) settle_gradients(model);
+    if (model->int8_weights != nullptr && is_product_weight(model->config, row)) {
+        Int8Place place = int8_place(model->config, row, layer);
+        const ParameterRow& tensor = model->parameter_rows[size_t(row)];
+        for (size_t i = 0; i < tensor.file_size(); i++)
+            host[i] = model->int8_scales[place.scales + i / tensor.cols] *
+                      real(model->int8_weights[place.weights + i]);
+        return;
+    }
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     const real* memory = model->groups[size_t(group)];
@@ -1472,10 +1681,18 @@ void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* hos
     else std::copy(model->narrow_parameters + offset, model->narrow_parameters + offset + N, host);
 }
 
-// Parameters go to those in `real` and, rounded to nearest, to those in bf16, where they are.
+// Parameters go to those in `real` and, rounded to nearest, to those in bf16 or int8, where they
+// are.
 void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host) {
     gpt2_snapshot_wait(model);
     if (group == Group::gradients) settle_gradients(model);
+    if (model->int8_weights != nullptr && is_product_weight(model->config, row)) {
+        Int8Place place = int8_place(model->config, row, layer);
+        const ParameterRow& tensor = model->parameter_rows[size_t(row)];
+        quantise_rows(model->int8_weights + place.weights, model->int8_scales + place.scales, host,
+                      tensor.file_rows, tensor.cols);
+        if (!tensor.present) return;
+    }
     size_t offset = tensor_offset(model, row, layer);
     size_t N = model->parameter_rows[size_t(row)].file_size();
     real* memory = model->groups[size_t(group)];
@@ -1540,7 +1757,8 @@ static void mlp_forward(const GPT2* model, const Float* inp, int l, int B, int T
     residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
                                p.ln2b, model->config.layer_norm_epsilon,
                                model->dropout(RandomUse::attention_projection, l), B, T, C);
-    matmul_gelu_forward(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, B * T, C, F);
+    matmul_gelu_forward(a.fch_gelu, a.fch, a.ln2, model->weights(p.fcw, k_fcw, l), p.fcb, B * T, C,
+                        F);
 }
 
 // Block l up to its last product, whose input ln1 is there: branch = attproj(attention(ln1)), then
@@ -1550,10 +1768,11 @@ static void block_forward(const GPT2* model, const Float* inp, int l, int B, int
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
     ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     int C = model->config.channels, NH = model->config.heads, BT = B * T;
-    matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, BT, C, 3 * C);
+    matmul_forward(a.qkv, a.ln1, model->weights(p.qkvw, k_qkvw, l), p.qkvb, BT, C, 3 * C);
     attention_forward(a.atty, a.logsumexp, a.qkv, a.att_scratch,
                       model->dropout(RandomUse::attention, l), B, T, C, NH);
-    matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, BT, C, C);
+    matmul_forward(a.branch, a.atty, model->weights(p.attprojw, k_attprojw, l), p.attprojb, BT, C,
+                   C);
     mlp_forward<Float>(model, inp, l, B, T);
 }
 
@@ -1565,7 +1784,8 @@ static void block_end_forward(const GPT2* model, int l, int B, int T) {
     ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     auto next = model->norm_before<Float>(l + 1);
     int C = model->config.channels, F = model->config.hidden_size();
-    matmul_forward(a.branch, a.fch_gelu, p.fcprojw, p.fcprojb, B * T, F, C);
+    matmul_forward(a.branch, a.fch_gelu, model->weights(p.fcprojw, k_fcprojw, l), p.fcprojb, B * T,
+                   F, C);
     residual_layernorm_forward(a.residual3, next.out, next.mean, next.rstd, a.residual2, a.branch,
                                next.weight, next.bias, model->config.layer_norm_epsilon,
                                model->dropout(RandomUse::mlp_projection, l), B, T, C);
@@ -1587,7 +1807,7 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
     for (int first = 0; first < BT; first += kClassifierRows) {
         int rows = std::min(kClassifierRows, BT - first);
         const Float* lnf = a.lnf + size_t(first) * C;
-        matmul_forward<Float>(a.logits, lnf, weight, nullptr, rows, C, Vp);
+        matmul_forward<Float>(a.logits, lnf, model->head_weights<Float>(), nullptr, rows, C, Vp);
         if (pass.logits != nullptr)
             for (int bt = 0; bt < rows; bt++)
                 std::copy(a.logits + size_t(bt) * Vp, a.logits + size_t(bt) * Vp + V,
@@ -1634,56 +1854,75 @@ void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int
               [&]<class Float>() { model_forward<Float>(model, inputs, targets, B, T, pass); });
 }
 
+// What is generated at a time: n new tokens at `position` of B sequences, from `sequence` of the
+// cache on.
+struct NewTokens {
+    int sequence, B, n, position;
+};
+
 // Block l, as block_forward does it, over the new tokens alone, with keys and values of the earlier
 // ones from the cache.
 template <class Float>
-static void block_generate(const GPT2* model, const Float* inp, int l, int B, int n, int position) {
+static void block_generate(const GPT2* model, const Float* inp, int l, const NewTokens& now) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
     ActivationPointers<Float, real> a = model->activations_of<Float>(l);
     const GPT2Config& config = model->config;
-    int C = config.channels;
-    matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb, B * n, C, 3 * C);
-    attention_cached_forward(a.atty, a.key_cache, a.value_cache, a.qkv, a.att_scratch, B, n,
-                             position, config.context, C, config.heads);
-    matmul_forward(a.branch, a.atty, p.attprojw, p.attprojb, B * n, C, C);
-    mlp_forward<Float>(model, inp, l, B, n);
+    int C = config.channels, rows = now.B * now.n;
+    size_t cached = size_t(now.sequence) * size_t(config.context) * size_t(C);
+    matmul_forward(a.qkv, a.ln1, model->weights(p.qkvw, k_qkvw, l), p.qkvb, rows, C, 3 * C);
+    attention_cached_forward(a.atty, a.key_cache + cached, a.value_cache + cached, a.qkv,
+                             a.att_scratch, now.B, now.n, now.position, config.context, C,
+                             config.heads);
+    matmul_forward(a.branch, a.atty, model->weights(p.attprojw, k_attprojw, l), p.attprojb, rows, C,
+                   C);
+    mlp_forward<Float>(model, inp, l, now.B, now.n);
 }
 
+// From tokens (B,n), whose sequences lie `stride` apart, to the classifier's layer norm of the last
+// of each, in a.branch (B,C).
+template <class Float>
+static void tokens_generate(GPT2* model, const int* tokens, int stride, const NewTokens& now) {
+    const GPT2Config& config = model->config;
+    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
+    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    int C = config.channels;
+    std::vector<int> inputs;
+    for (int b = 0; b < now.B; b++) {
+        const int* tokens_b = tokens + size_t(b) * size_t(stride);
+        inputs.insert(inputs.end(), tokens_b, tokens_b + now.n);
+    }
+    encoder_forward(a.encoded, inputs.data(), p.wte, p.wpe + size_t(now.position) * C, now.B, now.n,
+                    C);
+    layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
+                      config.layer_norm_epsilon, now.B, now.n, C);
+    for (int l = 0; l < config.layers; l++) {
+        block_generate<Float>(model, model->block_input<Float>(l), l, now);
+        block_end_forward<Float>(model, l, now.B, now.n);
+    }
+    for (int b = 0; b < now.B; b++) {
+        const Float* last = a.lnf + (size_t(b) * now.n + now.n - 1) * C;
+        std::copy(last, last + C, a.branch + size_t(b) * C);
+    }
+}
+
+// One new token goes in of all sequences together, more of them a sequence at a time, as one
+// product of up to T rows: so no row's bits depend on how many sequences there are.
 template <class Float>
 static void model_generate(GPT2* model, const int* tokens, int B, int n, int position,
                            real* logits) {
     const GPT2Config& config = model->config;
-    ParameterPointers<const Float> p = model->parameters_of<Float>(0);
     ActivationPointers<Float, real> a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
     model->pass = GPT2Pass{};
-    int most =
-        std::min(n, model->shape.B * model->shape.T / B);  // new tokens that the activations hold
-    std::vector<int> inputs;
-    for (int done = 0; done < n; done += most) {
-        int now = std::min(most, n - done);
-        inputs.clear();
-        for (int b = 0; b < B; b++)
-            inputs.insert(inputs.end(), tokens + size_t(b) * n + done,
-                          tokens + size_t(b) * n + done + now);
-        encoder_forward(a.encoded, inputs.data(), p.wte, p.wpe + size_t(position + done) * C, B,
-                        now, C);
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.encoded, p.ln1w, p.ln1b,
-                          config.layer_norm_epsilon, B, now, C);
-        for (int l = 0; l < config.layers; l++) {
-            block_generate<Float>(model, model->block_input<Float>(l), l, B, now, position + done);
-            block_end_forward<Float>(model, l, B, now);
+    int together = n == 1 ? std::min(B, kClassifierRows) : 1;
+    for (int first = 0; first < B; first += together) {
+        int rows = std::min(together, B - first);
+        for (int done = 0; done < n; done += model->shape.T) {
+            NewTokens now = {first, rows, std::min(model->shape.T, n - done), position + done};
+            tokens_generate<Float>(model, tokens + size_t(first) * n + done, n, now);
         }
-        if (done + now < n) continue;
-        for (int b = 0; b < B; b++) {
-            const Float* last = a.lnf + (size_t(b) * now + now - 1) * C;
-            std::copy(last, last + C, a.branch + size_t(b) * C);
-        }
-    }
-    for (int first = 0; first < B; first += kClassifierRows) {
-        int rows = std::min(kClassifierRows, B - first);
-        matmul_forward<Float>(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
-                              nullptr, rows, C, Vp);
+        matmul_forward<Float>(a.logits, a.branch, model->head_weights<Float>(), nullptr, rows, C,
+                              Vp);
         for (int b = 0; b < rows; b++)
             std::copy(a.logits + size_t(b) * Vp, a.logits + size_t(b) * Vp + V,
                       logits + size_t(first + b) * V);
@@ -1695,6 +1934,22 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
     assert(n >= 1 && position >= 0 && position + n <= model->config.context);
     with_type(model->shape.dtype,
               [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
+}
+
+void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
+    int most = model->shape.generate;
+    assert(from >= 0 && from < most && to >= 0 && to < most && from != to);
+    assert(n >= 0 && n <= model->config.context);
+    auto C = size_t(model->config.channels), sequence = size_t(model->config.context) * C;
+    with_type(model->shape.dtype, [&]<class Float>() {
+#pragma omp parallel for schedule(static)
+        for (int l = 0; l < model->config.layers; l++) {
+            ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+            for (Float* cache : {a.key_cache, a.value_cache})
+                std::copy_n(cache + size_t(from) * sequence, size_t(n) * C,
+                            cache + size_t(to) * sequence);
+        }
+    });
 }
 
 // ==== gpt2_backward ==============================================================================

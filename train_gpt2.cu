@@ -3178,6 +3178,8 @@ static void tune_products(GPT2* model) {
 
 GPT2* gpt2_create(const GPT2Config& config, const GPT2Shape& shape, int rank) {
     validate(config);
+    if (shape.int8)
+        fail_input("--weights int8: is for the CPU program, train_gpt2; here fp32 or bf16");
     check_range("--batch-size", shape.B, 1, 1 << 24);
     check_range("--sequence-length", shape.T, 1, config.context);
     check_range("tokens in a batch", double(shape.B) * shape.T, 1, 1 << 24);
@@ -4060,6 +4062,23 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
     parameters_arrive(model);
     with_type(model->shape.dtype,
               [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
+}
+
+void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
+    int most = model->shape.generate;
+    assert(from >= 0 && from < most && to >= 0 && to < most && from != to);
+    assert(n >= 0 && n <= model->config.context);
+    size_t C = size_t(model->config.channels), sequence = size_t(model->config.context) * C;
+    with_type(model->shape.dtype, [&]<class Float>() {
+        for (int l = 0; l < model->config.layers; l++) {
+            auto a = model->activations_of<Float>(l);
+            for (Float* cache : {a.key_cache, a.value_cache})
+                check(cudaMemcpyAsync(
+                          cache + size_t(to) * sequence, cache + size_t(from) * sequence,
+                          size_t(n) * C * sizeof(Float), cudaMemcpyDeviceToDevice, model->stream),
+                      "gpt2_copy_cache");
+        }
+    });
 }
 
 // ==== gpt2_backward ==============================================================================
