@@ -22,7 +22,7 @@
 // ==== options ====================================================================================
 
 struct SampleOptions {
-    std::string model, tokenizer, prompt = "\n", out;
+    std::string model, tokenizer, prompt = "\n", weights, out;
     size_t max_new_tokens = 200, num_samples = 1;
     uint64_t seed = 42;
     SamplerOptions sampler;
@@ -31,7 +31,7 @@ struct SampleOptions {
 };
 
 struct EvaluateOptions {
-    std::string model, tokenizer, hellaswag, out, raw_tokens = "no";
+    std::string model, tokenizer, hellaswag, weights, out, raw_tokens = "no";
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
@@ -337,6 +337,15 @@ inline void add_plan_options(CLI::App* app, PlanOptions& o) {
         ->default_str("as published for the card, else 0.6");
 }
 
+// Of commands that train nothing.
+inline void add_weights_option(CLI::App* app, std::string& weights) {
+    add_choice(app, "--weights", weights, {"fp32", "bf16", "int8"},
+               "what the weights of products are rounded to: fp32 and bf16 as --dtype says, int8 a "
+               "byte each and a scale for each row of them, which takes the least memory and time "
+               "for a token (int8: CPU only)")
+        ->default_str("as --dtype");
+}
+
 constexpr const char* kModelHelp = "a run or a model folder, or a model of llm.c";
 
 inline void add_sample_options(CLI::App* app, SampleOptions& o) {
@@ -353,8 +362,10 @@ inline void add_sample_options(CLI::App* app, SampleOptions& o) {
     add_number(app, "--top-p", o.sampler.top_p, 1e-9, 1, "P",
                "choose among the likeliest that together have probability P");
     add_number(app, "--seed", o.seed, 0, kMaxSeed, "N", "of the choice; sample i has seed + i");
-    add_number(app, "--num-samples", o.num_samples, 1, 1e6, "N", "samples to make");
+    add_number(app, "--num-samples", o.num_samples, 1, 1e6, "N",
+               format("samples to make, %d at a time where there is memory", kFewRows));
     add_text(app, "--out", o.out, "FILE", "write there")->default_str("standard output");
+    add_weights_option(app, o.weights);
     add_compute_options(app, o.compute);
     add_rank_options(app, o.ranks);
 }
@@ -378,6 +389,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     app->add_flag("--separate-documents", o.separate_documents,
                   "leave the first token after each <|endoftext|> out");
     app->add_flag("--json", o.as_json, "one JSON object in place of text");
+    add_weights_option(app, o.weights);
     add_compute_options(app, o.compute);
     add_rank_options(app, o.ranks);
 }
@@ -960,34 +972,87 @@ class SampleOutput {
     std::optional<AtomicFile> file_;
 };
 
-// Samples in turns, each rank one of them: rank 0 writes its own as its tokens come, and the others
-// behind it.
+// Texts that grow side by side, put out in order: the first that is not whole as its bytes come,
+// and those behind it when their turn is there. emit says whether anybody reads.
+class SamplesInOrder {
+  public:
+    SamplesInOrder(size_t samples, std::function<bool(std::string_view)> emit)
+        : texts_(samples), whole_(samples), emit_(std::move(emit)) {}
+
+    bool add(size_t i, std::string_view bytes, bool last) {
+        texts_[i] += bytes;
+        whole_[i] = last;
+        for (; turn_ < texts_.size(); turn_++) {
+            if (!texts_[turn_].empty() && !emit_(texts_[turn_])) return false;
+            texts_[turn_].clear();
+            if (!whole_[turn_]) break;
+        }
+        return true;
+    }
+
+  private:
+    std::vector<std::string> texts_;  // what waits of each
+    std::vector<bool> whole_;
+    size_t turn_ = 0;
+    std::function<bool(std::string_view)> emit_;
+};
+
+// How many samples are made at a time: as many as are asked for, up to kFewRows, as activations of
+// the shape hold and as fit into memory.
+inline int samples_together(const GPT2Config& config, GPT2Shape shape, size_t wanted) {
+    shape.T = std::min(shape.T, config.context);
+    shape.generate = int(std::min({wanted, size_t(kFewRows), size_t(shape.T)}));
+    size_t free = shape.generate > 1 ? gpt2_memory_free() : 0;
+    while (shape.generate > 1 && free > 0 && !fits(config, shape, free)) shape.generate--;
+    return shape.generate;
+}
+
+// Makes samples [first, last) of those that were asked for together; false: nobody reads any more.
+inline bool make_samples(const SampleOptions& o, const LoadedModel& loaded,
+                         const std::vector<int>& prompt, size_t first, size_t last,
+                         const std::function<bool(std::string_view)>& emit) {
+    SamplesInOrder texts(last - first, emit);
+    std::vector<Sampler> samplers;
+    for (size_t i = first; i < last; i++) {
+        std::string heading =
+            format("== sample %zu of %zu, seed %zu ==\n", i + 1, o.num_samples, size_t(o.seed + i));
+        samplers.emplace_back(o.sampler, o.seed + i);
+        if (!texts.add(i - first, (o.num_samples > 1 ? heading : "") + o.prompt, false))
+            return false;
+    }
+    bool read = true;
+    generate_texts(loaded.model.get(), *loaded.tokenizer, prompt, o.max_new_tokens, samplers,
+                   [&](size_t i, std::string_view bytes, bool ends) {
+                       return read = texts.add(i, std::string(bytes) + (ends ? "\n" : ""), ends);
+                   });
+    return read;
+}
+
+// Samples in turns, each rank some of them: rank 0 writes its own as their tokens come, and the
+// others' behind them.
 inline int sample_on_rank(const SampleOptions& o, RankLink& link) {
     int rank = link.ranks().rank, world = link.ranks().world;
-    GPT2Shape shape = choose_shape(o.compute);
-    shape.T = 128, shape.generate = 1;  // a longer prompt goes in by parts
+    GPT2Config config = read_any_config(resolve_model(o.model));
+    GPT2Shape shape = choose_shape(o.compute, o.weights);
+    shape.T = 128;  // a longer prompt goes in by parts
+    size_t turn = std::min((o.num_samples + size_t(world) - 1) / size_t(world), size_t(kFewRows));
+    shape.generate = samples_together(config, shape, turn);
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, rank);
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
-    int context = gpt2_config(loaded.model.get()).context;
-    std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, context, rank);
+    std::vector<int> tokens = prompt_tokens(o.prompt, *loaded.tokenizer, config.context, rank);
     SampleOutput output(rank == 0 ? o.out : "");
-    auto sample = [&](size_t i, const std::function<bool(std::string_view)>& emit) {
-        std::string heading =
-            format("== sample %zu of %zu, seed %zu ==\n", i + 1, o.num_samples, size_t(o.seed + i));
-        Sampler sampler(o.sampler, o.seed + i);
-        if (!emit((o.num_samples > 1 ? heading : "") + o.prompt)) return false;
-        generate_text(loaded.model.get(), *loaded.tokenizer, tokens, o.max_new_tokens, sampler,
-                      emit);
-        return emit("\n");
-    };
     bool read = true;
-    for (size_t first = 0; first < o.num_samples && read; first += size_t(world)) {
+    for (size_t round = 0; round < o.num_samples && read; round += turn * size_t(world)) {
         std::string own;
-        size_t i = first + size_t(rank);
-        if (rank == 0) read = sample(i, [&](std::string_view bytes) { return output.emit(bytes); });
-        else if (i < o.num_samples)
-            sample(i, [&](std::string_view bytes) { return own += bytes, true; });
+        size_t begin = std::min(o.num_samples, round + turn * size_t(rank));
+        size_t end = std::min(o.num_samples, begin + turn);
+        auto emit = [&](std::string_view bytes) {
+            return rank == 0 ? output.emit(bytes) : (own += bytes, true);
+        };
+        size_t together = size_t(shape.generate);
+        for (size_t first = begin; first < end && read; first += together)
+            read = make_samples(o, loaded, tokens, first, std::min(end, first + together), emit);
         if (world == 1) continue;
         for (const std::string& text : gather_long(link, "samples", own, kPatience_s))
             read = read && output.emit(text);
@@ -1083,7 +1148,7 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
     std::optional<Tokenizer> tokenizer = model_tokenizer(o.tokenizer, folder, config);
     std::vector<ChoiceExample> examples =
         read_hellaswag(o.hellaswag, tokenizer ? &*tokenizer : nullptr, config.vocab_size);
-    GPT2Shape shape = choose_shape(o.compute);
+    GPT2Shape shape = choose_shape(o.compute, o.weights);
     int context = choose_sequence_length(o.sequence_length, config);
     shape.B = o.batch_size;
     shape.T = int(std::min(size_t(context), longest_choice(examples)));
@@ -1104,7 +1169,8 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
         printf("acc_norm %.4f (%s of %s), acc %.4f (%s), give or take %.4f\n", result.acc_norm(),
                with_commas(result.correct_norm).c_str(), with_commas(result.examples).c_str(),
                result.acc(), with_commas(result.correct).c_str(), result.standard_error());
-        printf("the right endings: %.4f nats a token\n", result.loss);
+        printf("the right endings: %.4f nats a token, weights in %s\n", result.loss,
+               weights_name(shape));
         return 0;
     }
     ordered_json root;
@@ -1117,6 +1183,7 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
     root["standard_error"] = result.standard_error();
     root["loss"] = result.loss;
     root["rows_cut"] = result.rows_cut;
+    root["weights"] = weights_name(shape);
     root["sequence_length"] = context;
     root["seconds"] = now_s() - start_s;
     printf("%s\n", json_text(root, -1).c_str());
@@ -1126,7 +1193,7 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
 // `evaluate --data`, whose batches the ranks take in turns.
 inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
     GPT2Config config = read_any_config(resolve_model(o.model));
-    GPT2Shape shape = choose_shape(o.compute);
+    GPT2Shape shape = choose_shape(o.compute, o.weights);
     shape.B = o.batch_size, shape.T = choose_sequence_length(o.sequence_length, config);
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, link.ranks().rank);
     std::vector<Shard> shards = evaluation_shards(o, loaded);
@@ -1140,8 +1207,9 @@ inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
         evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator, &link);
     if (link.ranks().rank > 0) return 0;
     if (!o.as_json) {
-        printf("%s\n%s tokens in %s windows of %d, %.1f s\n", describe_evaluation(e).c_str(),
-               with_commas(e.tokens).c_str(), with_commas(e.windows).c_str(), shape.T, e.seconds);
+        printf("%s\n%s tokens in %s windows of %d, weights in %s, %.1f s\n",
+               describe_evaluation(e).c_str(), with_commas(e.tokens).c_str(),
+               with_commas(e.windows).c_str(), shape.T, weights_name(shape), e.seconds);
         return 0;
     }
     ordered_json root;
@@ -1152,6 +1220,7 @@ inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
     root["tokens"] = e.tokens;
     root["windows"] = e.windows;
     root["sequence_length"] = shape.T;
+    root["weights"] = weights_name(shape);
     root["seconds"] = e.seconds;
     printf("%s\n", json_text(root, -1).c_str());
     return 0;

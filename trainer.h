@@ -19,6 +19,7 @@
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <thread>
 
 #include "checkpoint.h"
@@ -159,7 +160,27 @@ inline GPT2Shape choose_shape(const ComputeOptions& o) {
     return shape;
 }
 
+// The same for a model that does not train, by --weights: fp32 and bf16 are --dtype by another
+// name, and int8 stands beside any.
+inline GPT2Shape choose_shape(ComputeOptions o, const std::string& weights) {
+    bool int8 = weights == "int8";
+    if (!weights.empty() && !int8) {
+        if (o.dtype != "auto" && o.dtype != weights)
+            fail_input("--weights %s --dtype %s: one says what the other does; give one of them",
+                       weights.c_str(), o.dtype.c_str());
+        o.dtype = weights;
+    }
+    GPT2Shape shape = choose_shape(o);
+    shape.int8 = int8;
+    return shape;
+}
+
 inline const char* dtype_name(Dtype dtype) { return dtype == Dtype::bf16 ? "bf16" : "fp32"; }
+
+// What the weights of products are stored in.
+inline const char* weights_name(const GPT2Shape& shape) {
+    return shape.int8 ? "int8" : dtype_name(shape.dtype);
+}
 
 // ==== schedules ==================================================================================
 
@@ -780,36 +801,87 @@ inline std::vector<int> starting_tokens(std::vector<int> prompt, const Tokenizer
     return prompt;
 }
 
-// Draws up to max_new_tokens after `tokens` (1 to context of them), calling emit(bytes) with whole
-// UTF-8 characters as they come; ends early at the end of text, or when emit returns false. When
-// the context is full, generation goes on from its last half, which is computed anew.
-template <typename Emit>
-void generate_text(GPT2* model, const Tokenizer& tokenizer, std::vector<int> tokens,
-                   size_t max_new_tokens, Sampler& sampler, Emit emit) {
-    const GPT2Config& config = gpt2_config(model);
-    size_t context = size_t(config.context);
-    int choices = std::min(config.vocab_size, tokenizer.vocab_size());
-    std::vector<real> logits(size_t(config.vocab_size));
-    std::string held;   // bytes of a character that is not complete
-    size_t cached = 0;  // of the tokens, how many the key-value cache holds
-    for (size_t i = 0; i < max_new_tokens; i++) {
-        if (tokens.size() > context) {
-            tokens.erase(tokens.begin(),
-                         tokens.end() - ptrdiff_t(std::max<size_t>(1, context / 2)));
-            cached = 0;
+// A sample that is being made: its number, the tokens that the model sees, and the bytes of a
+// character that is not complete.
+struct GrowingSample {
+    size_t number;
+    std::vector<int> tokens;
+    std::string held = {};
+};
+
+// The logits (samples,V) of each sample's next token. All have as many tokens, of which the cache
+// holds `cached`. What is in no cache yet is the prompt of all: computed once.
+inline void next_logits(GPT2* model, const std::vector<GrowingSample>& samples, size_t cached,
+                        bool prompt, std::vector<real>& logits) {
+    size_t V = size_t(gpt2_config(model).vocab_size), size = samples[0].tokens.size();
+    if (prompt) {
+        gpt2_generate(model, samples[0].tokens.data(), 1, int(size), 0, logits.data());
+        for (size_t i = 1; i < samples.size(); i++) {
+            gpt2_copy_cache(model, 0, int(i), int(size));
+            std::copy_n(logits.begin(), V, logits.begin() + ptrdiff_t(i * V));
         }
-        gpt2_generate(model, tokens.data() + cached, 1, int(tokens.size() - cached), int(cached),
-                      logits.data());
-        cached = tokens.size();
-        int token = sampler.sample(logits.data(), choices).token;
-        if (token == tokenizer.end_of_text()) break;
-        tokens.push_back(token);
-        held += tokenizer.decode_next(token, false);
-        size_t ready = held.size() - unfinished_bytes(held);
-        if (ready > 0 && !emit(std::string_view(held).substr(0, ready))) return;
-        held.erase(0, ready);
+        return;
     }
-    if (!held.empty()) emit(std::string_view(held));
+    std::vector<int> tokens;
+    for (const GrowingSample& sample : samples)
+        tokens.insert(tokens.end(), sample.tokens.begin() + ptrdiff_t(cached), sample.tokens.end());
+    gpt2_generate(model, tokens.data(), int(samples.size()), int(size - cached), int(cached),
+                  logits.data());
+}
+
+// Continues `prompt` (1 to context tokens) by up to max_new_tokens, once for each sampler, all of
+// them together, as many as the model generates at most: a token of each is one pass of the
+// network. emit(number, bytes, last) gets whole UTF-8 characters of a sample as they come, if only
+// none at its end; a sample ends early at the end of text, and all when emit returns false. When
+// the context is full, generation goes on from its last half, which is computed anew. In the CPU
+// program a sample is the same whichever others are made with it, up to kFewRows.
+template <typename Emit>
+void generate_texts(GPT2* model, const Tokenizer& tokenizer, const std::vector<int>& prompt,
+                    size_t max_new_tokens, std::span<Sampler> samplers, Emit emit) {
+    const GPT2Config& config = gpt2_config(model);
+    size_t context = size_t(config.context), V = size_t(config.vocab_size);
+    int choices = std::min(config.vocab_size, tokenizer.vocab_size());
+    std::vector<GrowingSample> samples;  // the row of each in the cache is its place here
+    for (size_t i = 0; i < samplers.size(); i++) samples.push_back({i, prompt});
+    std::vector<real> logits(samples.size() * V);
+    size_t cached = 0;
+    for (size_t made = 0; made < max_new_tokens && !samples.empty(); made++) {
+        bool full = samples[0].tokens.size() > context;
+        for (GrowingSample& sample : samples)
+            if (full)
+                sample.tokens.erase(
+                    sample.tokens.begin(),
+                    sample.tokens.end() - ptrdiff_t(std::max<size_t>(1, context / 2)));
+        next_logits(model, samples, full ? 0 : cached, made == 0, logits);
+        cached = samples[0].tokens.size();
+        for (size_t row = samples.size(); row-- > 0;) {
+            GrowingSample& sample = samples[row];
+            int token = samplers[sample.number].sample(&logits[row * V], choices).token;
+            bool ends = token == tokenizer.end_of_text(), last = ends || made + 1 == max_new_tokens;
+            sample.tokens.push_back(token);
+            if (!ends) sample.held += tokenizer.decode_next(token, false);
+            size_t ready = sample.held.size() - (last ? 0 : unfinished_bytes(sample.held));
+            if ((ready > 0 || last) &&
+                !emit(sample.number, std::string_view(sample.held).substr(0, ready), last))
+                return;
+            sample.held.erase(0, ready);
+            if (!last) continue;
+            if (row + 1 < samples.size()) {  // the last one, which has its token, takes its place
+                gpt2_copy_cache(model, int(samples.size()) - 1, int(row), int(cached));
+                sample = std::move(samples.back());
+            }
+            samples.pop_back();
+        }
+    }
+}
+
+// The same for one sample: emit(bytes).
+template <typename Emit>
+void generate_text(GPT2* model, const Tokenizer& tokenizer, const std::vector<int>& prompt,
+                   size_t max_new_tokens, Sampler& sampler, Emit emit) {
+    generate_texts(
+        model, tokenizer, prompt, max_new_tokens, std::span(&sampler, 1),
+        [&](size_t, std::string_view bytes, bool) { return bytes.empty() || emit(bytes); });
 }
 
 // ==== progress ===================================================================================

@@ -154,6 +154,82 @@ TEST_F(Cli, EveryCommandComputesInEitherPrecision) {
     expect_error(call({"plan", "--dtype", "fp16"}), 2, "--dtype");
 }
 
+// Weights in bf16 and fp32 are --dtype by another name; in int8 they are other numbers, near ones,
+// and what evaluates says which it took. The CUDA program has no int8.
+TEST_F(Cli, WeightsAreRoundedAsAsked) {
+    make_model();
+    auto evaluate = [&](const std::vector<std::string>& more) {
+        std::vector<std::string> words = {"evaluate", "--model", "run",       "--data",
+                                          "text.txt", "--json",  "--threads", "1"};
+        words.insert(words.end(), more.begin(), more.end());
+        return call(words);
+    };
+    auto loss = [&](const std::vector<std::string>& more, const std::string& weights) {
+        Outcome outcome = evaluate(more);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        json root = json::parse(outcome.out);
+        EXPECT_EQ(root.at("weights"), weights);
+        double nats = root.at("loss").get<double>();
+        EXPECT_NEAR(root.at("perplexity").get<double>(), std::exp(nats), 1e-6 * std::exp(nats));
+        return nats;
+    };
+    for (std::string weights : {"fp32", "bf16"}) {
+        double as_dtype = loss({"--dtype", weights}, weights);
+        EXPECT_EQ(loss({"--weights", weights}, weights), as_dtype);
+        EXPECT_EQ(loss({"--weights", weights, "--dtype", weights}, weights), as_dtype);
+    }
+    expect_error(evaluate({"--weights", "bf16", "--dtype", "fp32"}), 2,
+                 "--weights bf16 --dtype fp32");
+    expect_error(evaluate({"--weights", "int4"}), 2, "--weights");
+    expect_error(call({"sample", "--model", "run", "--weights", "float"}), 2, "--weights");
+    expect_error(call({"train", "--data", "text.txt", "--weights", "int8"}), 2, "--weights");
+    if (std::string(gpt2_program()) != "train_gpt2") {
+        expect_error(evaluate({"--weights", "int8"}), 2, "--weights int8");
+        return expect_error(call({"sample", "--model", "run", "--weights", "int8"}), 2,
+                            "--weights int8");
+    }
+    double exact = loss({"--dtype", "fp32"}, "fp32");
+    for (std::string dtype : {"fp32", "bf16"}) {
+        double rounded = loss({"--weights", "int8", "--dtype", dtype}, "int8");
+        EXPECT_NEAR(rounded, exact, 0.05) << "logits of a few units, weights rounded by 2^-8";
+        EXPECT_NE(rounded, loss({"--dtype", dtype}, dtype));
+    }
+    Outcome said = call({"evaluate", "--model", "run", "--data", "text.txt", "--weights", "int8"});
+    EXPECT_NE(said.out.find("weights in int8"), std::string::npos) << said.out;
+}
+
+// Several samples at once are, one behind the other, those that each seed makes alone.
+TEST_F(Cli, SamplesTogetherAreThoseOfTheirSeeds) {
+    make_model();
+    std::vector<std::vector<std::string>> ways = {{}, {"--temperature", "0"}};
+    if (std::string(gpt2_program()) == "train_gpt2") ways.push_back({"--weights", "int8"});
+    for (const std::vector<std::string>& way : ways) {
+        auto sample = [&](int seed, int samples) {
+            std::vector<std::string> words = {"sample",
+                                              "--threads",
+                                              "1",
+                                              "--model",
+                                              "run",
+                                              "--seed",
+                                              format("%d", seed),
+                                              "--num-samples",
+                                              format("%d", samples),
+                                              "--max-new-tokens",
+                                              "40"};
+            words.insert(words.end(), way.begin(), way.end());
+            Outcome outcome = call(words);
+            EXPECT_EQ(outcome.code, 0) << outcome.err;
+            return outcome.out;
+        };
+        std::string expected;
+        constexpr int kSamples = kFewRows + 2;  // more than go together
+        for (int i = 0; i < kSamples; i++)
+            expected += format("== sample %d of %d, seed %d ==\n", i + 1, kSamples, 7 + i) +
+                        sample(7 + i, 1);
+        EXPECT_EQ(sample(7, kSamples), expected);
+    }
+}
+
 // auto is what a run was begun in, so that it goes on to the same bits wherever it goes on; and for
 // a new one what was found once, which a file keeps.
 TEST_F(Cli, ThePrecisionOfARunStays) {

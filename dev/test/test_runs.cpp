@@ -241,24 +241,28 @@ TEST(Options, ModelSizesOverrideTheNamedModelAndMustFit) {
 }
 
 TEST(Plan, AddsUpToWhatTheTwinAllocates) {
-    for (bool training : {false, true}) {
+    enum { kTrains, kGenerates, kGeneratesInInt8 };
+    for (int use : {kTrains, kGenerates, kGeneratesInInt8}) {
+        bool training = use == kTrains;
         for (int generate : {0, 1, 3}) {
             GPT2Config config = default_config();
             config.vocab_size = 1000;
             GPT2Shape shape = test_shape(3, 17, training, generate);
-            size_t parameters = gpt2_sizes(config, shape).parameters, narrow = 0, exact = 0;
+            shape.int8 = use == kGeneratesInInt8;
+            TwinSizes sizes = gpt2_sizes(config, shape);
+            size_t parameters = sizes.parameters, narrow = 0, exact = 0;
             for (const ActivationRow& row : activation_table(config, shape))
                 (row.narrow ? narrow : exact) += row.allocated();
             exact += parameters * (training ? 4 : 1);
             shape.dtype = Dtype::fp32;
-            size_t bytes = (narrow + exact) * sizeof(real);
+            size_t bytes = (narrow + exact) * sizeof(real) + sizes.int8_bytes;
             EXPECT_EQ(total_bytes(tensor_memory(config, shape)), bytes);
             EXPECT_LE(bytes, total_bytes(gpt2_memory(config, shape)));
             shape.dtype =
                 Dtype::bf16;  // a copy of the parameters, which is all that sampling needs
             if (!training) exact -= parameters;
             EXPECT_EQ(total_bytes(tensor_memory(config, shape)),
-                      2 * (narrow + parameters) + exact * sizeof(real));
+                      2 * (narrow + parameters) + exact * sizeof(real) + sizes.int8_bytes);
         }
     }
 }
@@ -1490,6 +1494,81 @@ TEST(Sampling, GoesOnBeyondTheContextAndIsRepeatable) {
     for (uint64_t seed = 1; seed <= 5; seed++) longest = std::max(longest, draw(seed, 40).size());
     EXPECT_GT(longest, 30u);
     EXPECT_EQ(draw(5, 0), "");
+}
+
+// Samples that are made together are those that are made alone, greedy or drawn: ones that end
+// early make room, and all go on beyond the context. One that nobody reads any more ends all.
+TEST(Sampling, TogetherIsAsAlone) {
+    if (std::string(gpt2_program()) != "train_gpt2") return;  // it is the CPU twin's contract
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 20;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    Tokenizer tokenizer = Tokenizer::bytes();
+    constexpr size_t kTokens = 120;
+    std::vector<int> prompt = {65, 66, 67};
+    for (bool int8 : {false, true}) {
+        GPT2Shape shape = test_shape(1, 20, false, kFewRows);
+        shape.int8 = int8;
+        GPT2Ptr model(gpt2_create(config, shape));
+        gpt2_initialise(model.get(), 3);
+        for (double temperature : {0.0, 1.0}) {
+            std::vector<Sampler> samplers;
+            for (uint64_t i = 0; i < kFewRows; i++) samplers.push_back({{temperature, 0, 1}, i});
+            std::vector<std::string> together(kFewRows);
+            std::vector<int> ends(kFewRows);
+            generate_texts(model.get(), tokenizer, prompt, kTokens, samplers,
+                           [&](size_t i, std::string_view bytes, bool last) {
+                               EXPECT_EQ(ends[i], 0) << "more after the end";
+                               together[i] += bytes, ends[i] += last;
+                               return true;
+                           });
+            EXPECT_EQ(ends, std::vector<int>(kFewRows, 1));
+            size_t early = 0;
+            for (uint64_t i = 0; i < kFewRows; i++) {
+                Sampler sampler({temperature, 0, 1}, i);
+                std::string alone;
+                generate_text(model.get(), tokenizer, prompt, kTokens, sampler,
+                              [&](std::string_view bytes) { return alone += bytes, true; });
+                EXPECT_EQ(together[i], alone) << "sample " << i << " at " << temperature;
+                early += alone.size() < kTokens / 2;
+            }
+            EXPECT_TRUE(temperature == 0 || (early > 0 && early < kFewRows)) << early;
+            size_t calls = 0;
+            generate_texts(model.get(), tokenizer, prompt, kTokens, samplers,
+                           [&](size_t, std::string_view, bool) { return ++calls < 3; });
+            EXPECT_EQ(calls, 3u);
+        }
+    }
+}
+
+// The first that is not whole is put out as it comes, the others when their turn is there.
+TEST(Sampling, TextsComeInOrder) {
+    std::vector<std::string> out;
+    SamplesInOrder texts(3, [&](std::string_view text) {
+        out.emplace_back(text);
+        return out.size() < 6;
+    });
+    EXPECT_TRUE(texts.add(1, "b1", false));
+    EXPECT_TRUE(texts.add(0, "a1", false));
+    EXPECT_TRUE(texts.add(1, "b2", true));
+    EXPECT_TRUE(texts.add(0, "", false));
+    EXPECT_TRUE(texts.add(0, "a2", false));
+    EXPECT_TRUE(texts.add(2, "c1", false));
+    EXPECT_EQ(out, std::vector<std::string>({"a1", "a2"}));
+    EXPECT_TRUE(texts.add(0, "a3", true));
+    EXPECT_EQ(out, std::vector<std::string>({"a1", "a2", "a3", "b1b2", "c1"}));
+    EXPECT_FALSE(texts.add(2, "c2", true)) << "nobody reads";
+}
+
+TEST(Sampling, AsManyTogetherAsFit) {
+    GPT2Config config = default_config();
+    config.vocab_size = 1000;
+    GPT2Shape shape = test_shape(1, 128);
+    EXPECT_EQ(samples_together(config, shape, 1), 1);
+    EXPECT_EQ(samples_together(config, shape, 5), 5);
+    EXPECT_EQ(samples_together(config, shape, 1000), kFewRows);
+    config.context = 3;
+    EXPECT_EQ(samples_together(config, shape, 1000), 3) << "rows of activations";
 }
 
 TEST(Sampling, StartsFromTheEndOfThePromptOrTheEndOfText) {
