@@ -498,63 +498,114 @@ static inline Vector load_some(const Number* from, int count) {
     return load_vector(numbers);
 }
 
-// The sum of kTileVectors vectors, in one order: halves of what is left are added to each other.
-static inline real sum_of(const Vector* vectors) {
-    Vector sum = vectors[0];
-    for (int v = 1; v < kTileVectors; v++) sum += vectors[v];
-    real lanes[kLanes];
-    memcpy(lanes, &sum, sizeof(lanes));
-    for (int left = kLanes / 2; left > 0; left /= 2)
-        for (int i = 0; i < left; i++) lanes[i] += lanes[i + left];
-    return lanes[0];
+// The sum of a vector's lanes: to each is added the one `Distance` away, for half of the lanes, a
+// quarter of them, and so on.
+template <int Distance, int... Lane>
+static inline Vector exchange_lanes(Vector v, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(v, v, (Lane ^ Distance)...);
+}
+template <int Distance = kLanes / 2>
+static inline real sum_of_lanes(Vector v) {
+    if constexpr (Distance == 0) return v[0];
+    else {
+        v += exchange_lanes<Distance>(v, std::make_integer_sequence<int, kLanes>());
+        return sum_of_lanes<Distance / 2>(v);
+    }
 }
 
-// Row n of B times `Rows` rows of A from m on. Lanes add up the same numbers in the same order
-// whatever Rows is, and only vectors are added to: the rounding of a scalar sum depends on what a
-// compiler makes of its loop.
-template <int Rows, class In, class Out, class Weight>
-static inline void few_rows_block(real* sums, const Product<In, Out, Weight>& p, int m, int n) {
-    constexpr int kStep = kTileVectors * kLanes;
-    const In* a = p.A + size_t(m) * p.lda;
-    const Weight* b = p.B + size_t(n) * p.ldb;
-    Vector partial[Rows][kTileVectors] = {};
+// Rows of B that are read side by side: several give a processor more to do at a time than one
+// whose numbers are added up in order, and are used while numbers of A are in registers.
+constexpr int kFewColumns = kTileVectors;
+
+// sums[c * kFewRows + r] = a_r . b_c for `Rows` rows of a and `Columns` rows of b, of K numbers:
+// lanes add up the same numbers in the same order whatever Rows and Columns are, and only vectors
+// are added to: the rounding of a scalar sum depends on what a compiler makes of its loop. What is
+// read next is asked for early: processors foresee that a row goes on, and not that several do.
+template <int Rows, int Columns, class Weight>
+static inline void few_rows_block(real* sums, const real* a, int lda, const Weight* b, int ldb,
+                                  int K) {
+    constexpr int kAhead = std::max(Columns, int(8 / sizeof(Weight)));  // rows of b
+    Vector partial[Columns][Rows] = {};
     int k = 0;
-    for (; k + kStep <= p.K; k += kStep)
-        for (int v = 0; v < kTileVectors; v++) {
-            Vector b_k = load_vector(b + k + v * kLanes);
-            for (int r = 0; r < Rows; r++)
-                partial[r][v] += load_vector(a + size_t(r) * p.lda + k + v * kLanes) * b_k;
+    for (; k + kLanes <= K; k += kLanes) {
+        Vector a_k[Rows];
+        for (int r = 0; r < Rows; r++) a_k[r] = load_vector(a + size_t(r) * lda + k);
+        for (int c = 0; c < Columns; c++) {
+            const Weight* b_k = b + size_t(c) * ldb + k;
+            __builtin_prefetch(b_k + size_t(kAhead) * ldb);
+            for (int r = 0; r < Rows; r++) partial[c][r] += a_k[r] * load_vector(b_k);
         }
-    for (; k < p.K; k += kLanes) {
-        int count = std::min(kLanes, p.K - k);
-        Vector b_k = load_some(b + k, count);
-        for (int r = 0; r < Rows; r++)
-            partial[r][0] += load_some(a + size_t(r) * p.lda + k, count) * b_k;
     }
-    for (int r = 0; r < Rows; r++) sums[r] = sum_of(partial[r]);
+    for (int c = 0; k < K && c < Columns; c++) {
+        Vector b_k = load_some(b + size_t(c) * ldb + k, K - k);
+        for (int r = 0; r < Rows; r++)
+            partial[c][r] += load_some(a + size_t(r) * lda + k, K - k) * b_k;
+    }
+    for (int c = 0; c < Columns; c++)
+        for (int r = 0; r < Rows; r++) sums[c * kFewRows + r] = sum_of_lanes(partial[c][r]);
+}
+
+// All rows of C, `Columns` columns from n on.
+template <int Columns, class Bias, class Out, class Weight>
+static inline void few_rows_columns(const Product<real, Out, Weight>& p, const Bias* bias, int n) {
+    const Weight* b = p.B + size_t(n) * p.ldb;
+    real sums[Columns * kFewRows];
+    for (int m = 0; m < p.M;) {
+        const real* a = p.A + size_t(m) * p.lda;
+        if (m + 4 <= p.M) few_rows_block<4, Columns>(sums + m, a, p.lda, b, p.ldb, p.K), m += 4;
+        else few_rows_block<1, Columns>(sums + m, a, p.lda, b, p.ldb, p.K), m++;
+    }
+    for (int c = 0; c < Columns; c++) {
+        for (int m = 0; m < p.M; m++) {
+            Out* out = p.C + size_t(m) * p.ldc + n + c;
+            real sum = sums[c * kFewRows + m];
+            if (p.scales != nullptr) sum *= p.scales[n + c];
+            if (p.beta != 0) sum += p.beta * real(*out);
+            if (bias != nullptr) sum += real(bias[n + c]);
+            *out = sum;
+        }
+    }
 }
 
 // The same with B transposed and so few rows of A that reading B is all that takes time, as where a
-// token is generated: each thread reads its rows of B once, from first to last, for several rows at
-// a time were measured to arrive at half the speed. A row of C has the same bits whatever M is.
+// token is generated: each thread reads its rows of B once, from first to last. A row of C has the
+// same bits whatever M is. bias is null or of numbers of any type. A row or two of A ask so little
+// that float32 comes fastest a row of B at a time.
+template <class Bias, class Out, class Weight>
+static void product_few_rows(const Product<real, Out, Weight>& p, const Bias* bias) {
+    assert(p.M <= kFewRows && p.trans_b && !p.trans_a);
+    bool singly = p.M < 4 && std::is_same_v<Weight, real>;
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < p.N; first += kFewColumns) {
+        int last = std::min(first + kFewColumns, p.N);
+        if (last == first + kFewColumns && !singly) few_rows_columns<kFewColumns>(p, bias, first);
+        else
+            for (int n = first; n < last; n++) few_rows_columns<1>(p, bias, n);
+    }
+}
+
+// Rows of A in another type than `real` are converted first, once, into memory of the thread's own
+// that lies as vectors do: one that ends in another cache line is two to read.
 template <class In, class Out, class Weight>
 static void product_few_rows(const Product<In, Out, Weight>& p) {
-    assert(p.M <= kFewRows && p.trans_b && !p.trans_a);
-#pragma omp parallel for schedule(static)
-    for (int n = 0; n < p.N; n++) {
-        real sums[kFewRows];
-        int m = 0;
-        for (; m + 4 <= p.M; m += 4) few_rows_block<4>(sums + m, p, m, n);
-        for (; m < p.M; m++) few_rows_block<1>(sums + m, p, m, n);
-        for (m = 0; m < p.M; m++) {
-            Out* c = p.C + size_t(m) * p.ldc + n;
-            real sum = sums[m];
-            if (p.scales != nullptr) sum *= p.scales[n];
-            if (p.beta != 0) sum += p.beta * real(*c);
-            if (p.bias != nullptr) sum += real(p.bias[n]);
-            *c = sum;
-        }
+    struct alignas(sizeof(Vector)) Line {
+        real numbers[kLanes];
+    };
+    const real* A = nullptr;
+    int lda = p.lda;
+    if constexpr (std::is_same_v<In, real>) {
+        A = p.A;
+    } else {
+        static thread_local std::vector<Line> converted;
+        size_t row = (size_t(p.K) + kLanes - 1) / kLanes;  // lines of it
+        converted.resize(std::max(converted.size(), kFewRows * row));
+        for (int m = 0; m < p.M; m++)
+            std::copy_n(p.A + size_t(m) * p.lda, p.K, converted[size_t(m) * row].numbers);
+        A = converted[0].numbers, lda = int(row) * kLanes;
     }
+    product_few_rows<In, Out, Weight>({p.trans_a, p.trans_b, p.M, p.N, p.K, A, lda, p.B, p.ldb,
+                                       nullptr, p.beta, p.C, p.ldc, p.scales},
+                                      p.bias);
 }
 
 // The same product by oneDNN, which picks the kernel for the processor when the program runs. In
@@ -1127,35 +1178,38 @@ static void attention_query_forward(Float* out, const AttentionHead<Float>& head
 }
 
 // Attention of n new queries a sequence at `position` over the keys and values of a cache
-// (B,context,C), to which this call first adds the new ones. out (B,n,C) is written; qkv (B,n,3C);
-// scratch as in forward, for `context` keys.
+// (B,NH,context,HS), in which those of a head follow each other in memory, and to which this call
+// first adds the new ones. out (B,n,C) is written; qkv (B,n,3C); scratch as in forward, for
+// `context` keys. A thread takes a block of queries of a head.
 template <class Float>
 static void attention_cached_forward(Float* out, Float* key_cache, Float* value_cache,
                                      const Float* qkv, real* scratch, int B, int n, int position,
                                      int context, int C, int NH) {
     int HS = C / NH, step = n < kAttentionRows / 4 ? 1 : kAttentionRows;
+    auto cached = [&](int b, int h) { return (size_t(b) * NH + h) * context * HS; };
     Dropout none;
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
         for (int b = 0; b < B; b++) {
-            for (int t = 0; t < n; t++) {
-                const Float* k = qkv + (size_t(b) * n + t) * 3 * C + C;
-                size_t place = (size_t(b) * context + position + t) * C;
-                std::copy(k, k + C, key_cache + place);
-                std::copy(k + C, k + 2 * C, value_cache + place);
+            for (int h = 0; h < NH; h++) {
+                for (int t = 0; t < n; t++) {
+                    const Float* k = qkv + (size_t(b) * n + t) * 3 * C + C + h * HS;
+                    size_t place = cached(b, h) + size_t(position + t) * HS;
+                    std::copy(k, k + HS, key_cache + place);
+                    std::copy(k + C, k + C + HS, value_cache + place);
+                }
             }
         }  // the barrier here: queries read every key of this call
 #pragma omp for collapse(3) schedule(static)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < NH; h++) {
                 for (int first = 0; first < n; first += step) {
-                    size_t cached = size_t(b) * context * C + h * HS;
                     AttentionHead<Float> head = {qkv + size_t(b) * n * 3 * C + h * HS,
-                                                 key_cache + cached,
-                                                 value_cache + cached,
+                                                 key_cache + cached(b, h),
+                                                 value_cache + cached(b, h),
                                                  3 * C,
-                                                 C,
+                                                 HS,
                                                  position,
                                                  HS,
                                                  {none, 0, 0, 0}};
@@ -1937,17 +1991,20 @@ void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, r
 }
 
 void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
-    int most = model->shape.generate;
+    const GPT2Config& config = model->config;
+    int most = model->shape.generate, NH = config.heads;
     assert(from >= 0 && from < most && to >= 0 && to < most && from != to);
-    assert(n >= 0 && n <= model->config.context);
-    auto C = size_t(model->config.channels), sequence = size_t(model->config.context) * C;
+    assert(n >= 0 && n <= config.context);
+    auto HS = size_t(config.head_size()), head = size_t(config.context) * HS;
     with_type(model->shape.dtype, [&]<class Float>() {
-#pragma omp parallel for schedule(static)
-        for (int l = 0; l < model->config.layers; l++) {
-            ActivationPointers<Float, real> a = model->activations_of<Float>(l);
-            for (Float* cache : {a.key_cache, a.value_cache})
-                std::copy_n(cache + size_t(from) * sequence, size_t(n) * C,
-                            cache + size_t(to) * sequence);
+#pragma omp parallel for collapse(2) schedule(static)
+        for (int l = 0; l < config.layers; l++) {
+            for (int h = 0; h < NH; h++) {
+                ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+                for (Float* cache : {a.key_cache, a.value_cache})
+                    std::copy_n(cache + (size_t(from) * NH + h) * head, size_t(n) * HS,
+                                cache + (size_t(to) * NH + h) * head);
+            }
         }
     });
 }
