@@ -829,6 +829,25 @@ inline void next_logits(GPT2* model, const std::vector<GrowingSample>& samples, 
                   logits.data());
 }
 
+// The next token of each sample, by its own sampler from its logits (samples,V): a vocabulary's
+// worth of exponentials each, which threads share by samples. Fails as the first that does.
+inline std::vector<int> draw_tokens(const std::vector<GrowingSample>& samples,
+                                    std::span<Sampler> samplers, const std::vector<real>& logits,
+                                    int choices) {
+    size_t V = logits.size() / samplers.size();
+    std::vector<int> tokens(samples.size());
+    std::vector<std::exception_ptr> errors(samples.size());
+#pragma omp parallel for schedule(static)
+    for (size_t row = 0; row < samples.size(); row++) {
+        try {
+            tokens[row] = samplers[samples[row].number].sample(&logits[row * V], choices).token;
+        } catch (const Error&) { errors[row] = std::current_exception(); }
+    }
+    for (const std::exception_ptr& error : errors)
+        if (error) std::rethrow_exception(error);
+    return tokens;
+}
+
 // Continues `prompt` (1 to context tokens) by up to max_new_tokens, once for each sampler, all of
 // them together, as many as the model generates at most: a token of each is one pass of the
 // network. emit(number, bytes, last) gets whole UTF-8 characters of a sample as they come, if only
@@ -854,9 +873,10 @@ void generate_texts(GPT2* model, const Tokenizer& tokenizer, const std::vector<i
                     sample.tokens.end() - ptrdiff_t(std::max<size_t>(1, context / 2)));
         next_logits(model, samples, full ? 0 : cached, made == 0, logits);
         cached = samples[0].tokens.size();
+        std::vector<int> tokens = draw_tokens(samples, samplers, logits, choices);
         for (size_t row = samples.size(); row-- > 0;) {
             GrowingSample& sample = samples[row];
-            int token = samplers[sample.number].sample(&logits[row * V], choices).token;
+            int token = tokens[row];
             bool ends = token == tokenizer.end_of_text(), last = ends || made + 1 == max_new_tokens;
             sample.tokens.push_back(token);
             if (!ends) sample.held += tokenizer.decode_next(token, false);

@@ -401,20 +401,26 @@ Row step_row(int batch, int length, Dtype dtype, const Floors& floors) {
                      });
 }
 
-// One token after another: every weight of a product is read once.
-Row generation_row(Dtype dtype, const Floors& floors) {
+// One token after another, of as many sequences as are made together: every weight of a product is
+// read once.
+Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
     GPT2Config config;
     GPT2Shape shape;
-    shape.T = 64, shape.generate = 1, shape.threads = threads(), shape.dtype = dtype;
+    shape.T = 64, shape.generate = together, shape.threads = threads(), shape.dtype = dtype;
+    shape.int8 = int8;
     GPT2Ptr model(gpt2_create(config, shape));
     gpt2_initialise(model.get(), 1);
     double bytes = double(allocated_parameters(config) - size_t(config.context) * C) *
                    (dtype == Dtype::bf16 ? 2 : 4);
-    std::vector<real> logits(V);
+    if (int8) bytes = double(gpt2_sizes(config, shape).int8_bytes);
+    std::vector<real> logits(size_t(together) * V);
+    std::vector<int> tokens(size_t(together), 0);
     int position = 0;
-    return timed_row("generated token", dtype, 48, bytes / floors.bytes_per_s, [&] {
-        int token = position * 7919 % V;
-        gpt2_generate(model.get(), &token, 1, 1, position++, logits.data());
+    std::string name =
+        together > 1 ? format("%d generated tokens", together) : std::string("generated token");
+    return timed_row(name + (int8 ? ", int8" : ""), dtype, 48, bytes / floors.bytes_per_s, [&] {
+        for (int b = 0; b < together; b++) tokens[size_t(b)] = (position * 7919 + b) % V;
+        gpt2_generate(model.get(), tokens.data(), together, 1, position++, logits.data());
     });
 }
 
@@ -449,7 +455,7 @@ void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::s
     printf("\nGPT-2 124M, %s\nfloors: %.0f GFLOP/s in fp32, %.0f in bf16, %.1f GB/s\n",
            gpt2_device().c_str(), floors.fp32_flops / 1e9, floors.bf16_flops / 1e9,
            floors.bytes_per_s / 1e9);
-    printf("%-18s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
+    printf("%-24s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
            "PyTorch, ms", "ratio", "ratio of CPU");
     std::string json = format(
         "{\"device\": \"%s\", \"fp32_flops\": %.4g, \"bf16_flops\": %.4g, "
@@ -457,7 +463,7 @@ void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::s
         gpt2_device().c_str(), floors.fp32_flops, floors.bf16_flops, floors.bytes_per_s);
     for (const Row& row : rows) {
         const char* dtype = row.dtype == Dtype::bf16 ? "bf16" : "fp32";
-        printf("%-18s %5s %10.1f %10.1f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
+        printf("%-24s %5s %10.1f %10.1f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
                100 * row.floor_ms / row.ms);
         if (row.torch_ms > 0)
             printf(" %11.1f %7.2f %13.2f", row.torch_ms, row.ms / row.torch_ms,
@@ -479,7 +485,9 @@ void compare_with_floors(const std::string& json_path) {
         if (dtype == Dtype::bf16 && gpt2_dtype("auto") == Dtype::fp32) continue;  // not made for it
         for (auto [batch, length] : {std::pair(4, 64), {4, 256}, {1, 1024}})
             rows.push_back(step_row(batch, length, dtype, floors));
-        rows.push_back(generation_row(dtype, floors));
+        for (int together : {1, 8})
+            for (bool int8 : {false, true})
+                rows.push_back(generation_row(dtype, int8, together, floors));
     }
     add_torch(rows);
     print_rows(rows, floors, json_path);

@@ -1541,6 +1541,23 @@ TEST(Sampling, TogetherIsAsAlone) {
     }
 }
 
+// A model that has diverged is said, whichever thread finds it.
+TEST(Sampling, LogitsThatAreNoNumbersEndAll) {
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 20;
+    config.layers = 1, config.heads = 2, config.channels = 8;
+    GPT2Ptr model(gpt2_create(config, test_shape(1, 20, false, 3)));
+    gpt2_initialise(model.get(), 3);
+    std::vector<real> bad(size_t(config.channels), std::numeric_limits<real>::quiet_NaN());
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfw, 0, bad.data());
+    std::vector<Sampler> samplers(3, Sampler({1, 0, 1}, 1));
+    std::string error = error_of([&] {
+        generate_texts(model.get(), Tokenizer::bytes(), {65}, 5, samplers,
+                       [](size_t, std::string_view, bool) { return true; });
+    });
+    EXPECT_EQ(error.rfind("1 token 0 of 257 has logit", 0), 0u) << error;
+}
+
 // The first that is not whole is put out as it comes, the others when their turn is there.
 TEST(Sampling, TextsComeInOrder) {
     std::vector<std::string> out;
