@@ -1541,6 +1541,44 @@ TEST(Sampling, TogetherIsAsAlone) {
     }
 }
 
+// The cache saves work and nothing else: text is drawn from the logits of the whole window each
+// time, which begins anew from its last half where it would be longer than the context.
+TEST(Sampling, TextIsDrawnFromWholeWindows) {
+    GPT2Config config;
+    config.vocab_size = 257, config.context = 10;
+    config.layers = 2, config.heads = 2, config.channels = 8;
+    GPT2Shape shape = test_shape(1, 10, false, 1);
+    shape.dtype = Dtype::fp32;  // with few digits, another order of sums makes another text
+    GPT2Ptr model(gpt2_create(config, shape));
+    gpt2_initialise(model.get(), 3);
+    for (int index : {k_wpe, k_qkvw, k_attprojw, k_fcw, k_fcprojw}) {  // for a context to count
+        const ParameterRow row = parameter_table(config)[size_t(index)];
+        std::vector<real> values(row.file_size());
+        for (int layer = 0; layer < int(row.count); layer++) {
+            gpt2_copy_out(model.get(), Group::parameters, index, layer, values.data());
+            for (real& value : values) value *= 10;
+            gpt2_copy_in(model.get(), Group::parameters, index, layer, values.data());
+        }
+    }
+    std::vector<int> window = {65, 66, 67}, made;
+    std::vector<real> logits(257);
+    Sampler reference({0.1, 0, 1}, 1), sampler = reference;
+    for (int i = 0; i < 40; i++) {
+        if (window.size() > 10) window.erase(window.begin(), window.end() - 5);
+        gpt2_generate(model.get(), window.data(), 1, int(window.size()), 0, logits.data());
+        int token = reference.sample(logits.data(), 257).token;
+        if (token == 256) break;  // the end of text
+        made.push_back(token), window.push_back(token);
+    }
+    EXPECT_GT(made.size(), 20u) << "it does not go beyond the context";
+    Tokenizer tokenizer = Tokenizer::bytes();
+    std::string expected, text;
+    for (int token : made) expected += tokenizer.decode_next(token, false);
+    generate_text(model.get(), tokenizer, {65, 66, 67}, made.size(), sampler,
+                  [&](std::string_view bytes) { return text += bytes, true; });
+    EXPECT_EQ(text, expected);
+}
+
 // A model that has diverged is said, whichever thread finds it.
 TEST(Sampling, LogitsThatAreNoNumbersEndAll) {
     GPT2Config config;
