@@ -181,19 +181,20 @@ static inline Vector load_vector(const bf16* from) {
 // in its register for a read of what was never written: GCC bugs of version 12.)
 static inline Vector load_vector(const int8_t* from) {
     typedef int32_t Words __attribute__((vector_size(kLanes * 4)));
-#if defined(__AVX512F__)
-    if constexpr (sizeof(real) == 4) {
-        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        return __builtin_convertvector((Words)_mm512_maskz_cvtepi8_epi32(0xFFFF, bytes), Vector);
-    }
-#elif defined(__AVX2__)
-    if constexpr (sizeof(real) == 4) {
-        __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-        return __builtin_convertvector((Words)_mm256_cvtepi8_epi32(bytes), Vector);
-    }
-#endif
     Words words;
+#if defined(__AVX2__)
+    __m128i bytes = {};
+    memcpy(&bytes, from, kLanes);
+#endif
+#if defined(__AVX512F__)
+    __m512i wide = _mm512_maskz_cvtepi8_epi32(0xFFFF, bytes);
+    memcpy(&words, &wide, sizeof(words));
+#elif defined(__AVX2__)
+    __m256i wide = _mm256_cvtepi8_epi32(bytes);
+    memcpy(&words, &wide, sizeof(words));
+#else
     for (int i = 0; i < kLanes; i++) words[i] = from[i];
+#endif
     return __builtin_convertvector(words, Vector);
 }
 
