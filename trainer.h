@@ -1392,7 +1392,9 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
     return {out, checkpoint, note, std::move(lock)};
 }
 
-// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder.
+// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder, whose
+// `last` is then the named checkpoint: what follows it is the run from now on, and what goes back
+// to the last checkpoint, or on from it, must find that.
 inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& identity) {
     std::string from = o.resume, damage;
     if (path_exists(join_path(from, "trainer.json"))) verify_checkpoint(from);
@@ -1413,7 +1415,13 @@ inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& 
     std::error_code ignored;
     if (holds_run(out) && !fs::equivalent(out, home, ignored))
         fail_input("%s: holds another run; give another --out", out.c_str());
-    return {out, from, format("going on with %s", from.c_str()), lock_folder(out)};
+    std::unique_ptr<RunLock> lock = lock_folder(out);
+    std::string name = fs::path(from).filename().string();
+    if (step_of(name) && fs::equivalent(out, home, ignored) && linked_step(out, "last") != name) {
+        point_link(out, "last", name);
+        sync_folder(out);
+    }
+    return {out, from, format("going on with %s", from.c_str()), std::move(lock)};
 }
 
 // runs/NAME, of the name of the data.
@@ -2907,12 +2915,17 @@ inline void Training::save(bool best, bool last) {
 }
 
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
-// that was due is made, so that the run goes on as if nothing had been. Throws the data's error.
+// that was due is made, so that the run goes on as if nothing had been; where patience ends with
+// it, the run is done. Throws the data's error.
 inline int Training::stop(ordered_json* record) {
     bool last = false, best = false;
     if (is_due(o_.eval_every, state_.step) && validation_is_intact())
         best = evaluate(record, &last);
-    return leave(*record, best, last);
+    if (!last) return leave(*record, best, last);
+    write_record(*record);
+    save(best, last);
+    conclude();
+    return 0;
 }
 
 // Saves, and ends a run that a signal stopped or, throwing it, an error of its data.

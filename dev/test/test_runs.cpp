@@ -474,6 +474,14 @@ TEST(Run, TimePatienceAndTheBestOutliveAStop) {
     EXPECT_EQ(patient.state().at("best_step"), 2u);
     EXPECT_EQ(linked_step(patient.options.out, "best"), "step_00000002");
 
+    SmallRun ended;  // by its patience, in the step that a signal would have stopped it in
+    ended.options.learning_rate = 0, ended.options.steps = 50, ended.options.early_stop = 1;
+    for (int i = 0; i < 3; i++) ended.stop_after_one_step();
+    stop_signal() = SIGINT;
+    EXPECT_EQ(ended.train(), 0);
+    stop_signal() = 0;
+    EXPECT_EQ(ended.state().at("finished"), true);
+
     SmallRun timed;
     timed.stop_after_one_step();
     timed.change_state("step_00000001", [](ordered_json& state) { state["elapsed_s"] = 1000; });
@@ -754,6 +762,9 @@ TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
     run.options.out = run.folder + "/run";
     EXPECT_EQ(run.log().size(), 6u);
     EXPECT_TRUE(read_file(run.out("last/model.safetensors")) == whole);
+    run.options.resume = run.out("step_00000003");
+    choose_run_folder(run.options, {}, ordered_json::parse(run.state().dump()).at("run"));
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000003") << "where it goes on";
     run.options.resume = run.folder + "/nothing";
     EXPECT_EQ(error_of([&] { run.train(); }).substr(0, 11), "2 --resume ");
     SmallRun other;
