@@ -4,6 +4,7 @@
   compare.py --random N              N random models, a line each
   compare.py --roundtrip FOLDER...   folders that train_gpt2 wrote: they load in transformers and
                                      give the same numbers and token ids
+  compare.py --autocast              100 steps in bf16, how far their losses lead from float32's
   compare.py --tests                 what `make test` runs: random models, and folders and
                                      tokenizers both ways
 
@@ -65,10 +66,10 @@ def run(options, *words):
         raise Failure(f"{words[0]} ended with exit code {done.returncode}: {line}")
 
 
-def dump(options, folder, tokens, recipe, work):
+def dump(options, folder, tokens, recipe, work, dtype=None):
     numpy.save(work / "ids.npy", tokens.numpy().astype("int32"))
     words = ["--model", folder, "--tokens", work / "ids.npy", "--out", work / "dump.safetensors"]
-    words += ["--dtype", options.dtype]
+    words += ["--dtype", dtype or options.dtype]
     for name, value in vars(recipe).items():
         words += ["--" + name.replace("_", "-"), value]
     run(options, "dump", *words)
@@ -453,6 +454,42 @@ def llmc_model(options, dtype, work):
     return f"{len(expected)} bytes and {len(ours)} results equal"
 
 
+# ==== bf16 over many steps =======================================================================
+
+
+def compare_autocast(options, seed, work):
+    """How far bf16 leads the losses of 100 steps away from those of float32, here and by
+    torch.autocast: the mean over the steps and over models. One model's tells little, because it is
+    luck which way a step rounds; as elsewhere, twice PyTorch's own is allowed."""
+    models, recipe = 12, reference.Recipe(steps=100, learning_rate=1e-3)
+    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=3, n_head=4)
+    ours = theirs = 0
+    for index in range(models):
+        torch.manual_seed(100 * seed + index)
+        model = GPT2LMHeadModel(config)
+        model.save_pretrained(work / "model")
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        draw = numpy.random.default_rng(100 * seed + index)
+        tokens = reference.random_tokens(config, draw, 4, 64, 0.0)
+        batch = reference.split(tokens)
+        exact, rounded = (
+            dump(options, work / "model", tokens, recipe, work, dtype)["losses"].double()
+            for dtype in ("fp32", "bf16")
+        )
+        ours += float((rounded - exact).abs().mean()) / models
+        exact, rounded = (
+            reference.evaluate(
+                reference.build(config, torch.float32), state, batch, recipe, autocast
+            )["losses"]
+            for autocast in (False, True)
+        )
+        theirs += float((rounded - exact).abs().mean()) / models
+    said = f"{ours:.2e} from float32, autocast {theirs:.2e}, ratio {ours / theirs:.2f}"
+    if not ours <= 2 * theirs:
+        raise Failure(said)
+    return said
+
+
 # ==== runs of comparisons ========================================================================
 
 
@@ -512,6 +549,7 @@ def parse_options():
     add("--seed", type=int, default=1, help="of random models and tokens (1)")
     add("--roundtrip", action="store_true", help="the folders were written by train_gpt2")
     add("--tests", action="store_true", help="random models (20), folders and tokenizers both ways")
+    add("--autocast", action="store_true", help="losses of 100 steps in bf16, beside autocast's")
     add("--train-gpt2", default=str(ROOT / "train_gpt2"), metavar="PATH", help="the program")
     add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of program and PyTorch (fp32)")
     add("--text", metavar="FILE", help="what --roundtrip tokenizes; else the program's own text")
@@ -524,7 +562,7 @@ def parse_options():
     options.recipe = reference.Recipe(**{name: getattr(options, name) for name in recipe})
     if options.tests and options.random == 0:
         options.random = 20
-    if not (options.folders or options.random):
+    if not (options.folders or options.random or options.autocast):
         parser.error("a FOLDER, --random N or --tests: what should be compared?")
     if options.roundtrip and not options.folders:
         parser.error("--roundtrip needs a FOLDER that train_gpt2 wrote")
@@ -562,6 +600,9 @@ def main():
         for dtype in ("fp32", "bf16"):
             title = f"file of llm.c, {dtype}, both ways"
             tally.check(title, lambda work: llmc_model(options, dtype, work))
+    if options.autocast:
+        title = "losses of 100 steps in bf16"
+        tally.check(title, lambda work: compare_autocast(options, options.seed, work))
     print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")
     return 1 if tally.failed else 0
 

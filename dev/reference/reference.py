@@ -93,9 +93,10 @@ def split(tokens):
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
 
-def evaluate(model, state, batch, recipe):
+def evaluate(model, state, batch, recipe, autocast=False):
     """The table of results for one model in its own dtype, as float64; batch: inputs and targets
-    (B, T). AdamW works on float32 parameters where the model is in bf16."""
+    (B, T). AdamW works on float32 parameters where the model is in bf16. With `autocast` parameters
+    stay as they are, and PyTorch rounds what products read, and their results, to bf16."""
     model.load_state_dict(state)
     model.tie_weights()
     model.train()
@@ -110,8 +111,9 @@ def evaluate(model, state, batch, recipe):
             with torch.no_grad():
                 for name, copy_of in held.items():
                     copy_of.copy_(parameters[name])
-        logits = model(inputs, use_cache=False).logits
-        judged = logits.float() if narrow else logits
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(inputs, use_cache=False).logits
+        judged = logits.float() if narrow or autocast else logits
         loss = F.cross_entropy(judged.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         loss.backward()
         if narrow:
