@@ -224,7 +224,7 @@ $(FOLDER)/train_gpt2cu_emu: $(FOLDER)/train_gpt2.cu.o $(EMU_OBJECTS) $(FOLDER)/v
 # off float32 may be: there it adds up in order, without vectors and without a library, so that the
 # yardstick is the same on every machine (under g++; clang++ keeps lanes in reductions). Its functions are made weak, so that those of the contract
 # give way to the CUDA program's.
-IN_ORDER = -O2 -ffp-contract=fast -fno-tree-vectorize
+IN_ORDER = -O2 -ffp-contract=fast -fno-tree-vectorize -DGPT2_IN_ORDER -Wno-unused-function
 WEAKEN = nm -g --defined-only $< | awk '{print $$NF}' >$@.names && \
     objcopy --weaken-symbols=$@.names $< $@
 $(FOLDER)/twin_double.o: train_gpt2.cpp $(FOLDER)/flags

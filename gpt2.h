@@ -276,39 +276,41 @@ constexpr int kFewRows = 16;
 
 // Sizes that the twins choose for themselves.
 struct TwinSizes {
-    size_t classifier_rows;    // rows of logits that exist at a time, at most
-    size_t attention_scratch;  // numbers that attention works in
-    size_t reduce_rows;        // partial sums of a bias or layer norm gradient
-    size_t parameters;         // numbers of the parameters that products read,
-    size_t masters;            // of their float32 copy where those are bf16,
-    size_t gradients;          // of the gradients that it holds,
-    size_t moments;            // and of each moment
-    size_t int8_bytes = 0;     // of weights in int8 and their scales,
-    size_t expanded = 0;       // and numbers of them that products of many rows expand at a time
+    size_t classifier_rows;     // rows of logits that exist at a time, at most
+    size_t attention_scratch;   // numbers that attention works in
+    size_t reduce_rows;         // partial sums of a bias or layer norm gradient
+    size_t parameters;          // numbers of the parameters that products read,
+    size_t masters;             // of their float32 copy where those are bf16,
+    size_t gradients;           // of the gradients that it holds,
+    size_t moments;             // and of each moment
+    bool exact_stream = false;  // the residual stream is in float32 whatever products read
+    size_t int8_bytes = 0;      // of weights in int8 and their scales,
+    size_t expanded = 0;        // and numbers of them that products of many rows expand at a time
 };
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
 
 // One row a buffer: name, type, numbers in one layer, how many.
-//   type  narrow: the shape's dtype; exact: float32 whatever that is
+//   type  narrow: the shape's dtype; exact: float32 whatever that is; stream: the residual stream,
+//   to which every block adds, and its gradient: as the twin has it
 //   L or 1: `saved`, kept by forward for backward; `block`, `norms` and `gelus` the same unless
 //   backward computes the block, its layer norms or GELU again; a model that does not train uses
 //   one layer's for all. train: backward's own; int8: of weights in 8 bits; cache: the key-value
 //   cache of generation
 #define GPT2_ACTIVATION_TABLE(X)                         \
-    X(encoded, narrow, B* T* C, 1)                       \
+    X(encoded, stream, B* T* C, 1)                       \
     X(ln1, narrow, B* T* C, norms)                       \
     X(ln1_mean, exact, B* T, block)                      \
     X(ln1_rstd, exact, B* T, block)                      \
     X(qkv, narrow, B* T * 3 * C, block)                  \
     X(logsumexp, exact, B* NH* T, block)                 \
     X(atty, narrow, B* T* C, block)                      \
-    X(residual2, narrow, B* T* C, block)                 \
+    X(residual2, stream, B* T* C, block)                 \
     X(ln2, narrow, B* T* C, norms)                       \
     X(ln2_mean, exact, B* T, block)                      \
     X(ln2_rstd, exact, B* T, block)                      \
     X(fch, narrow, B* T* F, block)                       \
     X(fch_gelu, narrow, B* T* F, gelus)                  \
-    X(residual3, narrow, B* T* C, saved)                 \
+    X(residual3, stream, B* T* C, saved)                 \
     X(lnf, narrow, B* T* C, 1)                           \
     X(lnf_mean, exact, B* T, 1)                          \
     X(lnf_rstd, exact, B* T, 1)                          \
@@ -317,7 +319,7 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
     X(logits, narrow, classifier_rows* Vp, 1)            \
     X(losses, exact, B* T, 1)                            \
     X(att_scratch, exact, attention_scratch, 1)          \
-    X(dresidual, narrow, B* T* C, train)                 \
+    X(dresidual, stream, B* T* C, train)                 \
     X(dbranch, narrow, B* T* C, train)                   \
     X(dnorm, narrow, B* T* C, train)                     \
     X(dqkv, narrow, B* T * 3 * C, train)                 \
@@ -328,10 +330,11 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
     X(value_cache, narrow, generate* context* C, cache)
 
 // A pointer to each buffer: narrow ones of the type that products read, exact ones of another.
-template <class Narrow, class Exact>
+template <class Narrow, class Exact, class Stream = Narrow>
 struct ActivationPointers {
     using narrow = Narrow;
     using exact = Exact;
+    using stream = Stream;
 #define X(name, type, ...) type* name = nullptr;
     GPT2_ACTIVATION_TABLE(X)
 #undef X
@@ -363,6 +366,7 @@ inline ActivationTable activation_table(const GPT2Config& config, const GPT2Shap
     size_t Vp = size_t(config.padded_vocab()), context = size_t(config.context);
     size_t generate = size_t(shape.generate), widest = std::max(3 * C, F);
     TwinSizes twin = gpt2_sizes(config, shape);
+    bool stream = twin.exact_stream ? exact : narrow;
     size_t classifier_rows = std::min(std::max(B * T, generate), twin.classifier_rows);
     size_t attention_scratch = twin.attention_scratch, reduce_rows = twin.reduce_rows;
     size_t expanded = twin.expanded, int8 = shape.int8 ? 1 : 0;

@@ -118,7 +118,8 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
                        numbers,
                        numbers,
                        numbers,
-                       numbers};
+                       numbers,
+                       true};
     if (!shape.int8) return sizes;
     Int8Place all = int8_place(config, kParameterRows, 0);
     sizes.int8_bytes = all.weights + sizeof(real) * all.scales;
@@ -151,6 +152,11 @@ inline float vector_exp(float x) {
                                 (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
+// Of the residual stream products read nothing: in bf16 it stays in float32, so that what blocks
+// add to it is not rounded on its way through all of them.
+template <class Float>
+using Activations = ActivationPointers<Float, real, real>;
+
 // As many numbers as a register of the processor holds.
 #if defined(__AVX512F__)
 constexpr int kLanes = 64 / sizeof(real), kTileVectors = 4;
@@ -170,7 +176,7 @@ static inline To load_lanes(const Number* from) {
 
 // kLanes numbers of any type in which weights and activations are stored.
 static inline Vector load_vector(const real* from) { return load_lanes<Vector>(from); }
-static inline Vector load_vector(const bf16* from) {
+[[maybe_unused]] static inline Vector load_vector(const bf16* from) {
     typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
     typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
     typedef float Floats __attribute__((vector_size(kLanes * 4)));
@@ -203,8 +209,8 @@ static inline Vector load_vector(const int8_t* from) {
 // out = wte[token] + wpe[t]                                          [Radford et al. 2019,
 // section 2.3] out (B,T,C) is written; inputs (B,T) are ids below the rows of wte; wte (Vp,C), wpe
 // (at least T,C)
-template <class Float>
-void encoder_forward(Float* out, const int* inputs, const Float* wte, const Float* wpe, int B,
+template <class Stream, class Float>
+void encoder_forward(Stream* out, const int* inputs, const Float* wte, const Float* wpe, int B,
                      int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
@@ -212,7 +218,7 @@ void encoder_forward(Float* out, const int* inputs, const Float* wte, const Floa
             size_t bt = size_t(b) * T + t;
             const Float* token = wte + size_t(inputs[bt]) * C;
             const Float* position = wpe + size_t(t) * C;
-            Float* out_bt = out + bt * C;
+            Stream* out_bt = out + bt * C;
 #pragma omp simd
             for (int c = 0; c < C; c++) out_bt[c] = real(token[c]) + real(position[c]);
         }
@@ -251,9 +257,9 @@ void encoder_backward(real* dwte, real* dwpe, const Float* dout, const int* inpu
 
 // One row of layer norm: y (C) from x (C), and its mean and rstd. Everything that normalises calls
 // this one, never inlined, so that what is computed a second time has the same bits.
-template <class Float>
+template <class Stream, class Float>
 __attribute__((noinline)) static void layernorm_row(Float* y, real* mean, real* rstd,
-                                                    const Float* x, const Float* weight,
+                                                    const Stream* x, const Float* weight,
                                                     const Float* bias, double epsilon, int C) {
     real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
@@ -277,8 +283,8 @@ __attribute__((noinline)) static void layernorm_row(Float* y, real* mean, real* 
 // arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
 // backward inp (B,T,C), weight (C), bias (C) or null. The variance is taken in a second pass, about
 // the mean.
-template <class Float>
-void layernorm_forward(Float* out, real* mean, real* rstd, const Float* inp, const Float* weight,
+template <class Stream, class Float>
+void layernorm_forward(Float* out, real* mean, real* rstd, const Stream* inp, const Float* weight,
                        const Float* bias, double epsilon, int B, int T, int C) {
 #pragma omp parallel for schedule(static)
     for (size_t bt = 0; bt < size_t(B) * T; bt++)
@@ -300,9 +306,9 @@ static void add_partial_sums(real* column, const real* partial, int C) {
 // weight dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C):
 // the weight's and the bias's gradients are first summed over kReduceRows runs of rows, then over
 // those.
-template <class Float>
-void layernorm_backward(Float* dinp, real* dweight, real* dbias, const Float* dout,
-                        const Float* inp, const Float* weight, const real* mean, const real* rstd,
+template <class Stream, class Float>
+void layernorm_backward(Stream* dinp, real* dweight, real* dbias, const Float* dout,
+                        const Stream* inp, const Float* weight, const real* mean, const real* rstd,
                         real* scratch, int B, int T, int C) {
     size_t BT = size_t(B) * T;
     real* dweights = scratch;
@@ -314,8 +320,9 @@ void layernorm_backward(Float* dinp, real* dweight, real* dbias, const Float* do
         std::fill(dw, dw + C, real(0));
         std::fill(db, db + C, real(0));
         for (size_t bt = BT * p / kReduceRows; bt < BT * (p + 1) / kReduceRows; bt++) {
-            const Float *x = inp + bt * C, *dy = dout + bt * C;
-            Float* dx = dinp + bt * C;
+            const Stream* x = inp + bt * C;
+            const Float* dy = dout + bt * C;
+            Stream* dx = dinp + bt * C;
             real m = mean[bt], r = rstd[bt], sum = 0, sum_n = 0;
 #pragma omp simd reduction(+ : sum, sum_n)
             for (int c = 0; c < C; c++) {
@@ -614,7 +621,9 @@ static void product_few_rows(const Product<In, Out, Weight>& p) {
 // weight is transposed and a bias added, which a primitive does on the way.
 template <class In, class Out>
 static void product(const Product<In, Out>& p) {
+#ifndef GPT2_IN_ORDER
     if (p.M <= kFewRows && p.trans_b && !p.trans_a) return product_few_rows(p);
+#endif
 #ifdef GPT2_ONEDNN
     if constexpr (std::is_same_v<In, float>) {
         if (!p.trans_b || p.bias == nullptr) {
@@ -658,7 +667,6 @@ void quantise_rows(int8_t* q, real* scales, const real* weights, size_t rows, si
         const real* w = weights + o * cols;
         int8_t* q_o = q + o * cols;
         real largest = 0, strange = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : strange)
         for (size_t c = 0; c < cols; c++) {
             largest = std::abs(w[c]) > largest ? std::abs(w[c]) : largest;
             strange += w[c] * 0;  // NaN where w is NaN or infinite
@@ -772,8 +780,8 @@ struct DropoutRow {
 // 15:1929] n numbers, `stride` apart, of the row of `cols` from `first` on, a multiple of 4.
 // Whether an element stays depends on the key and its place alone, so that backward, another rank
 // or the other twin decides the same; out may be inp.
-template <class Float>
-static void dropout_row(Float* out, const Float* inp, const DropoutRow& place, int first, int n,
+template <class Out, class Float>
+static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int first, int n,
                         int stride = 1) {
     const Dropout& dropout = place.dropout;
     uint32_t threshold = uint32_t(dropout.probability * 4294967296.0);
@@ -792,8 +800,8 @@ static void dropout_row(Float* out, const Float* inp, const DropoutRow& place, i
 
 // out (B,T,C) is written; out may be inp. The gradient goes through the same function: dinp = mask
 // * dout / (1 - p).
-template <class Float>
-void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B, int T, int C) {
+template <class Out, class Float>
+void dropout_forward(Out* out, const Float* inp, const Dropout& dropout, int B, int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
@@ -1286,24 +1294,27 @@ void gelu_matmul_backward(Float* dpre, real* dweight, real* dbias, const Float* 
 // residual, out (B,T,C) and mean, rstd (B,T) are written; inp, branch (B,T,C), neither of them
 // residual; weight (C), bias (C) or null. A row is normalised while it is in cache. The gradient of
 // residual goes to inp as it is, and to branch through dropout_forward.
-template <class Float>
-void residual_layernorm_forward(Float* residual, Float* out, real* mean, real* rstd,
-                                const Float* inp, const Float* branch, const Float* weight,
+template <class Stream, class Float>
+void residual_layernorm_forward(Stream* residual, Float* out, real* mean, real* rstd,
+                                const Stream* inp, const Float* branch, const Float* weight,
                                 const Float* bias, double epsilon, const Dropout& dropout, int B,
                                 int T, int C) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
             size_t bt = size_t(b) * T + t;
-            const Float *inp_bt = inp + bt * C, *added = branch + bt * C;
-            Float* residual_bt = residual + bt * C;
+            const Stream* inp_bt = inp + bt * C;
+            const Float* branch_bt = branch + bt * C;
+            Stream* residual_bt = residual + bt * C;
             if (dropout.probability > 0) {
-                dropout_row(residual_bt, added,
+                dropout_row(residual_bt, branch_bt,
                             {dropout, dropout.first_sequence + uint64_t(b), t, C}, 0, C);
-                added = residual_bt;
-            }
 #pragma omp simd
-            for (int c = 0; c < C; c++) residual_bt[c] = real(inp_bt[c]) + real(added[c]);
+                for (int c = 0; c < C; c++) residual_bt[c] = real(inp_bt[c]) + real(residual_bt[c]);
+            } else {
+#pragma omp simd
+                for (int c = 0; c < C; c++) residual_bt[c] = real(inp_bt[c]) + real(branch_bt[c]);
+            }
             layernorm_row(out + bt * C, mean + bt, rstd + bt, residual_bt, weight, bias, epsilon,
                           C);
         }
@@ -1391,7 +1402,7 @@ void adamw_update(real* params, Float* narrow, real* m, real* v, const real* gra
 // The layers as gpt2.h declares them, with the type of whose numbers it says `real`.
 void encoder_forward(real* out, const int* inputs, const real* wte, const real* wpe, int B, int T,
                      int C) {
-    encoder_forward<real>(out, inputs, wte, wpe, B, T, C);
+    encoder_forward<real, real>(out, inputs, wte, wpe, B, T, C);
 }
 void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* inputs, int B, int T,
                       int C) {
@@ -1399,12 +1410,13 @@ void encoder_backward(real* dwte, real* dwpe, const real* dout, const int* input
 }
 void layernorm_forward(real* out, real* mean, real* rstd, const real* inp, const real* weight,
                        const real* bias, double epsilon, int B, int T, int C) {
-    layernorm_forward<real>(out, mean, rstd, inp, weight, bias, epsilon, B, T, C);
+    layernorm_forward<real, real>(out, mean, rstd, inp, weight, bias, epsilon, B, T, C);
 }
 void layernorm_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
                         const real* weight, const real* mean, const real* rstd, real* scratch,
                         int B, int T, int C) {
-    layernorm_backward<real>(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, B, T, C);
+    layernorm_backward<real, real>(dinp, dweight, dbias, dout, inp, weight, mean, rstd, scratch, B,
+                                   T, C);
 }
 void matmul_forward(real* out, const real* inp, const real* weight, const real* bias, int BT, int C,
                     int OC) {
@@ -1428,13 +1440,13 @@ void gelu_backward(real* dinp, const real* dout, const real* inp, size_t N) {
     gelu_backward<real>(dinp, dout, inp, N);
 }
 void dropout_forward(real* out, const real* inp, const Dropout& dropout, int B, int T, int C) {
-    dropout_forward<real>(out, inp, dropout, B, T, C);
+    dropout_forward<real, real>(out, inp, dropout, B, T, C);
 }
 void residual_layernorm_forward(real* residual, real* out, real* mean, real* rstd, const real* inp,
                                 const real* branch, const real* weight, const real* bias,
                                 double epsilon, const Dropout& dropout, int B, int T, int C) {
-    residual_layernorm_forward<real>(residual, out, mean, rstd, inp, branch, weight, bias, epsilon,
-                                     dropout, B, T, C);
+    residual_layernorm_forward<real, real>(residual, out, mean, rstd, inp, branch, weight, bias,
+                                           epsilon, dropout, B, T, C);
 }
 void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight,
                          const real* bias, int BT, int C, int OC) {
@@ -1552,8 +1564,8 @@ struct GPT2 {
     }
 
     template <class Float>
-    ActivationPointers<Float, real> activations_of(int l) const {
-        ActivationPointers<Float, real> tensors;
+    Activations<Float> activations_of(int l) const {
+        Activations<Float> tensors;
 #define X(name, type, ...)                                                                     \
     {                                                                                          \
         using Number = std::remove_pointer_t<decltype(tensors.name)>;                          \
@@ -1577,13 +1589,13 @@ struct GPT2 {
     Norm<Float> norm_before(int l) const {
         bool last = l == config.layers;
         ParameterPointers<const Float> p = parameters_of<Float>(last ? 0 : l);
-        ActivationPointers<Float, real> a = activations_of<Float>(last ? 0 : l);
+        Activations<Float> a = activations_of<Float>(last ? 0 : l);
         if (last) return {a.lnf, a.lnf_mean, a.lnf_rstd, p.lnfw, p.lnfb};
         return {a.ln1, a.ln1_mean, a.ln1_rstd, p.ln1w, p.ln1b};
     }
     // What block l adds to: the embeddings, or what the block before it left.
     template <class Float>
-    Float* block_input(int l) const {
+    const real* block_input(int l) const {
         return l == 0 ? activations_of<Float>(0).encoded : activations_of<Float>(l - 1).residual3;
     }
     Dropout dropout(RandomUse use, int l) const {
@@ -1805,9 +1817,9 @@ void gpt2_share(GPT2*) {}
 // The second half of block l up to its last product, from the residual stream between the halves:
 // residual2 = inp + dropout(branch);  fch_gelu = gelu(fc(ln2(residual2))).
 template <class Float>
-static void mlp_forward(const GPT2* model, const Float* inp, int l, int B, int T) {
+static void mlp_forward(const GPT2* model, const real* inp, int l, int B, int T) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     int C = model->config.channels, F = model->config.hidden_size();
     residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, inp, a.branch, p.ln2w,
                                p.ln2b, model->config.layer_norm_epsilon,
@@ -1819,9 +1831,9 @@ static void mlp_forward(const GPT2* model, const Float* inp, int l, int B, int T
 // Block l up to its last product, whose input ln1 is there: branch = attproj(attention(ln1)), then
 // the MLP. inp (B,T,C) is the residual stream.
 template <class Float>
-static void block_forward(const GPT2* model, const Float* inp, int l, int B, int T) {
+static void block_forward(const GPT2* model, const real* inp, int l, int B, int T) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     int C = model->config.channels, NH = model->config.heads, BT = B * T;
     matmul_forward(a.qkv, a.ln1, model->weights(p.qkvw, k_qkvw, l), p.qkvb, BT, C, 3 * C);
     attention_forward(a.atty, a.logsumexp, a.qkv, a.att_scratch,
@@ -1836,7 +1848,7 @@ static void block_forward(const GPT2* model, const Float* inp, int l, int B, int
 template <class Float>
 static void block_end_forward(const GPT2* model, int l, int B, int T) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     auto next = model->norm_before<Float>(l + 1);
     int C = model->config.channels, F = model->config.hidden_size();
     matmul_forward(a.branch, a.fch_gelu, model->weights(p.fcprojw, k_fcprojw, l), p.fcprojb, B * T,
@@ -1854,7 +1866,7 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
     const GPT2Config& config = model->config;
     ParameterPointers<const Float> p = model->parameters_of<Float>(0);
     ParameterPointers<real> d = model->gradients_of(0);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    Activations<Float> a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab(),
         BT = model->B * model->T;
     const Float* weight = config.tied ? p.wte : p.headw;
@@ -1886,7 +1898,7 @@ static void model_forward(GPT2* model, const int* inputs, const int* targets, in
                           const GPT2Pass& pass) {
     const GPT2Config& config = model->config;
     ParameterPointers<const Float> p = model->parameters_of<Float>(0);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    Activations<Float> a = model->activations_of<Float>(0);
     int C = config.channels;
     model->B = B, model->T = T, model->inputs = inputs, model->pass = pass;
     encoder_forward(a.encoded, inputs, p.wte, p.wpe, B, T, C);
@@ -1918,9 +1930,9 @@ struct NewTokens {
 // Block l, as block_forward does it, over the new tokens alone, with keys and values of the earlier
 // ones from the cache.
 template <class Float>
-static void block_generate(const GPT2* model, const Float* inp, int l, const NewTokens& now) {
+static void block_generate(const GPT2* model, const real* inp, int l, const NewTokens& now) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     const GPT2Config& config = model->config;
     int C = config.channels, rows = now.B * now.n;
     size_t cached = size_t(now.sequence) * size_t(config.context) * size_t(C);
@@ -1939,7 +1951,7 @@ template <class Float>
 static void tokens_generate(GPT2* model, const int* tokens, int stride, const NewTokens& now) {
     const GPT2Config& config = model->config;
     ParameterPointers<const Float> p = model->parameters_of<Float>(0);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    Activations<Float> a = model->activations_of<Float>(0);
     int C = config.channels;
     std::vector<int> inputs;
     for (int b = 0; b < now.B; b++) {
@@ -1966,7 +1978,7 @@ template <class Float>
 static void model_generate(GPT2* model, const int* tokens, int B, int n, int position,
                            real* logits) {
     const GPT2Config& config = model->config;
-    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    Activations<Float> a = model->activations_of<Float>(0);
     int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
     model->pass = GPT2Pass{};
     int together = n == 1 ? std::min(B, kClassifierRows) : 1;
@@ -2001,7 +2013,7 @@ void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
 #pragma omp parallel for collapse(2) schedule(static)
         for (int l = 0; l < config.layers; l++) {
             for (int h = 0; h < NH; h++) {
-                ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+                Activations<Float> a = model->activations_of<Float>(l);
                 for (Float* cache : {a.key_cache, a.value_cache})
                     std::copy_n(cache + (size_t(from) * NH + h) * head, size_t(n) * HS,
                                 cache + (size_t(to) * NH + h) * head);
@@ -2012,13 +2024,22 @@ void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
 
 // ==== gpt2_backward ==============================================================================
 
-// The gradient that enters a branch behind its dropout: dresidual itself where nothing is dropped.
+// The gradient that enters a branch behind its dropout, as products read it: dresidual itself where
+// it is of their type and nothing is dropped.
 template <class Float>
-static const Float* branch_gradient(const GPT2* model, const ActivationPointers<Float, real>& a,
-                                    RandomUse use, int l) {
+static const Float* branch_gradient(const GPT2* model, const Activations<Float>& a, RandomUse use,
+                                    int l) {
     Dropout dropout = model->dropout(use, l);
-    if (dropout.probability == 0) return a.dresidual;
-    dropout_forward(a.dbranch, a.dresidual, dropout, model->B, model->T, model->config.channels);
+    int C = model->config.channels;
+    size_t N = size_t(model->B) * size_t(model->T) * size_t(C);
+    if (dropout.probability > 0) {
+        dropout_forward(a.dbranch, a.dresidual, dropout, model->B, model->T, C);
+    } else if constexpr (std::is_same_v<Float, real>) {
+        return a.dresidual;
+    } else {
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < N; i++) a.dbranch[i] = a.dresidual[i];
+    }
     return a.dbranch;
 }
 
@@ -2026,9 +2047,9 @@ static const Float* branch_gradient(const GPT2* model, const ActivationPointers<
 // et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174]. inp is the
 // residual stream before the block, which is always kept.
 template <class Float>
-static void block_recompute(const GPT2* model, const Float* inp, int l) {
+static void block_recompute(const GPT2* model, const real* inp, int l) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     const GPT2Config& config = model->config;
     int level = model->shape.recompute, B = model->B, T = model->T, C = config.channels;
     if (level >= 2)
@@ -2044,10 +2065,10 @@ static void block_recompute(const GPT2* model, const Float* inp, int l) {
 // forward: inp -> residual2 = inp + attproj(...) -> residual3 = residual2 + fcproj(...)
 // a.dresidual is the gradient of residual3 on entry and of inp on exit.
 template <class Float>
-static void block_backward(const GPT2* model, const Float* inp, int l) {
+static void block_backward(const GPT2* model, const real* inp, int l) {
     ParameterPointers<const Float> p = model->parameters_of<Float>(l);
     ParameterPointers<real> d = model->gradients_of(l);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(l);
+    Activations<Float> a = model->activations_of<Float>(l);
     int B = model->B, T = model->T, BT = B * T;
     int C = model->config.channels, F = model->config.hidden_size(), NH = model->config.heads;
     bool fresh = model->fresh_blocks;
@@ -2075,9 +2096,9 @@ static void model_backward(GPT2* model) {
     const GPT2Config& config = model->config;
     ParameterPointers<const Float> p = model->parameters_of<Float>(0);
     ParameterPointers<real> d = model->gradients_of(0);
-    ActivationPointers<Float, real> a = model->activations_of<Float>(0);
+    Activations<Float> a = model->activations_of<Float>(0);
     int B = model->B, T = model->T, C = config.channels, L = config.layers;
-    std::fill(a.dresidual, a.dresidual + size_t(B) * T * C, Float(0));
+    std::fill(a.dresidual, a.dresidual + size_t(B) * T * C, real(0));
     layernorm_backward(a.dresidual, d.lnfw, d.lnfb, a.dnorm, model->block_input<Float>(L), p.lnfw,
                        a.lnf_mean, a.lnf_rstd, a.reduce_scratch, B, T, C);
     for (int l = L - 1; l >= 0; l--) {
@@ -2085,8 +2106,9 @@ static void model_backward(GPT2* model) {
         block_backward<Float>(model, model->block_input<Float>(l), l);
     }
     model->fresh_blocks = false;
-    encoder_backward(d.wte, d.wpe, branch_gradient(model, a, RandomUse::encoder, 0), model->inputs,
-                     B, T, C);
+    Dropout dropout = model->dropout(RandomUse::encoder, 0);
+    if (dropout.probability > 0) dropout_forward(a.dresidual, a.dresidual, dropout, B, T, C);
+    encoder_backward(d.wte, d.wpe, a.dresidual, model->inputs, B, T, C);
 }
 
 void gpt2_backward(GPT2* model) {

@@ -4072,11 +4072,14 @@ void gpt2_copy_cache(GPT2* model, int from, int to, int n) {
     with_type(model->shape.dtype, [&]<class Float>() {
         for (int l = 0; l < model->config.layers; l++) {
             auto a = model->activations_of<Float>(l);
-            for (Float* cache : {a.key_cache, a.value_cache})
+            auto copy = [&](Float* cache) {
                 check(cudaMemcpyAsync(
                           cache + size_t(to) * sequence, cache + size_t(from) * sequence,
                           size_t(n) * C * sizeof(Float), cudaMemcpyDeviceToDevice, model->stream),
                       "gpt2_copy_cache");
+            };
+            copy(a.key_cache);
+            copy(a.value_cache);
         }
     });
 }

@@ -1104,8 +1104,8 @@ TEST_F(Cuda, SizesThatTheKernelsDoNotTakeAreRefused) {
         2, "heads of 136; on a GPU at most 128, as with --heads 2");
     expect_error(
         call({"train", "--data", "text.txt", "--tokenizer", "bytes", "--layers", "1", "--heads",
-              "64", "--channels", "8192", "--context", "16", "--steps", "1", "--out", "run"}),
-        2, "--channels 8192: on a GPU at most 4096");
+              "33", "--channels", "4224", "--context", "16", "--steps", "1", "--out", "run"}),
+        2, "--channels 4224: on a GPU at most 4096");
 }
 
 // The losses of a run's log, by step.
