@@ -10,8 +10,10 @@
 // keeps it; --no-plain leaves the plain step out.
 #include <benchmark/benchmark.h>
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "../../gpt2.h"
@@ -320,7 +322,7 @@ bool compare_steps() {
 
 // What this machine can do at best, measured in this run.
 struct Floors {
-    double fp32_flops, bf16_flops, bytes_per_s;
+    double fp32_flops, bf16_flops, bytes_per_s, read_bytes_per_s;
     double flops(Dtype dtype) const { return dtype == Dtype::bf16 ? bf16_flops : fp32_flops; }
 };
 
@@ -338,6 +340,37 @@ double memory_bandwidth() {
     return best;
 }
 
+// Bytes that all threads read in a second, of more than a cache holds: what a generated token does.
+double read_bandwidth() {
+    constexpr size_t kParts = 1 << 14, kPart = 1 << 13, kSums = 64, kHuge = 1 << 21;
+    constexpr size_t kBytes = kParts * kPart * sizeof(float);
+    std::unique_ptr<float, void (*)(void*)> memory(
+        static_cast<float*>(aligned_alloc(kHuge, kBytes)), free);
+    float* values = memory.get();
+    if (values == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(values, kBytes, MADV_HUGEPAGE);  // as a model's memory asks for them
+#endif
+#pragma omp parallel for schedule(static)
+    for (size_t j = 0; j < kParts * kPart; j++) values[j] = 1;
+    double best = 0;
+    for (int i = 0; i < 6; i++) {
+        float total = 0;
+        double seconds = seconds_of([&] {
+#pragma omp parallel for schedule(static) reduction(+ : total)
+            for (size_t part = 0; part < kParts; part++) {
+                float sums[kSums] = {};
+                for (size_t j = 0; j < kPart; j += kSums)
+                    for (size_t k = 0; k < kSums; k++) sums[k] += values[part * kPart + j + k];
+                for (float sum : sums) total += sum;
+            }
+        });
+        benchmark::DoNotOptimize(total);
+        best = std::max(best, double(kBytes) / seconds);
+    }
+    return best;
+}
+
 Floors measure_floors() {
     GPT2Shape shape;
     shape.threads = threads();
@@ -349,6 +382,7 @@ Floors measure_floors() {
         floors.bf16_flops = std::max(floors.bf16_flops, gpt2_peak(shape).flops);
     }
     floors.bytes_per_s = memory_bandwidth();
+    floors.read_bytes_per_s = read_bandwidth();
     return floors;
 }
 
@@ -418,14 +452,16 @@ Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
     int position = 0;
     std::string name =
         together > 1 ? format("%d generated tokens", together) : std::string("generated token");
-    return timed_row(name + (int8 ? ", int8" : ""), dtype, 48, bytes / floors.bytes_per_s, [&] {
-        for (int b = 0; b < together; b++) tokens[size_t(b)] = (position * 7919 + b) % V;
-        gpt2_generate(model.get(), tokens.data(), together, 1, position++, logits.data());
-    });
+    return timed_row(
+        name + (int8 ? ", int8" : ""), dtype, 48, bytes / floors.read_bytes_per_s, [&] {
+            for (int b = 0; b < together; b++) tokens[size_t(b)] = (position * 7919 + b) % V;
+            gpt2_generate(model.get(), tokens.data(), together, 1, position++, logits.data());
+        });
 }
 
-// The same steps by PyTorch, where the Python that $PYTHON names (python3) has it: torch_step.py
-// prints `step WAY B T ms tokens/s processor-ms`.
+// The same steps by PyTorch, where the Python that $PYTHON names (python3) has it, and at its best:
+// with jemalloc, where that is, and huge pages. torch_step.py prints `step WAY B T ms tokens/s
+// processor-ms`.
 void add_torch(std::vector<Row>& rows) {
     const char* python = getenv("PYTHON");
     std::string command = python != nullptr ? python : "python3";
@@ -434,7 +470,11 @@ void add_torch(std::vector<Row>& rows) {
                command.c_str());
         return;
     }
-    FILE* pipe = popen((command + " dev/bench/torch_step.py --cpu 2>/dev/null").c_str(), "r");
+    std::string best =
+        "LD_PRELOAD=$(ls /usr/lib/*/libjemalloc.so.2 2>/dev/null | head -n 1) "
+        "MALLOC_CONF=thp:always,metadata_thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1 ";
+    command = best + command + " dev/bench/torch_step.py --cpu 2>/dev/null";
+    FILE* pipe = popen(command.c_str(), "r");
     if (pipe == nullptr) return;
     char line[256], way[32];
     int batch, length;
@@ -452,15 +492,18 @@ void add_torch(std::vector<Row>& rows) {
 }
 
 void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::string& json_path) {
-    printf("\nGPT-2 124M, %s\nfloors: %.0f GFLOP/s in fp32, %.0f in bf16, %.1f GB/s\n",
-           gpt2_device().c_str(), floors.fp32_flops / 1e9, floors.bf16_flops / 1e9,
-           floors.bytes_per_s / 1e9);
+    printf(
+        "\nGPT-2 124M, %s\nfloors: %.0f GFLOP/s in fp32, %.0f in bf16, %.1f GB/s in place, %.1f "
+        "read\n",
+        gpt2_device().c_str(), floors.fp32_flops / 1e9, floors.bf16_flops / 1e9,
+        floors.bytes_per_s / 1e9, floors.read_bytes_per_s / 1e9);
     printf("%-24s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
            "PyTorch, ms", "ratio", "ratio of CPU");
     std::string json = format(
         "{\"device\": \"%s\", \"fp32_flops\": %.4g, \"bf16_flops\": %.4g, "
-        "\"bytes_per_s\": %.4g, \"rows\": [",
-        gpt2_device().c_str(), floors.fp32_flops, floors.bf16_flops, floors.bytes_per_s);
+        "\"bytes_per_s\": %.4g, \"read_bytes_per_s\": %.4g, \"rows\": [",
+        gpt2_device().c_str(), floors.fp32_flops, floors.bf16_flops, floors.bytes_per_s,
+        floors.read_bytes_per_s);
     for (const Row& row : rows) {
         const char* dtype = row.dtype == Dtype::bf16 ? "bf16" : "fp32";
         printf("%-24s %5s %10.1f %10.1f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
