@@ -841,7 +841,7 @@ inline std::vector<int> draw_tokens(const std::vector<GrowingSample>& samples,
     for (size_t row = 0; row < samples.size(); row++) {
         try {
             tokens[row] = samplers[samples[row].number].sample(&logits[row * V], choices).token;
-        } catch (const Error&) { errors[row] = std::current_exception(); }
+        } catch (...) { errors[row] = std::current_exception(); }  // none may leave the loop
     }
     for (const std::exception_ptr& error : errors)
         if (error) std::rethrow_exception(error);
@@ -1974,9 +1974,9 @@ class Training {
   public:
     // Reads the data, makes or loads the model and finds the place to go on from. `start_s` is when
     // the command began, from which the time limit counts.
-    // Every rank of a job makes one, with the same options. Rank 0 leads: it alone has the run
-    // folder, the log and the screen, and whatever depends on the time or on a signal is as it
-    // says.
+    // Every rank of a job makes one, with the same options. Rank 0 leads: it alone has the log and
+    // the screen and decides about the run folder, into which others at most put their parts, and
+    // whatever depends on the time or on a signal is as it says.
     Training(const TrainOptions& options, double start_s, const std::string& how_to_go_on,
              RankLink& link)
         : o_(options),
