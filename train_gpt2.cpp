@@ -1617,14 +1617,22 @@ size_t gpt2_memory_free() { return machine_memory_free(); }
 // What the whole process will take: the tables; the copies of one tensor at a time, of which
 // initialisation, files and the library's packing hold at most two; and the program with its
 // libraries, as measured.
-std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
-    constexpr size_t kProgramBytes = size_t(30) << 20;
-    std::vector<MemoryRow> rows = tensor_memory(config, shape);
-    size_t largest = 0;
-    for (const ParameterRow& row : parameter_table(config))
+// Making, reading and saving a model take a copy of a tensor, and one more of those that a file
+// holds the other way round: in a save of both moments, of each.
+static size_t copies_bytes(const GPT2Config& config, const GPT2Shape& shape) {
+    size_t largest = 0, turned = 0;
+    for (const ParameterRow& row : parameter_table(config)) {
         largest = std::max(largest, row.file_size());
+        if (row.transposed) turned = std::max(turned, row.file_size());
+    }
+    return (largest + (shape.training ? 2 : 1) * turned) * sizeof(real);
+}
+
+std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
+    constexpr size_t kProgramBytes = size_t(40) << 20;  // oneDNN's products among them
+    std::vector<MemoryRow> rows = tensor_memory(config, shape);
     if (shape.snapshot) rows.push_back({"snapshot", snapshot_bytes(allocated_parameters(config))});
-    rows.push_back({"copies of a tensor", 2 * largest * sizeof(real)});
+    rows.push_back({"copies of a tensor", copies_bytes(config, shape)});
     rows.push_back({"program, libraries", kProgramBytes});
     return rows;
 }
