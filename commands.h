@@ -1788,11 +1788,13 @@ inline bool reader_is_gone() {
     return poll(&output, 1, 0) > 0 && (output.revents & POLLERR) != 0;
 }
 
-// A file that is mapped may be cut short by another program while it is read; what a run reads for
-// hours is looked at before (dataloader.h), and this is the last resort: a line and exit code 1.
+// A file that is mapped may be cut short by another program while it is read. What has something to
+// lose then notices (CutWatch); for the others this is the last resort: a line and exit code 1.
 inline void end_on_cut_file() {
     struct sigaction action = {};
-    action.sa_handler = [](int) {
+    action.sa_flags = SA_SIGINFO;
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+        if (CutWatch::mend(info->si_addr)) return;
         constexpr std::string_view kLine =
             ": error: a file was cut short while it was read; do not write to files in use\n";
         const char* program = gpt2_program();

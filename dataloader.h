@@ -1057,28 +1057,46 @@ inline void separate_documents(const int* inputs, int* targets, size_t T, int se
         if (inputs[t] == separator) targets[t] = kIgnore;
 }
 
-// Throws with exit code 1 when the file of a shard is no longer what was mapped: shorter (to read
-// on would end the program), gone, or of other content. A file that was touched, or copied to its
-// place anew, is compared in full with what was mapped, whose hash was `hash` (0: not known, so
-// that nothing can be compared). Returns what the file is known by now.
+// What helps where a shard is lost while a run reads it.
+constexpr const char* kPutBack =
+    "; put it back, and the same command goes on from the last checkpoint";
+
+// Throws with exit code 1 when the file of a shard is no longer what was mapped: shorter, gone, or
+// of other content. A file that was touched, or copied to its place anew, is compared in full with
+// what was mapped, whose hash was `hash` (0: not known, so that nothing can be compared). Returns
+// what the file is known by now.
 inline FileIdentity check_unchanged(const Shard& shard, const FileIdentity& known, uint64_t hash) {
+    CutWatch watch;  // what it finds cut has another hash
     const char* path = shard.path().c_str();
-    const char* remedy = "; put it back, and the same command goes on from the last checkpoint";
     struct stat info;
     if (stat(path, &info) != 0)
         fail_machine("%s: %s while the program reads it%s", path,
-                     errno == ENOENT ? "was removed" : strerror(errno), remedy);
+                     errno == ENOENT ? "was removed" : strerror(errno), kPutBack);
     FileIdentity now(info);
     if (now == known) return now;
     if (now.size != known.size)
         fail_machine("%s: had %llu bytes and has %llu since, while the program reads it%s", path,
                      static_cast<unsigned long long>(known.size),
-                     static_cast<unsigned long long>(now.size), remedy);
+                     static_cast<unsigned long long>(now.size), kPutBack);
     bool same = hash != 0 && shard.hash() == hash;
     if (same && now.inode != shard.file().identity().inode)
         same = MappedFile(shard.path()).view() == shard.file().view();
-    if (!same) fail_machine("%s: was changed while the program reads it%s", path, remedy);
+    if (!same) fail_machine("%s: was changed while the program reads it%s", path, kPutBack);
     return now;
+}
+
+// A window of a shard: ids [begin, begin + count) to inputs, and the ones after each to targets
+// (count). What follows a separator is no target. Throws with exit code 1 where the file is cut
+// short meanwhile.
+inline void copy_window(const Shard& shard, size_t begin, size_t count, int separator, int* inputs,
+                        int* targets) {
+    CutWatch watch;
+    shard.copy(begin, count, inputs);
+    shard.copy(begin + 1, count, targets);
+    if (watch.cut())
+        fail_machine("%s: was cut short while the program reads it%s", shard.path().c_str(),
+                     kPutBack);
+    separate_documents(inputs, targets, count, separator);
 }
 
 // Deals batches of windows, without end. A window is T+1 consecutive tokens of one shard: inputs
@@ -1126,16 +1144,21 @@ class DataLoader {
         begin_epoch(0);
     }
 
-    // Writes the next batch of this rank: inputs (B,T) and targets (B,T).
+    // Writes the next batch of this rank: inputs (B,T) and targets (B,T). The files that it comes
+    // from are looked at before and after: what was read is what they held when the run began.
     void next_batch(int* inputs, int* targets) {
         batch_++;
         for (size_t i = 0; i < B_ * world_; i++) {
             if (i / B_ == rank_) {
                 size_t row = i % B_ * T_;
-                copy_window(place(position_.window), inputs + row, targets + row);
+                auto [s, begin] = place(position_.window);
+                if (options_.watch && watched_[s] != batch_) look_at(s);
+                copy_window(shards_[s], begin, T_, options_.separator, inputs + row, targets + row);
             }
             if (++position_.window == windows_per_epoch()) begin_epoch(position_.epoch + 1);
         }
+        for (size_t s = 0; s < shards_.size(); s++)
+            if (options_.watch && watched_[s] == batch_) look_at(s);
     }
 
     Position position() const { return position_; }
@@ -1264,17 +1287,11 @@ class DataLoader {
         return {s, offset_[s] + (window - first_window_[s]) * step_};
     }
 
-    // Inputs (T) and targets (T) are written.
-    void copy_window(Place place, int* inputs, int* targets) {
-        size_t s = place.shard;
-        if (options_.watch && watched_[s] != batch_) {
-            identities_[s] =
-                check_unchanged(shards_[s], identities_[s], hashes_.empty() ? 0 : hashes_[s]);
-            watched_[s] = batch_;
-        }
-        shards_[s].copy(place.begin, T_, inputs);
-        shards_[s].copy(place.begin + 1, T_, targets);
-        separate_documents(inputs, targets, T_, options_.separator);
+    // Looks whether the file of shard s is what it was.
+    void look_at(size_t s) {
+        identities_[s] =
+            check_unchanged(shards_[s], identities_[s], hashes_.empty() ? 0 : hashes_[s]);
+        watched_[s] = batch_;
     }
 
     std::vector<Shard> shards_;
@@ -1479,7 +1496,7 @@ class EvalLoader {
         for (size_t row = 0; row < rows; row++, next_++) {
             // 128 bits hold the product of two 64-bit numbers.
             auto window = static_cast<unsigned __int128>(next_) * first_window_.back() / windows_;
-            copy_window(size_t(window), inputs + row * T_, targets + row * T_);
+            copy(size_t(window), inputs + row * T_, targets + row * T_);
         }
         if (rows_in_use != nullptr) *rows_in_use = int(rows);
         return true;
@@ -1488,14 +1505,12 @@ class EvalLoader {
     void reset() { next_ = 0; }
 
   private:
-    void copy_window(size_t w, int* inputs, int* targets) const {
+    void copy(size_t w, int* inputs, int* targets) const {
         auto next = std::upper_bound(first_window_.begin(), first_window_.end(), w);
         size_t s = size_t(next - first_window_.begin()) - 1;
         size_t begin = (w - first_window_[s]) * T_;
         size_t count = std::min(T_, shards_[s].size() - 1 - begin);
-        shards_[s].copy(begin, count, inputs);
-        shards_[s].copy(begin + 1, count, targets);
-        separate_documents(inputs, targets, count, separator_);
+        copy_window(shards_[s], begin, count, separator_, inputs, targets);
     }
 
     const std::vector<Shard>& shards_;

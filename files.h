@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -290,6 +291,37 @@ class MappedFile {
 inline std::string read_file(const std::string& path) {
     return std::string(MappedFile(path).view());
 }
+
+// While one lives, a file that this thread reads through its mapping may be cut short by another
+// program: what is missing reads as zeros, and cut() says that it was. For whoever has something to
+// lose; others end with a line (end_on_cut_file, which both need). One at a time.
+class CutWatch {
+  public:
+    CutWatch() { state() = kWatching; }
+    CutWatch(const CutWatch&) = delete;
+    CutWatch& operator=(const CutWatch&) = delete;
+    ~CutWatch() { state() = kNobody; }
+
+    bool cut() const { return state() == kCut; }
+
+    // For the handler of SIGBUS: puts zeros where `address` is. False where nobody watches.
+    static bool mend(void* address) {
+        if (state() == kNobody) return false;
+        auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+        auto begin = reinterpret_cast<uintptr_t>(address) / page * page;
+        void* zeros = mmap(reinterpret_cast<void*>(begin), page, PROT_READ,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        state() = kCut;
+        return zeros != MAP_FAILED;
+    }
+
+  private:
+    enum { kNobody, kWatching, kCut };
+    static volatile sig_atomic_t& state() {
+        static thread_local volatile sig_atomic_t state = kNobody;
+        return state;
+    }
+};
 
 // Memory for reads and writes past the kernel's copy of a file, which ask for whole blocks of it.
 inline std::unique_ptr<char, decltype(&free)> aligned_memory(size_t size) {

@@ -752,20 +752,24 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
     size_t bytes = 0;
     gpt2_zero_gradients(model);  // and the sum of losses
     int rows = 0;
-    for (size_t batch = 0; loader.next_batch(inputs.data(), targets.data(), &rows); batch++) {
-        if (batch % world == rank)
-            gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
-        for (int target : targets) {
-            if (target == kIgnore) continue;
-            result.tokens++;
-            if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
+    std::exception_ptr lost;  // thrown when the other ranks, who wait for the sum, have it
+    try {
+        for (size_t batch = 0; loader.next_batch(inputs.data(), targets.data(), &rows); batch++) {
+            if (batch % world == rank)
+                gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
+            for (int target : targets) {
+                if (target == kIgnore) continue;
+                result.tokens++;
+                if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
+            }
         }
-    }
-    if (result.tokens == 0)
-        fail_input("%s: nothing but ends of documents, whose targets are left out",
-                   shards[0].path().c_str());
+        if (result.tokens == 0)
+            fail_input("%s: nothing but ends of documents, whose targets are left out",
+                       shards[0].path().c_str());
+    } catch (const Error&) { lost = std::current_exception(); }
     double nats = gpt2_stats(model).loss;
     if (link != nullptr) nats = sum_over_ranks(*link, "the validation loss", nats);
+    if (lost) std::rethrow_exception(lost);
     result.loss = nats / double(result.tokens);
     result.bits_per_byte = bytes > 0 ? nats / (M_LN2 * double(bytes)) : NAN;
     result.seconds = now_s() - start_s;
@@ -1288,7 +1292,9 @@ class RunLock {
     const std::string& owner() const { return owner_; }
 
     // The folder may have been removed under the run, or moved: locks the one that is there now.
+    // Throws with exit code 1 where another program has that. Any thread may call.
     void renew() {
+        std::lock_guard<std::mutex> guard(mutex_);
         if (taken_ && is_still_there(fd_, path_)) return;
         if (fd_ >= 0) close(fd_);
         take();
@@ -1317,6 +1323,7 @@ class RunLock {
     std::string path_, owner_;
     int fd_ = -1;
     bool taken_ = false;
+    std::mutex mutex_;
 };
 
 // ==== the run folder: which one ==================================================================
@@ -1491,7 +1498,9 @@ inline std::string cache_folder(const TrainOptions& o) {
 // step, and will be again. Any thread may call.
 class RunLog {
   public:
-    RunLog(const std::string& out, size_t step) : out_(out), path_(join_path(out, "log.jsonl")) {
+    // `lock` is that of the folder, and outlives the log.
+    RunLog(const std::string& out, size_t step, RunLock* lock)
+        : out_(out), path_(join_path(out, "log.jsonl")), lock_(lock) {
         open_file();
         cut(step);
     }
@@ -1548,7 +1557,7 @@ class RunLog {
     }
 
     // The folder may have been removed under the run: what the old file held, which lives on while
-    // it is open, begins the new one.
+    // it is open, begins the new one. Throws where another program trains in the folder by now.
     void follow_folder() {
         if (is_still_there(fd_, path_)) return;
         struct stat held = {};
@@ -1556,6 +1565,7 @@ class RunLog {
         std::string content(size_t(held.st_size), '\0');
         ssize_t size = pread(fd_, content.data(), content.size(), 0);
         make_folder(out_);
+        lock_->renew();
         int old = fd_;
         open_file();
         close(old);
@@ -1585,6 +1595,7 @@ class RunLog {
     }
 
     std::string out_, path_, pending_;
+    RunLock* lock_;
     int fd_ = -1;
     bool failing_ = false;
     std::mutex mutex_;
@@ -1663,6 +1674,13 @@ class Saver {
         gpt2_snapshot_wait(model_);
         if (serves()) return start();
         for (save_now(); failures_ > 0 && !is_over(); save_now())
+            std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
+    }
+
+    // Until no save is at work, nor one of a snapshot to be tried again: the run is about to end,
+    // with a model that is not to be saved.
+    void settle() {
+        for (wait(); failures_ > 0 && o_.background && !is_over(); save_now())
             std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
     }
 
@@ -2017,7 +2035,7 @@ class Training {
         }
         if (world_ > 1 && o_.zero > 0) find_shared_folder();
         prepare_model();
-        if (leads()) log_.emplace(folder_.out, state_.step);
+        if (leads()) log_.emplace(folder_.out, state_.step, folder_.lock.get());
         bool saves_parts = gpt2_shape(model_.get()).saves_parts;
         if (leads() || saves_parts) {
             Saver::Options saving = {
@@ -2050,8 +2068,9 @@ class Training {
         write_record(start_record());
         std::optional<LaunchedStep> before;
         agree();
-        if (!is_over()) fetch_batches();
-        for (bool last = is_over(); !last;) {
+        if (is_over()) return end_at_once();
+        fetch_batches();
+        for (bool last = false; !last;) {
             LaunchedStep now = launch();
             if (saver_) saver_->hand_over();
             if (before) write_record(finish(*before, gpt2_previous_stats(model_.get())));
@@ -2069,10 +2088,8 @@ class Training {
             last = is_over();
             if ((signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
-            if (is_due(o_.eval_every, now.step) || last) {
-                if (!validation_is_intact()) return leave(record, best, last);
-                best = evaluate(&record, &last);
-            }
+            bool due = is_due(o_.eval_every, now.step) || last;
+            if (due && !evaluate(&record, &best, &last)) return leave(record, best);
             write_record(record);
             if (is_due(o_.sample_every, now.step) && !last) sample();
             owes_save_ |= best || save_again || is_due(o_.save_every, now.step);
@@ -2242,13 +2259,15 @@ class Training {
     LaunchedStep launch();
     ordered_json finish(const LaunchedStep& launched, const GPT2Stats& stats);
     void show_progress(double loss, double rate, double grad_norm);
-    void await_save();
+    void await_save(bool ends);
     bool validation_is_intact();
-    bool evaluate(ordered_json* record, bool* last);
+    std::optional<Evaluation> evaluate_windows(size_t windows);
+    bool evaluate(ordered_json* record, bool* best, bool* last);
     void sample();
     void save(bool best, bool last);
     int stop(ordered_json* record);
-    int leave(const ordered_json& record, bool best, bool last);
+    int leave(const ordered_json& record, bool best);
+    int end_at_once();
     void conclude();
 
     const TrainOptions& o_;
@@ -2686,7 +2705,7 @@ inline ordered_json Training::diagnosis_of_ranks(const ordered_json& own) {
 // OUT/diagnosis.json and the end. Weights and checkpoints stay as they are.
 inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats) {
     link_.rest();
-    await_save();
+    await_save(true);
     ordered_json root;
     root["step"] = bad.step;
     root["bad_steps_in_a_row"] = state_.bad_steps;
@@ -2839,37 +2858,51 @@ inline bool Training::validation_is_intact() {
     return !agree(lost);
 }
 
+// Evaluates on so many windows (0: all). None where the validation data cannot be read on some
+// rank: data_error_ says what happened.
+inline std::optional<Evaluation> Training::evaluate_windows(size_t windows) {
+    std::optional<Evaluation> e;
+    try {
+        e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_, windows,
+                           separator_, &link_);
+        window_s_ = e->seconds / double(e->windows);
+    } catch (const Error&) { own_error_ = std::current_exception(); }
+    if (agree(!e)) e.reset();
+    return e;
+}
+
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides
-// about best and patience, and at the end on all of it, which is what the record then says. Returns
-// whether the model is the best so far; sets *last when patience is at its end.
-inline bool Training::evaluate(ordered_json* record, bool* last) {
-    if (!evaluates()) return false;
+// about *best and patience, and at the end on all of it, which is what the record then says. Sets
+// *last when patience is at its end. Returns false where the data is lost: data_error_ says how.
+inline bool Training::evaluate(ordered_json* record, bool* best, bool* last) {
+    if (!evaluates()) return true;
     link_.rest();
-    auto over = [&](size_t windows) {
-        Evaluation e = evaluate_model(model_.get(), data_.val, data_.token_bytes, o_.batch_size, T_,
-                                      windows, separator_, &link_);
-        window_s_ = e.seconds / double(e.windows);
-        return e;
-    };
-    Evaluation now = over(subset_windows());
-    bool best = now.loss < state_.best_loss;
-    state_.stale = best ? 0 : state_.stale + 1;
-    if (best) state_.best_loss = now.loss, state_.best_step = state_.step;
+    if (!validation_is_intact()) return false;
+    std::optional<Evaluation> subset = evaluate_windows(subset_windows());
+    if (!subset) return false;
+    Evaluation now = *subset;
+    *best = now.loss < state_.best_loss;
+    state_.stale = *best ? 0 : state_.stale + 1;
+    if (*best) state_.best_loss = now.loss, state_.best_step = state_.step;
     bool patience_ends = o_.early_stop > 0 && state_.stale >= o_.early_stop;
     if (patience_ends && !*last) {
         *last = true;
         screen_.line(format("early stop: %zu evaluations without gain", state_.stale));
     }
-    if (*last && subset_windows() > 0) now = over(0);
+    if (*last && subset_windows() > 0) {
+        std::optional<Evaluation> all = evaluate_windows(0);
+        if (!all) return false;
+        now = *all;
+    }
     if (*last) final_ = now;
     if (!*last)
         screen_.line(format("step %-7zu validation: %s%s", state_.step,
-                            describe_evaluation(now).c_str(), best ? ", best so far" : ""));
+                            describe_evaluation(now).c_str(), *best ? ", best so far" : ""));
     (*record)["val_loss"] = now.loss;
     (*record)["val_perplexity"] = now.perplexity();
     if (std::isfinite(now.bits_per_byte)) (*record)["val_bits_per_byte"] = now.bits_per_byte;
     (*record)["val_windows"] = now.windows;
-    return best;
+    return true;
 }
 
 inline void Training::sample() {
@@ -2886,9 +2919,11 @@ inline void Training::sample() {
     screen_.line(text);
 }
 
-// Until no save is at work. Ranks that save parts serve rank 0's until that is done with it.
-inline void Training::await_save() {
+// Until no save is at work, and where the run `ends` none is to be tried again. Ranks that save
+// parts serve rank 0's until that is done with it.
+inline void Training::await_save(bool ends) {
     if (!saver_) return;
+    if (leads() && ends) saver_->settle();
     if (leads()) saver_->wait();
     if (gpt2_shape(model_.get()).saves_parts) link_.barrier("the save before", kPatience_s);
     saver_->wait();
@@ -2897,7 +2932,7 @@ inline void Training::await_save() {
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
     link_.rest();
-    await_save();
+    await_save(false);
     if (!saver_ && gpt2_shape(model_.get()).zero > 0) gpt2_snapshot_begin(model_.get());
     if (!saver_) return;
     state_.elapsed_s = elapsed_s();
@@ -2911,7 +2946,7 @@ inline void Training::save(bool best, bool last) {
     bool ends = last || signal() != 0 || data_error_;
     if (!ends) return saver_->begin(std::move(checkpoint));
     saver_->finish(std::move(checkpoint));
-    await_save();
+    await_save(false);
 }
 
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
@@ -2919,9 +2954,8 @@ inline void Training::save(bool best, bool last) {
 // it, the run is done. Throws the data's error.
 inline int Training::stop(ordered_json* record) {
     bool last = false, best = false;
-    if (is_due(o_.eval_every, state_.step) && validation_is_intact())
-        best = evaluate(record, &last);
-    if (!last) return leave(*record, best, last);
+    bool evaluated = !is_due(o_.eval_every, state_.step) || evaluate(record, &best, &last);
+    if (!last || !evaluated) return leave(*record, best);
     write_record(*record);
     save(best, last);
     conclude();
@@ -2929,15 +2963,27 @@ inline int Training::stop(ordered_json* record) {
 }
 
 // Saves, and ends a run that a signal stopped or, throwing it, an error of its data.
-inline int Training::leave(const ordered_json& record, bool best, bool last) {
+inline int Training::leave(const ordered_json& record, bool best) {
     write_record(record);
-    save(best, last);
+    save(best, false);
     std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal());
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
     if (data_error_) std::rethrow_exception(data_error_);
     screen_.line("go on with: " + how_to_go_on_ + " --out " + folder_.out);
     return 128 + signal();
+}
+
+// A run that is at its goal when it begins: its last evaluation was not possible, or it is asked
+// for no more steps than it has.
+inline int Training::end_at_once() {
+    ordered_json record = {{"event", "evaluation"}, {"step", state_.step}};
+    bool best = false, last = true;
+    if (!evaluate(&record, &best, &last)) return leave(record, best);
+    write_record(record);
+    save(best, last);
+    conclude();
+    return 0;
 }
 
 inline void Training::conclude() {

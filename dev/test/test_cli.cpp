@@ -820,6 +820,62 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
     EXPECT_EQ(verify_checkpoint(path("run3/last"))["step"], newest_logged(path("run3/log.jsonl")));
 }
 
+// Text goes through shards of the program's own, which it does not look at again; where one is cut
+// all the same, the run ends with a checkpoint of its last step.
+TEST_F(Cli, AFileThatIsCutUnderARunEndsItWithACheckpoint) {
+    std::string text;
+    for (int id : random_ids(60000, 26, 1)) text += char('a' + id);
+    write_file_atomic(path("text.txt"), text);
+    for (bool evaluates : {false, true}) {
+        std::string out = evaluates ? "run_val" : "run_train";
+        Call call{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
+                                        "100000000", "--time-limit", "60", "--save-every", "50",
+                                        "--eval-every", evaluates ? "10" : "0", "--out", out})};
+        pid_t child = call.start();
+        for (int i = 0; i < 3000 && !fs::exists(path(out + "/last")); i++)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        std::vector<fs::path> shards;
+        for (const auto& entry : fs::directory_iterator(path("cache")))
+            if (fs::is_regular_file(entry)) shards.push_back(entry.path());
+        ASSERT_EQ(shards.size(), 2u);
+        bool first = fs::file_size(shards[0]) < fs::file_size(shards[1]);
+        fs::path cut = shards[first == evaluates ? 0 : 1];
+        fs::resize_file(cut, 1024);
+        expect_error(call.finish(child), 1, "was cut short while the program reads it");
+        EXPECT_EQ(verify_checkpoint(path(out + "/last"))["step"],
+                  newest_logged(path(out + "/log.jsonl")));
+        fs::remove(cut);
+    }
+}
+
+// The last evaluation is made up for by the same command, once its data is back.
+TEST_F(Cli, ARunThatLostItsLastEvaluationGoesOnToIt) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(500, 257, 2));
+    std::vector<std::string> words =
+        train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes", "--steps",
+                     "400", "--eval-every", "0", "--out", "run"});
+    Call call{folder_, words};
+    pid_t child = call.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run/log.jsonl")); i++)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    fs::rename(path("val.bin"), path("away.bin"));
+    expect_error(call.finish(child), 1, "val.bin: was removed while the program reads it");
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["step"], 400);
+    fs::rename(path("away.bin"), path("val.bin"));
+    Call again{folder_, words};
+    Outcome outcome = again.finish(again.start());
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_NE(outcome.out.find("validation "), std::string::npos) << outcome.out;
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["step"], 400);
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["finished"], true);
+    json last;
+    std::stringstream lines(read_file(path("run/log.jsonl")));
+    for (std::string line; std::getline(lines, line);) last = json::parse(line);
+    EXPECT_EQ(last["event"], "evaluation");
+    EXPECT_TRUE(last["val_loss"].is_number()) << last;
+}
+
 TEST_F(Cli, OrdersOfDataAreChecked) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     auto error = [&](const std::vector<std::string>& more, const std::string& part) {

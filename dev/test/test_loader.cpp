@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <set>
@@ -462,6 +463,89 @@ TEST(Watching, AFileThatIsNoLongerTheSameIsNamed) {
                  fs::create_directory(path);
              }),
              "since, while");
+}
+
+// Between a look at the file and what is read of it: nothing of it is dealt.
+TEST(Watching, AFileThatIsCutWhileABatchIsReadIsNamed) {
+    struct sigaction before, action = {};
+    action.sa_flags = SA_SIGINFO;
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+        if (!CutWatch::mend(info->si_addr)) abort();
+    };
+    sigaction(SIGBUS, &action, &before);
+    std::string folder = test_folder();
+    WindowOptions alone;
+    alone.watch = false;
+    for (bool evaluates : {false, true}) {
+        std::string path = loader_shard(folder, "a.bin", 30000);
+        std::vector<Shard> shards = loader_open({path});
+        fs::resize_file(path, 1024);
+        std::vector<int> inputs(400), targets(400);
+        std::string error = error_of([&] {
+            if (evaluates) EvalLoader(shards, 4, 100, 4).next_batch(inputs.data(), targets.data());
+            else
+                DataLoader(shards, 4, 100, 0, 1, 8, alone)
+                    .next_batch(inputs.data(), targets.data());
+        });
+        EXPECT_EQ(error.substr(0, 2 + path.size()), "1 " + path) << error;
+        EXPECT_NE(error.find("was cut short while the program reads it; put it back"),
+                  std::string::npos)
+            << error;
+    }
+    sigaction(SIGBUS, &before, nullptr);
+}
+
+namespace {
+
+// Called when the second row of a batch is written: see RowsWithAMiddle.
+std::function<void()> middle;
+
+// Memory for the inputs of two rows of a page each, of which the second may not be written before
+// `middle` was called.
+struct RowsWithAMiddle {
+    size_t page = size_t(sysconf(_SC_PAGESIZE));
+    int* rows = static_cast<int*>(
+        mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    struct sigaction before;
+
+    explicit RowsWithAMiddle(const std::function<void()>& call) {
+        char* second = reinterpret_cast<char*>(rows) + page;
+        mprotect(second, page, PROT_NONE);
+        middle = [=, size = page] {
+            mprotect(second, size, PROT_READ | PROT_WRITE);
+            call();
+        };
+        struct sigaction action = {};
+        action.sa_handler = [](int) { middle(); };
+        sigaction(SIGSEGV, &action, &before);
+    }
+    ~RowsWithAMiddle() {
+        sigaction(SIGSEGV, &before, nullptr);
+        munmap(rows, 2 * page);
+    }
+    int T() const { return int(page / sizeof(int)); }
+};
+
+}  // namespace
+
+// A page that is cut within reads as zeros and raises nothing, and other bytes never do: the look
+// behind a batch notices.
+TEST(Watching, WhatChangesWhileABatchIsReadIsNoticedWithIt) {
+    auto after = [](auto change) {
+        std::string path = loader_shard(test_folder(), "a.bin", 30000);
+        RowsWithAMiddle inputs([&] { change(path); });
+        std::vector<int> targets(2 * size_t(inputs.T()));
+        WindowOptions options;
+        options.watch = true;
+        DataLoader loader(loader_open({path}), 2, inputs.T(), 0, 1, 8, options);
+        loader.shard_hashes();
+        return error_of([&] { loader.next_batch(inputs.rows, targets.data()); });
+    };
+    EXPECT_EQ(after([](auto) {}), "");
+    std::string error = after([](auto path) { overwrite(path, 50000, "xy"); });
+    EXPECT_NE(error.find("was changed while"), std::string::npos) << error;
+    error = after([](auto path) { fs::resize_file(path, 60500); });
+    EXPECT_NE(error.find("had 61024 bytes and has 60500 since"), std::string::npos) << error;
 }
 
 TEST(Watching, AFileThatWasTouchedOrCopiedToItsPlaceIsTheSame) {

@@ -783,10 +783,11 @@ TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
     std::string folder = test_folder();
     write_file_atomic(folder + "/log.jsonl",
                       "{\"step\":1}\n{\"step\":2}\n[3]\nnoise\n{\"step\":3}\n{\"st");
-    { RunLog log(folder, 2); }
+    RunLock lock(folder);
+    { RunLog log(folder, 2, &lock); }
     EXPECT_EQ(read_file(folder + "/log.jsonl"), "{\"step\":1}\n{\"step\":2}\n");
     {
-        RunLog log(folder, 2);
+        RunLog log(folder, 2, &lock);
         log.write({{"step", 3}});
     }
     EXPECT_EQ(read_file(folder + "/log.jsonl"), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
@@ -796,7 +797,8 @@ TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
 // room all are.
 TEST(Run, TheLogKeepsWhatTheDiskRefuses) {
     std::string folder = test_folder(), path = folder + "/log.jsonl";
-    RunLog log(folder, 0);
+    RunLock lock(folder);
+    RunLog log(folder, 0, &lock);
     EXPECT_EQ(log.write({{"step", 1}}), "");
     rlimit old_limit;
     getrlimit(RLIMIT_FSIZE, &old_limit);
@@ -818,7 +820,8 @@ TEST(Run, TheLogKeepsWhatTheDiskRefuses) {
 // What the run goes back over is not written later, where it waits for a disk that refused it.
 TEST(Run, TheLogForgetsWhatWaitsBehindACut) {
     std::string folder = test_folder(), path = folder + "/log.jsonl";
-    RunLog log(folder, 0);
+    RunLock lock(folder);
+    RunLog log(folder, 0, &lock);
     EXPECT_EQ(log.write({{"step", 1}}), "");
     rlimit old_limit;
     getrlimit(RLIMIT_FSIZE, &old_limit);
@@ -833,10 +836,31 @@ TEST(Run, TheLogForgetsWhatWaitsBehindACut) {
     EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n");
 }
 
+TEST(Run, TheLogDoesNotFollowIntoAFolderThatAnotherProgramHas) {
+    std::string folder = test_folder() + "/run", path = folder + "/log.jsonl";
+    make_folder(folder);
+    RunLock lock(folder);
+    RunLog log(folder, 0, &lock);
+    log.write({{"step", 1}});
+    fs::remove_all(folder);
+    make_folder(folder);
+    {
+        RunLock theirs(folder);
+        write_file_atomic(path, "{\"step\":7}\n");
+        std::string wrong = log.write({{"step", 2}});
+        EXPECT_NE(wrong.find("trains there now"), std::string::npos) << wrong;
+        EXPECT_EQ(read_file(path), "{\"step\":7}\n");
+    }
+    fs::remove_all(folder);
+    EXPECT_EQ(log.write({{"step", 3}}), "");
+    EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+}
+
 TEST(Run, TheLogFollowsAFolderThatIsRemoved) {
     std::string folder = test_folder() + "/run", path = folder + "/log.jsonl";
     make_folder(folder);
-    RunLog log(folder, 0);
+    RunLock lock(folder);
+    RunLog log(folder, 0, &lock);
     log.write({{"step", 1}});
     fs::remove_all(folder);
     EXPECT_EQ(log.write({{"step", 2}}), "");
@@ -1181,6 +1205,30 @@ TEST(Saver, AFailedSaveIsTriedAgain) {
     EXPECT_EQ(later.tries, 1) << "an hour has not passed";
 }
 
+// A run that ends without saving what it is now, as with a diagnosis, leaves what it meant to save.
+TEST(Saver, AFailedSaveIsTriedAgainBeforeTheRunEnds) {
+    FailingSaver failing(2, true);
+    failing.saver->begin(failing.checkpoint(1));
+    failing.saver->hand_over();
+    failing.saver->settle();
+    EXPECT_EQ(failing.tries, 3);
+    EXPECT_EQ(latest_checkpoint(failing.out), join_path(failing.out, "step_00000001"));
+    failing.saver->settle();
+    EXPECT_EQ(failing.tries, 3) << "nothing is left to save";
+
+    FailingSaver full(100, true);
+    full.saver->begin(full.checkpoint(1));
+    full.saver->hand_over();
+    std::string error = error_of([&] { full.saver->settle(); });
+    EXPECT_NE(error.find("step_00000001 was not saved, 3 times in a row"), std::string::npos)
+        << error;
+
+    FailingSaver direct(1, false);
+    direct.saver->begin(direct.checkpoint(1));
+    direct.saver->settle();
+    EXPECT_EQ(direct.tries, 1) << "the model is another by now";
+}
+
 TEST(Saver, TheThirdFailureInARowEndsTheRunAndLeavesWhatWas) {
     for (bool background : {true, false}) {
         FailingSaver failing(0, background);
@@ -1449,8 +1497,10 @@ TEST(Evaluate, ScoresHellaSwagAsTheLogitsSay) {
         }
 }
 
-// What is left when a file is cut at the wrong moment: a line, and not a signal.
-TEST(Errors, AFileThatIsCutWhileItIsReadEndsTheProgramWithALine) {
+// In a process of its own, `read` after a file of 100,000 bytes was mapped and then cut; its exit
+// code, and what it said.
+static std::pair<int, std::string> read_cut_file(
+    const std::function<int(const MappedFile&)>& read) {
     std::string folder = test_folder(), path = folder + "/a";
     write_file_atomic(path, std::string(100000, 'a'));
     pid_t child = fork();
@@ -1458,16 +1508,49 @@ TEST(Errors, AFileThatIsCutWhileItIsReadEndsTheProgramWithALine) {
         dup2(open((folder + "/err").c_str(), O_WRONLY | O_CREAT, 0644), 2);
         end_on_cut_file();
         MappedFile file(path);
-        if (truncate(path.c_str(), 0) != 0) _exit(9);
-        volatile char last = file.view().back();
-        _exit(last == 'a' ? 8 : 7);
+        if (truncate(path.c_str(), 0) != 0) _exit(99);
+        _exit(read(file));
     }
     int status = 0;
     waitpid(child, &status, 0);
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 1) << status;
-    EXPECT_EQ(read_file(folder + "/err"), std::string(gpt2_program()) +
-                                              ": error: a file was cut short while it was read; do "
-                                              "not write to files in use\n");
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder + "/err")};
+}
+
+// What is left when a file is cut at the wrong moment: a line, and not a signal.
+TEST(Errors, AFileThatIsCutWhileItIsReadEndsTheProgramWithALine) {
+    const std::string kLine = std::string(gpt2_program()) +
+                              ": error: a file was cut short while it was read; do not write to "
+                              "files in use\n";
+    auto [code, error] = read_cut_file([](const MappedFile& file) {
+        volatile char last = file.view().back();
+        return last == 'a' ? 8 : 7;
+    });
+    EXPECT_EQ(code, 1);
+    EXPECT_EQ(error, kLine);
+    std::tie(code, error) = read_cut_file([](const MappedFile& file) {
+        { CutWatch watch; }
+        std::thread([] {
+            CutWatch watch;
+            pause();
+        }).detach();
+        usleep(100000);
+        volatile char last = file.view().back();
+        return last == 'a' ? 8 : 7;
+    });
+    EXPECT_EQ(code, 1) << "who watched before, or another thread, is of no help";
+    EXPECT_EQ(error, kLine);
+}
+
+TEST(Errors, WhoWatchesAFileNoticesThatItIsCut) {
+    auto [code, error] = read_cut_file([](const MappedFile& file) {
+        CutWatch watch;
+        if (watch.cut()) return 2;
+        if (file.view().back() != 0 || !watch.cut()) return 3;
+        std::string all(file.view());
+        return all == std::string(100000, 0) ? 0 : 4;
+    });
+    EXPECT_EQ(code, 0);
+    EXPECT_EQ(error, "");
 }
 
 TEST(Sampling, NeverCutsACharacter) {
