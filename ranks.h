@@ -1560,6 +1560,12 @@ class RankLink {
         throw_failure();
         progress_ = progress, worked_s_ = steady_s(), watched_ = true;
     }
+    // The same, about work that brings it no further.
+    void at_work() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        throw_failure();
+        worked_s_ = steady_s(), watched_ = true;
+    }
     // Whether the job has failed. Any thread may ask.
     bool has_failed() {
         std::lock_guard<std::mutex> lock(mutex_);

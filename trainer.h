@@ -755,6 +755,7 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
     std::exception_ptr lost;  // thrown when the other ranks, who wait for the sum, have it
     try {
         for (size_t batch = 0; loader.next_batch(inputs.data(), targets.data(), &rows); batch++) {
+            if (link != nullptr) link->at_work();
             if (batch % world == rank)
                 gpt2_forward(model, inputs.data(), targets.data(), rows, T, GPT2Pass{});
             for (int target : targets) {
@@ -768,7 +769,10 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
                        shards[0].path().c_str());
     } catch (const Error&) { lost = std::current_exception(); }
     double nats = gpt2_stats(model).loss;
-    if (link != nullptr) nats = sum_over_ranks(*link, "the validation loss", nats);
+    if (link != nullptr) {
+        nats = sum_over_ranks(*link, "the validation loss", nats);
+        link->rest();
+    }
     if (lost) std::rethrow_exception(lost);
     result.loss = nats / double(result.tokens);
     result.bits_per_byte = bytes > 0 ? nats / (M_LN2 * double(bytes)) : NAN;

@@ -765,6 +765,25 @@ TEST(RankLink, NamesTheRankThatHangsNotThoseThatWaitForIt) {
     }
 }
 
+TEST(RankLink, WhoStopsWorkingAfterARestHangs) {
+    LinkOptions options = quick();
+    options.timeout_s = 0.8, options.grace_s = 0.05;
+    auto outcomes = run_job(2, meeting_at(free_port()), options, [](RankLink& link, const Say&) {
+        link.alive(4);
+        link.rest();
+        link.at_work();
+        if (link.ranks().rank == 1) sleep_s(15);
+        link.barrier("the validation loss", 15);
+    });
+    for (const Outcome& outcome : outcomes) {
+        EXPECT_EQ(outcome.status, 1) << all_that_was_said(outcomes);
+        EXPECT_NE(outcome.said.find("rank 1 of 2 on hosta hangs: its work has not gone on for 0.8 "
+                                    "s (it is at 4, the furthest rank at 4)"),
+                  std::string::npos)
+            << all_that_was_said(outcomes);
+    }
+}
+
 TEST(RankLink, WhoRestsOrWaitsHereDoesNotHang) {
     LinkOptions options = quick();
     options.timeout_s = 0.4;
