@@ -435,6 +435,10 @@ Row step_row(int batch, int length, Dtype dtype, const Floors& floors) {
                      });
 }
 
+std::string tokens_name(int together) {
+    return together > 1 ? format("%d generated tokens", together) : "generated token";
+}
+
 // One token after another, of as many sequences as are made together: every weight of a product is
 // read once.
 Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
@@ -450,18 +454,18 @@ Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
     std::vector<real> logits(size_t(together) * V);
     std::vector<int> tokens(size_t(together), 0);
     int position = 0;
-    std::string name =
-        together > 1 ? format("%d generated tokens", together) : std::string("generated token");
-    return timed_row(
-        name + (int8 ? ", int8" : ""), dtype, 48, bytes / floors.read_bytes_per_s, [&] {
-            for (int b = 0; b < together; b++) tokens[size_t(b)] = (position * 7919 + b) % V;
-            gpt2_generate(model.get(), tokens.data(), together, 1, position++, logits.data());
-        });
+    return timed_row(tokens_name(together) + (int8 ? ", int8" : ""), dtype, 48,
+                     bytes / floors.read_bytes_per_s, [&] {
+                         for (int b = 0; b < together; b++)
+                             tokens[size_t(b)] = (position * 7919 + b) % V;
+                         gpt2_generate(model.get(), tokens.data(), together, 1, position++,
+                                       logits.data());
+                     });
 }
 
 // The same steps by PyTorch, where the Python that $PYTHON names (python3) has it, and at its best:
 // with jemalloc, where that is, and huge pages. torch_step.py prints `step WAY B T ms tokens/s
-// processor-ms`.
+// processor-ms` and `token WAY SEQUENCES ms processor-ms`.
 void add_torch(std::vector<Row>& rows) {
     const char* python = getenv("PYTHON");
     std::string command = python != nullptr ? python : "python3";
@@ -480,12 +484,15 @@ void add_torch(std::vector<Row>& rows) {
     int batch, length;
     double ms, rate, cpu_ms;
     while (fgets(line, sizeof(line), pipe) != nullptr) {
+        std::string name;
         if (sscanf(line, "step %31s %d %d %lf %lf %lf", way, &batch, &length, &ms, &rate,
-                   &cpu_ms) != 6)
-            continue;
+                   &cpu_ms) == 6)
+            name = format("step %dx%d", batch, length);
+        else if (sscanf(line, "token %31s %d %lf %lf", way, &batch, &ms, &cpu_ms) == 4)
+            name = tokens_name(batch);
         Dtype dtype = strcmp(way, "fp32") == 0 ? Dtype::fp32 : Dtype::bf16;
         for (Row& row : rows)
-            if (row.name == format("step %dx%d", batch, length) && row.dtype == dtype)
+            if (row.name == name && row.dtype == dtype)
                 row.torch_ms = ms, row.torch_cpu_ms = cpu_ms;
     }
     pclose(pipe);

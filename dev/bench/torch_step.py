@@ -14,8 +14,10 @@ Prints a line a result, for gpu.sh to read:
   step WAY B T ms tokens/s        attention BACKEND forward|backward B T NH HS us
 A size that does not fit, or a backend that is not there, is said on a line of its own. With --tiny
 it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing. With --cpu
-it times whole steps alone, on the processors that OMP_NUM_THREADS says, of random tokens: what
-`make bench` puts beside the CPU program.
+it times whole steps and generated tokens, on the processors that OMP_NUM_THREADS says, of random
+tokens: what `make bench` puts beside the CPU program. A token is one compiled pass with a cache of
+keys and values, all in float32 or, for `autocast`, in bf16:
+  token WAY SEQUENCES ms processor-ms
 """
 
 import argparse
@@ -58,6 +60,17 @@ class Block(nn.Module):
         x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
+    def generate(self, x, cache, position, mask):
+        """One position of each sequence: x (B,1,C), cache (2,B,NH,T,HS), which gets it too."""
+        B, _, C = x.shape
+        heads = (B, 1, self.heads, C // self.heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
+        cache[0].index_copy_(2, position, k)
+        cache[1].index_copy_(2, position, v)
+        y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+        x = x + self.attproj(y.transpose(1, 2).reshape(B, 1, C))
+        return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
 
 class Model(nn.Module):
     def __init__(self, config):
@@ -79,6 +92,14 @@ class Model(nn.Module):
             x = block(x)
         logits = F.linear(self.lnf(x), self.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def generate(self, tokens, caches, position):
+        """The logits (B,V) after a token of each sequence at `position` (1)."""
+        x = self.wte(tokens)[:, None] + self.wpe(position)
+        mask = (torch.arange(caches[0].shape[3]) <= position)[None]
+        for block, cache in zip(self.blocks, caches):
+            x = block.generate(x, cache, position, mask)
+        return F.linear(self.lnf(x[:, 0]), self.wte.weight)
 
 
 # ==== timing =====================================================================================
@@ -156,6 +177,43 @@ def time_step(way, B, ids, config, options):
     return median_ms(step, options.device, *((1, 1) if options.tiny else (5, 20)))
 
 
+def medians(work, warmups, samples):
+    """The medians of a few calls, in ms: by the clock, and the processor time of all threads."""
+    wall, processor = [], []
+    for _ in range(warmups + samples):
+        start, start_processor = time.perf_counter(), time.process_time()
+        work()
+        wall.append((time.perf_counter() - start) * 1e3)
+        processor.append((time.process_time() - start_processor) * 1e3)
+    return [sorted(times[warmups:])[samples // 2] for times in (wall, processor)]
+
+
+def time_cpu_tokens(options):
+    """One token after another, of one sequence and of eight together."""
+    config = Config()
+    for way, name in {"fp32": "float32", "autocast": "bfloat16"}.items():
+        dtype = getattr(torch, name)
+        if way not in options.ways.split(","):
+            continue
+        for B in (1, 8):
+            torch.manual_seed(1)
+            model = Model(config).to(dtype).eval()
+            head = (B, config.heads, 64, config.channels // config.heads)
+            caches = [torch.zeros(2, *head, dtype=dtype) for _ in range(config.layers)]
+            generate, place = torch.compile(model.generate, dynamic=False), 0
+
+            def token():
+                nonlocal place
+                tokens = torch.randint(0, 50257, (B,))
+                generate(tokens, caches, torch.tensor([place % 64]))
+                place += 1
+
+            with torch.inference_mode():
+                ms, cpu_ms = medians(token, 4, 48)
+            print(f"token {way} {B} {ms:.3f} {cpu_ms:.3f}", flush=True)
+            torch.compiler.reset()
+
+
 def time_cpu_steps(options):
     """Whole steps on the CPU; a line more than those above: processor time of all threads, in ms."""
     for size in options.sizes.split(","):
@@ -163,13 +221,7 @@ def time_cpu_steps(options):
         ids = numpy.random.default_rng(1).integers(0, 50257, B * T + 1)
         for way in options.ways.split(","):
             step = make_step(way, B, ids, Config(T=T), options)
-            wall, processor = [], []
-            for i in range(3 + (9 if B * T <= 256 else 5)):
-                start, start_processor = time.perf_counter(), time.process_time()
-                step()
-                wall.append((time.perf_counter() - start) * 1e3)
-                processor.append((time.process_time() - start_processor) * 1e3)
-            ms, cpu_ms = (sorted(times[3:])[len(times[3:]) // 2] for times in (wall, processor))
+            ms, cpu_ms = medians(step, 3, 9 if B * T <= 256 else 5)
             print(f"step {way} {B} {T} {ms:.3f} {B * T / ms * 1e3:.0f} {cpu_ms:.3f}", flush=True)
             torch.compiler.reset()
 
@@ -252,6 +304,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     print(f"PyTorch {torch.__version__}", flush=True)
     if options.cpu:
+        time_cpu_tokens(options)
         return time_cpu_steps(options)
     time_attentions(options)  # first: it is quick
     tiny = Config(layers=1, heads=2, channels=32, padded_vocab=50304, T=32)
