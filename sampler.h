@@ -118,10 +118,14 @@ class Sampler {
     }
 
     // A heap gives the most probable tokens one by one, which is cheaper than sorting a vocabulary
-    // of which few are kept.
+    // of which few are kept. Most never come into it: those whose weight is below the mean of what
+    // is to be cut weigh less than that all together, so that the others reach top_p without them.
     void keep_top_p() {
         if (options_.top_p >= 1) return;
-        double needed = options_.top_p * total_weight(), reached = 0;
+        double total = total_weight(), needed = options_.top_p * total, reached = 0;
+        constexpr double kRounding = 0.5;  // far more than the sums are off by
+        double least = kRounding * (1 - options_.top_p) * total / double(candidates_.size());
+        std::erase_if(candidates_, [&](const Candidate& c) { return c.weight < least; });
         auto heap_end = candidates_.end();
         std::make_heap(candidates_.begin(), heap_end, less_probable);
         do {

@@ -1847,6 +1847,34 @@ TEST(Sampler, TopPKeepsTheTokenThatCrosses) {
     EXPECT_EQ(data_drawn({1, 0, 0.4}, {0, 0, 0, 0}), (std::set<int>{0, 1}));
 }
 
+// Against the definition, over all sorted: peaks, plains, equals, and tokens that are excluded.
+TEST(Sampler, TopPIsThatOfAllTokensSorted) {
+    std::mt19937 random(7);
+    std::normal_distribution<double> normal;
+    for (int V : {1, 2, 17, 500, 5000})
+        for (double spread : {0.0, 0.01, 1.0, 8.0})
+            for (double top_p : {1e-6, 0.3, 0.5, 0.9, 0.99, 0.999999}) {
+                std::vector<double> logits(static_cast<size_t>(V)), weights;
+                for (double& logit : logits)
+                    logit = random() % 5 == 0 ? -INFINITY : std::round(normal(random) * 8) * spread;
+                logits[size_t(V) / 2] = 0;
+                double largest = *std::max_element(logits.begin(), logits.end()), total = 0;
+                for (double logit : logits) weights.push_back(std::exp(logit - largest));
+                std::sort(weights.rbegin(), weights.rend());
+                for (double weight : weights) total += weight;
+                size_t kept = 0;
+                double reached = 0, entropy = 0;
+                while (kept == 0 || reached < top_p * total) reached += weights[kept++];
+                for (size_t i = 0; i < kept; i++)
+                    if (weights[i] > 0)
+                        entropy -= weights[i] / reached * std::log(weights[i] / reached);
+                SampledToken sampled = Sampler({1, 0, top_p}, 3).sample(logits.data(), V);
+                EXPECT_NEAR(sampled.entropy, entropy, 1e-9) << V << " " << spread << " " << top_p;
+                EXPECT_NEAR(sampled.probability,
+                            std::exp(logits[size_t(sampled.token)] - largest) / reached, 1e-9);
+            }
+}
+
 TEST(Sampler, TopPComesAfterTemperatureAndTopK) {
     std::vector<float> logits = data_logits_of({0.1, 0.4, 0.2, 0.3});
     // Of the top two, 4/7 and 3/7: 0.6 needs both; of all four it would need 0.4 and 0.3 as well,
