@@ -3022,6 +3022,9 @@ static std::vector<MemoryRow> memory_beside_tensors(const GPT2Config& config,
         rows.push_back({"sums in a tree", tree_bytes(layout, shape)});
     if (shards(shape, Group::first_moments) && shape.snapshot)
         rows.push_back({"a part to save", part * sizeof(float)});
+    // It depends on the links; up to 1.6 GB have been reported (github.com/NVIDIA/nccl issue 864).
+    constexpr size_t kNcclBytes = size_t(1) << 30;
+    if (shape.world > 1) rows.push_back({"NCCL, assumed", kNcclBytes});
     return rows;
 }
 
