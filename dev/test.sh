@@ -136,6 +136,16 @@ program_tests() {
 
 # ==== test =======================================================================================
 
+# The products that oneDNN makes for a processor with AVX2 alone, and one thread.
+narrow_tests() {
+    folder=build/$(basename "$CXX")
+    for dtype in fp32 bf16; do
+        part "$folder/test_gpt2, $dtype, AVX2, one thread" env GPT2_TEST_DTYPE=$dtype \
+            ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+            "$folder/test_gpt2" --gtest_filter='Model.*:Golden.*'
+    done
+}
+
 # The compiler beside $CXX that the project supports, if it and its OpenMP can be used.
 case $CXX in
 *clang*) other=g++ ;;
@@ -463,6 +473,7 @@ emulated $CXX - emu-programs
 cuda $CXX - cuda
 EOF
     program_tests "$CXX" ""
+    narrow_tests
     program_tests "$CXX" double
     other_compiler_tests
     live_comparison
