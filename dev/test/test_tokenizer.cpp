@@ -484,6 +484,21 @@ TEST(Tokenizer, SplitsInvalidUtf8AsNeitherLetterNorNumberNorSpace) {
     EXPECT_EQ(pieces_of("x\364\220\200\200y"), (Pieces{"x", "\364\220\200\200", "y"}));  // U+110000
 }
 
+TEST(Tokenizer, LettersAreCountedUpToTheFirstOther) {
+    for (size_t place = 0; place < 8; place++) {
+        for (int byte = 0; byte < 256; byte++) {
+            std::string text = "aZzAmMkK";
+            text[place] = char(byte);
+            bool letter = kClassOfByte[size_t(byte)] & kLetter;
+            EXPECT_EQ(leading_letters(text.data()), letter ? 8 : place) << place << ' ' << byte;
+            // What follows the first other changes nothing.
+            if (place < 7) text[place + 1] = char(255 - byte);
+            if (letter) continue;
+            EXPECT_EQ(leading_letters(text.data()), place) << place << ' ' << byte;
+        }
+    }
+}
+
 TEST(Tokenizer, WhiteSpaceIsTheUnicodeProperty) {
     std::set<int> expected = {0x9,    0xa,    0xb,    0xc,    0xd,    0x20,   0x85,
                               0xa0,   0x1680, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000,
