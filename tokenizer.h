@@ -26,6 +26,7 @@
 #include <optional>
 #include <queue>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -554,8 +555,20 @@ class PairTable {
 
     uint32_t find(uint32_t left, uint32_t right) const {
         uint64_t key = key_of(left, right);
+        return passes_filter(key) ? find_key(key) : kNone;
+    }
+
+    // The steps of find, for who looks for many pairs at a time: the buckets of those that pass the
+    // filter can be on their way before the first is read.
+    static uint64_t key_of(uint32_t left, uint32_t right) {
+        return uint64_t(left) << kIdBits | right;
+    }
+    bool passes_filter(uint64_t key) const {
         size_t bit = bit_of(key);
-        if (!(filter_[bit / 64] >> bit % 64 & 1)) return kNone;
+        return filter_[bit / 64] >> bit % 64 & 1;
+    }
+    void prefetch(uint64_t key) const { __builtin_prefetch(&buckets_[bucket_of(key)]); }
+    uint32_t find_key(uint64_t key) const {
         for (size_t i = bucket_of(key);; i = (i + 1) & (buckets_.size() - 1)) {
             const Bucket& bucket = buckets_[i];
             uint32_t value = kNone;
@@ -580,9 +593,6 @@ class PairTable {
         uint64_t slots[kSlots] = {kFree, kFree, kFree, kFree};  // the used ones first
     };
 
-    static uint64_t key_of(uint32_t left, uint32_t right) {
-        return uint64_t(left) << kIdBits | right;
-    }
     // Fibonacci hashing: the high bits of a product with 2^64 / golden ratio.
     static uint64_t hash(uint64_t key) { return key * 0x9e3779b97f4a7c15u; }
     size_t bucket_of(uint64_t key) const { return size_t(hash(key) >> shift_); }
@@ -751,6 +761,8 @@ struct Tokenizer {
         bool operator==(const Merge&) const = default;
     };
     struct PieceMerger;
+    template <size_t kPlaces>
+    class WordMerger;
     class Encoder;
     friend struct TokenizerReader;
 
@@ -772,6 +784,7 @@ struct Tokenizer {
     void check_format(TokenizerFormat format, const std::string& path) const;
     std::vector<std::string> notes_on(TokenizerFormat format) const;
     bool is_special(int id) const;
+    uint32_t result_of(uint32_t rank) const;
 
     Kind kind_ = Kind::bytes;
     Pattern pattern_ = Pattern::gpt2;
@@ -807,6 +820,10 @@ inline void Tokenizer::add_merge(int left, int right, int result) {
     std::string_view a = token_bytes(left), b = token_bytes(right);
     if (a.size() == 1 && b.size() == 1)
         byte_pair_ranks_[size_t(uint8_t(a[0])) << 8 | uint8_t(b[0])] = rank;
+}
+
+inline uint32_t Tokenizer::result_of(uint32_t rank) const {
+    return first_result_ >= 0 ? uint32_t(first_result_) + rank : merge_results_[rank];
 }
 
 inline void Tokenizer::add_end_of_text() {
@@ -1046,6 +1063,7 @@ class IdWriter {
         }
         return ids_.data() + used_;
     }
+    int* next() { return ids_.data() + used_; }
     void add(size_t count) { used_ += count; }
     size_t used() const { return used_; }
     const int* at(size_t index) const { return ids_.data() + index; }
@@ -1061,7 +1079,7 @@ class IdWriter {
 struct Tokenizer::PieceMerger {
     static constexpr uint32_t kNone = MergeTable::kNone;
     static constexpr size_t kLane = 16, kMostLanes = 15, kShort = kMostLanes * kLane - 2;
-    static constexpr uint32_t kEnd = ~uint32_t(0);
+    static constexpr uint32_t kEnd = ~uint32_t(0), kOutside = kMaxTokens;
 
     const Tokenizer& tokenizer;
     // The long way: the token that starts at a byte (kEnd where none does), and the places of the
@@ -1073,7 +1091,7 @@ struct Tokenizer::PieceMerger {
     // Writes the ids of a piece of at least one byte to `out`, which has room for one a byte;
     // returns how many there are.
     size_t merge(std::string_view piece, int* out) {
-        if (piece.size() <= kShort) return merge_short<kMostLanes>(piece.data(), piece.size(), out);
+        if (piece.size() <= kShort) return merge_short(piece, out);
         if (piece.size() >= kEnd)
             fail_input("%zu bytes of text without a break; at most 4 GiB are merged at a time",
                        piece.size());
@@ -1093,41 +1111,29 @@ struct Tokenizer::PieceMerger {
         return std::min(std::min(least[0], least[1]), std::min(least[2], least[3]));
     }
 
-    uint32_t result_of(uint32_t rank) const {
-        if (tokenizer.first_result_ >= 0) return uint32_t(tokenizer.first_result_) + rank;
-        return tokenizer.merge_results_[rank];
-    }
-
     // Finds the lowest rank by looking at all, in lanes: a key is the rank of the pair that starts
     // at a place, and the place, so that the least key is the leftmost of the lowest rank. Places
-    // are counted from 1; at 0 and behind the last stands kOutside, which is in no pair. For one
-    // lane all loops have a fixed length, since their ends would be guessed wrong, and `bytes` may
-    // be read up to kLane - 1.
-    template <size_t kLanes>
-    size_t merge_short(const char* bytes, size_t n, int* out) const {
-        constexpr size_t kPlaces = kLanes * kLane;
-        constexpr uint32_t kOutside = kMaxTokens;
-        uint32_t key[kPlaces], lane_least[kLanes], symbol[kPlaces + 1];
+    // are counted from 1; at 0 and behind the last stands kOutside, which is in no pair.
+    size_t merge_short(std::string_view bytes, int* out) const {
+        constexpr size_t kPlaces = kMostLanes * kLane;
+        uint32_t key[kPlaces], lane_least[kMostLanes], symbol[kPlaces + 1];
         uint8_t after[kPlaces + 1], before[kPlaces + 1];
         const MergeTable& ranks_of = tokenizer.merge_ranks_;
-        const size_t lanes = kLanes == 1 ? 1 : n / kLane + 1;
-        const size_t places = kLanes == 1 ? kLane : n + 1;
-        for (size_t i = 1; i < places; i++) {
+        const size_t n = bytes.size(), lanes = n / kLane + 1;
+        for (size_t i = 1; i <= n; i++) {
             symbol[i] = uint32_t(tokenizer.id_of_byte_[uint8_t(bytes[i - 1])]);
             after[i] = uint8_t(i + 1), before[i] = uint8_t(i - 1);
         }
         symbol[0] = symbol[n + 1] = kOutside;
         key[0] = kNone << 8;
-        for (size_t i = 1; i + 1 < places; i++) {
-            uint32_t rank = byte_pair_rank(bytes[i - 1], bytes[i]);
-            key[i] = (i < n ? rank : kNone) << 8 | uint32_t(i);
-        }
-        for (size_t i = places - 1; i < lanes * kLane; i++) key[i] = kNone << 8;
+        for (size_t i = 1; i < n; i++)
+            key[i] = byte_pair_rank(bytes[i - 1], bytes[i]) << 8 | uint32_t(i);
+        for (size_t i = n; i < lanes * kLane; i++) key[i] = kNone << 8;
         for (size_t lane = 0; lane < lanes; lane++) lane_least[lane] = least(key + lane * kLane);
         uint32_t best = *std::min_element(lane_least, lane_least + lanes);
         while (best < kNone << 8) {
             size_t i = best & 0xff, gone = after[i], right = after[gone], left = before[i];
-            uint32_t joined = result_of(best >> 8);
+            uint32_t joined = tokenizer.result_of(best >> 8);
             symbol[i] = joined;
             after[i] = uint8_t(right);
             before[right] = uint8_t(i);
@@ -1135,20 +1141,13 @@ struct Tokenizer::PieceMerger {
             uint32_t with_left = ranks_of.find(symbol[left], joined) << 8 | uint32_t(left);
             // While the two are looked up, the least of all others.
             key[left] = key[i] = key[gone] = kNone << 8;
-            uint32_t others = 0;
-            if constexpr (kLanes == 1) {
-                others = least(key);
-            } else {
-                auto look_again = [&](size_t lane) {
-                    lane_least[lane] = least(key + lane * kLane);
-                };
-                look_again(i / kLane);
-                if (left / kLane != i / kLane) look_again(left / kLane);
-                if (gone / kLane != i / kLane) look_again(gone / kLane);
-                others = *std::min_element(lane_least, lane_least + lanes);
-                lane_least[left / kLane] = std::min(lane_least[left / kLane], with_left);
-                lane_least[i / kLane] = std::min(lane_least[i / kLane], with_right);
-            }
+            auto look_again = [&](size_t lane) { lane_least[lane] = least(key + lane * kLane); };
+            look_again(i / kLane);
+            if (left / kLane != i / kLane) look_again(left / kLane);
+            if (gone / kLane != i / kLane) look_again(gone / kLane);
+            uint32_t others = *std::min_element(lane_least, lane_least + lanes);
+            lane_least[left / kLane] = std::min(lane_least[left / kLane], with_left);
+            lane_least[i / kLane] = std::min(lane_least[i / kLane], with_right);
             key[i] = with_right;
             key[left] = with_left;
             best = std::min(others, std::min(with_left, with_right));
@@ -1204,7 +1203,7 @@ struct Tokenizer::PieceMerger {
 
     void join(uint32_t i, uint32_t rank) {
         uint32_t gone = next[i];
-        token[i] = result_of(rank);
+        token[i] = tokenizer.result_of(rank);
         token[gone] = kEnd;
         next[i] = next[gone];
         if (next[i] < token.size()) previous[next[i]] = i;
@@ -1213,15 +1212,152 @@ struct Tokenizer::PieceMerger {
     }
 };
 
+// Merges many short words at a time, each as PieceMerger does, in rounds: in every round each word
+// that is not done is merged once. What one word waits for passes while others are worked on, and
+// no branch depends on how many merges a word takes, or on whether a pair is there. A word has at
+// most kPlaces - 2 bytes; keys and places are those of PieceMerger::merge_short.
+template <size_t kPlaces>
+class Tokenizer::WordMerger {
+  public:
+    static constexpr size_t kMostWords = 128, kLongest = kPlaces - 2;
+
+    explicit WordMerger(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+    void clear() { count_ = 0; }
+
+    // Takes up text[begin, begin + length), of 1 to kLongest bytes, as word number `count so far`.
+    void add(std::string_view text, size_t begin, size_t length) {
+        char bytes[kPlaces] = {};  // those behind the word are in no pair, so that any will do
+        if (begin + kPlaces <= text.size()) memcpy(bytes, text.data() + begin, kPlaces);
+        else memcpy(bytes, text.data() + begin, length);
+        Word& word = words_[count_];
+        for (size_t i = 1; i < kPlaces; i++) {
+            word.symbol[i] = uint32_t(tokenizer_.id_of_byte_[uint8_t(bytes[i - 1])]);
+            size_t pair = size_t(uint8_t(bytes[i - 1])) << 8 | uint8_t(bytes[i]);
+            uint32_t behind = i < length ? 0 : kNone;
+            word.key[i] = (tokenizer_.byte_pair_ranks_[pair] | behind) << 8 | uint32_t(i);
+        }
+        word.key[0] = kDone;
+        word.symbol[0] = word.symbol[length + 1] = PieceMerger::kOutside;
+        starts_[count_] = (uint64_t(4) << length) - 1;
+        active_[count_] = uint8_t(count_);
+        count_++;
+    }
+
+    void merge() {
+        for (size_t active = choose(count_); active > 0; active = choose(active)) {
+            size_t wanted = 0;
+            for (size_t k = 0; k < active; k++) wanted = join(active_[k], best_[k], wanted);
+            look_up(wanted);
+        }
+    }
+
+    // The ids of a word that has been merged; to be asked for once. They stand until the next
+    // word is added, and may be read up to the fourth whatever their number.
+    std::span<const int> ids(size_t number) {
+        uint32_t* symbol = words_[number].symbol;
+        uint64_t starts = starts_[number] & (starts_[number] - 1);  // without place 0
+        size_t count = size_t(std::popcount(starts)) - 1;           // and without the end
+        for (size_t k = 0; k < count; k++) {
+            symbol[k] = symbol[std::countr_zero(starts)];
+            starts &= starts - 1;
+        }
+        return {reinterpret_cast<const int*>(symbol), count};
+    }
+
+  private:
+    static constexpr uint32_t kNone = MergeTable::kNone, kDone = kNone << 8;
+
+    struct Word {
+        alignas(64) uint32_t key[kPlaces];
+        uint32_t symbol[kPlaces];
+    };
+    struct Wanted {
+        uint64_t pair;  // as MergeTable::key_of has it
+        uint32_t* key;  // where its rank goes
+    };
+
+    // All keys are halved into one: written when the word was last looked at, they have long left
+    // for the cache and are read as vectors.
+    static uint32_t least(const uint32_t* keys) {
+        uint32_t least[kPlaces];
+        std::copy_n(keys, kPlaces, least);
+#pragma GCC unroll 8
+        for (size_t half = kPlaces / 2; half > 0; half /= 2)
+            for (size_t i = 0; i < half; i++) least[i] = std::min(least[i], least[i + half]);
+        return least[0];
+    }
+
+    // Finds the least key of each active word, and drops those that have no pair left.
+    size_t choose(size_t active) {
+        size_t left = 0;
+        for (size_t k = 0; k < active; k++) {
+            active_[left] = active_[k];
+            best_[left] = least(words_[active_[k]].key);
+            left += best_[left] < kDone;
+        }
+        return left;
+    }
+
+    // Joins the best pair of a word. Of the two pairs that it comes to stand in, those that may
+    // have a rank are noted behind the `wanted` others; returns how many there are then.
+    size_t join(size_t number, uint32_t best, size_t wanted) {
+        Word& word = words_[number];
+        uint64_t starts = starts_[number];
+        uint32_t i = best & 0xff, rank = best >> 8;
+        uint64_t behind = starts & (~uint64_t(1) << i);
+        uint64_t before = starts & ((uint64_t(1) << i) - 1);
+        uint32_t gone = uint32_t(std::countr_zero(behind));
+        uint32_t right = uint32_t(std::countr_zero(behind & (behind - 1)));
+        uint32_t left = uint32_t(std::bit_width(before)) - 1;
+        uint32_t joined = tokenizer_.result_of(rank);
+        starts_[number] = starts ^ uint64_t(1) << gone;
+        word.symbol[i] = joined;
+        word.key[gone] = kDone;
+        word.key[i] = kDone | i;
+        word.key[left] = kDone | left;
+        const MergeTable& ranks = tokenizer_.merge_ranks_;
+        uint64_t with_left = ranks.key_of(word.symbol[left], joined);
+        uint64_t with_right = ranks.key_of(joined, word.symbol[right]);
+        wanted_[wanted] = {with_left, &word.key[left]};
+        wanted += ranks.passes_filter(with_left);
+        wanted_[wanted] = {with_right, &word.key[i]};
+        wanted += ranks.passes_filter(with_right);
+        return wanted;
+    }
+
+    void look_up(size_t wanted) {
+        const MergeTable& ranks = tokenizer_.merge_ranks_;
+        for (size_t k = 0; k < wanted; k++) ranks.prefetch(wanted_[k].pair);
+        for (size_t k = 0; k < wanted; k++) {
+            auto [pair, key] = wanted_[k];
+            *key = (*key & 0xff) | ranks.find_key(pair) << 8;
+        }
+    }
+
+    const Tokenizer& tokenizer_;
+    size_t count_ = 0;
+    std::array<uint8_t, kMostWords> active_;   // the numbers of words that may have a pair left
+    std::array<uint32_t, kMostWords> best_;    // their least keys
+    std::array<uint64_t, kMostWords> starts_;  // bit i: a token starts at place i, or the end is
+    std::array<Wanted, 2 * kMostWords> wanted_;
+    std::array<Word, kMostWords> words_;
+};
+
 // Cuts text into pieces and merges them, remembering the words that it met in two direct-mapped
 // caches of a fixed size: of short words the bytes and the ids themselves, of longer ones where
 // they stood in the text and their ids in the output. A word that falls on a taken slot takes it
-// over. One Encoder works for one thread, on one text, into one vector.
+// over. It works on a block of pieces at a time: all are cut, all are looked up, those that the
+// caches lack are merged together, and the ids are written in the order of the text. One Encoder
+// works for one thread, on one text, into one vector.
 class Tokenizer::Encoder {
   public:
     Encoder(const Tokenizer& tokenizer, std::string_view text, size_t share)
-        : text_(text), merger_{tokenizer, {}, {}, {}, {}, {}} {
-        size_t words = std::bit_ceil(std::clamp<size_t>(share / 8, 64, 1 << 15));
+        : text_(text),
+          merger_{tokenizer, {}, {}, {}, {}, {}},
+          word_merger_(tokenizer),
+          long_word_merger_(tokenizer) {
+        size_t words = std::bit_ceil(std::clamp<size_t>(share / 8, 64, 1 << 14));
         words_.resize(words);
         long_words_.resize(words / 8);
         word_shift_ = 64 - std::bit_width(words - 1);
@@ -1233,15 +1369,22 @@ class Tokenizer::Encoder {
         IdWriter out(ids);
         std::string_view text = text_.substr(0, end);
         while (begin < end) {
-            size_t after = piece_end<pattern>(text, begin);
-            if (after - begin <= kLongestWord) encode_word(begin, after - begin, out);
-            else encode_long_word(begin, after - begin, out);
-            begin = after;
+            size_t count = 0, block_begin = begin;
+            for (; begin < end && count < kBlock; count++) {
+                size_t after = piece_end<pattern>(text, begin);
+                pieces_[count].begin = begin, pieces_[count].length = after - begin;
+                begin = after;
+            }
+            out.room(begin - block_begin + kMostIds);
+            encode_block(count, out);
         }
     }
 
   private:
-    static constexpr size_t kLongestWord = 14, kMostIds = 4;
+    static constexpr size_t kBlock = 128, kMostIds = 4;
+    using ShortMerger = WordMerger<16>;
+    using LongMerger = WordMerger<32>;
+    static_assert(ShortMerger::kMostWords == kBlock && LongMerger::kMostWords == kBlock);
 
     struct Word {
         uint64_t low = 0, high = 0;   // its bytes, zeros behind them, and its length in the last
@@ -1251,9 +1394,51 @@ class Tokenizer::Encoder {
         size_t begin = 0, length = 0;  // in the text; length 0: none
         size_t first_id = 0, id_count = 0;
     };
+    struct Piece {
+        size_t begin, length;  // in the text
+        const int* ids;        // the bits above kMaxTokens are to be cleared in the first
+        size_t id_count;
+        uint64_t low, high;   // of a short word
+        Word* word;           // its slot
+        LongWord* long_word;  // or that of a longer one
+    };
+    // Indices into pieces_, ascending. They are picked without a branch.
+    struct Selection {
+        uint8_t index[kBlock];
+        size_t count = 0;
 
-    void encode_word(size_t begin, size_t length, IdWriter& out) {
+        void add_if(bool wanted, size_t k) {  // to be asked once for each k
+            index[count] = uint8_t(k);
+            count += wanted;
+        }
+        const uint8_t* begin() const { return index; }
+        const uint8_t* end() const { return index + count; }
+    };
+
+    static bool is_short(size_t length) { return length <= ShortMerger::kLongest; }
+    static bool is_long(size_t length) {
+        return !is_short(length) && length <= LongMerger::kLongest;
+    }
+
+    void encode_block(size_t count, IdWriter& out) {
+        Selection words, long_words, fresh, fresh_long;
+        for (size_t k = 0; k < count; k++) {
+            words.add_if(is_short(pieces_[k].length), k);
+            long_words.add_if(is_long(pieces_[k].length), k);
+        }
+        for (size_t k : words) find_slot(pieces_[k]);
+        for (size_t k : words) fresh.add_if(!look_up(pieces_[k]), k);
+        for (size_t k : long_words) fresh_long.add_if(!look_up_long(pieces_[k], out), k);
+        merge(word_merger_, fresh);
+        merge(long_word_merger_, fresh_long);
+        for (size_t k = 0; k < count; k++) write(pieces_[k], out);
+        for (size_t k : fresh) remember(pieces_[k]);  // not before all ids of its slot are written
+    }
+
+    // Reads a short word, and has its slot on the way.
+    void find_slot(Piece& piece) {
         static_assert(std::endian::native == std::endian::little);
+        size_t begin = piece.begin, length = piece.length;
         char bytes[16] = {};
         if (begin + 16 <= text_.size()) memcpy(bytes, text_.data() + begin, 16);
         else memcpy(bytes, text_.data() + begin, length);
@@ -1264,37 +1449,72 @@ class Tokenizer::Encoder {
         else high &= (uint64_t(1) << 8 * (length - 8)) - 1;
         high |= uint64_t(length) << 56;
         uint64_t mixed = (low ^ high * 0x9fb21c651e98df25u) * 0x9e3779b97f4a7c15u;
-        Word& word = words_[(mixed ^ mixed >> 32) * 0x9e3779b97f4a7c15u >> word_shift_];
-        int* to = out.room(kLongestWord + 1);
-        if (word.low == low && word.high == high) {
-            memcpy(to, word.ids, sizeof word.ids);
-            to[0] &= kMaxTokens;
-            out.add(word.ids[0] >> 28);
-            return;
-        }
-        size_t count = merger_.merge_short<1>(bytes, length, to);
-        out.add(count);
-        if (count > kMostIds) return;
-        word.low = low, word.high = high;
-        memcpy(word.ids, to, sizeof word.ids);
-        word.ids[0] |= uint32_t(count) << 28;
+        piece.low = low, piece.high = high;
+        piece.word = &words_[(mixed ^ mixed >> 32) * 0x9e3779b97f4a7c15u >> word_shift_];
+        __builtin_prefetch(piece.word);
     }
 
-    void encode_long_word(size_t begin, size_t length, IdWriter& out) {
-        std::string_view piece = text_.substr(begin, length);
-        LongWord& word = long_words_[hash_bytes(piece.data(), length) & (long_words_.size() - 1)];
-        int* to = out.room(length);
-        if (text_.substr(word.begin, word.length) == piece) {
-            memcpy(to, out.at(word.first_id), word.id_count * sizeof(int));
-            out.add(word.id_count);
-            return;
+    static bool look_up(Piece& piece) {
+        const Word& word = *piece.word;
+        piece.ids = reinterpret_cast<const int*>(word.ids);
+        piece.id_count = word.ids[0] >> 28;
+        return (word.low == piece.low) & (word.high == piece.high);
+    }
+
+    bool look_up_long(Piece& piece, const IdWriter& out) {
+        std::string_view bytes = text_.substr(piece.begin, piece.length);
+        uint64_t hash = hash_bytes(bytes.data(), bytes.size());
+        piece.long_word = &long_words_[hash & (long_words_.size() - 1)];
+        piece.ids = out.at(piece.long_word->first_id);
+        piece.id_count = piece.long_word->id_count;
+        return text_.substr(piece.long_word->begin, piece.long_word->length) == bytes;
+    }
+
+    template <typename Merger>
+    void merge(Merger& merger, const Selection& fresh) {
+        merger.clear();
+        for (size_t k : fresh) merger.add(text_, pieces_[k].begin, pieces_[k].length);
+        merger.merge();
+        for (size_t number = 0; number < fresh.count; number++) {
+            std::span<const int> ids = merger.ids(number);
+            Piece& piece = pieces_[fresh.index[number]];
+            piece.ids = ids.data(), piece.id_count = ids.size();
         }
-        word = {begin, length, out.used(), merger_.merge(piece, to)};
-        out.add(word.id_count);
+    }
+
+    // Appends the ids of a piece; kMostIds of them at once, since most have no more. One that is
+    // too long for LongMerger is looked up and merged only here.
+    void write(Piece& piece, IdWriter& out) {
+        int* to = out.next();
+        if (!is_short(piece.length)) {
+            if (!is_long(piece.length) && !look_up_long(piece, out)) {
+                piece.ids = to;
+                piece.id_count = merger_.merge(text_.substr(piece.begin, piece.length), to);
+            }
+            *piece.long_word = {piece.begin, piece.length, out.used(), piece.id_count};
+        }
+        int first[kMostIds];
+        memcpy(first, piece.ids, sizeof first);
+        first[0] &= kMaxTokens;
+        memcpy(to, first, sizeof first);
+        if (piece.id_count > kMostIds && piece.ids != to)
+            memcpy(to, piece.ids, piece.id_count * sizeof(int));
+        out.add(piece.id_count);
+    }
+
+    static void remember(const Piece& piece) {
+        if (piece.id_count > kMostIds) return;
+        Word& word = *piece.word;
+        word.low = piece.low, word.high = piece.high;
+        memcpy(word.ids, piece.ids, sizeof word.ids);
+        word.ids[0] |= uint32_t(piece.id_count) << 28;
     }
 
     std::string_view text_;
     PieceMerger merger_;
+    ShortMerger word_merger_;
+    LongMerger long_word_merger_;
+    std::array<Piece, kBlock> pieces_;
     std::vector<Word> words_;
     std::vector<LongWord> long_words_;
     int word_shift_;  // words_.size() == 1 << (64 - word_shift_)

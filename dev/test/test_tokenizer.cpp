@@ -993,6 +993,43 @@ TEST(Tokenizer, LongPiecesAreMergedAsTheDefinitionSays) {
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(run)), run);
 }
 
+// Words are merged in blocks, side by side: here of all lengths at all places of a block, fresh and
+// met before, in blocks that end anywhere and with so few slots that words of one block share them.
+TEST(Tokenizer, WordsOfABlockAreMergedAsTheDefinitionSays) {
+    using namespace tokenizer_test;
+    std::mt19937 random(26);
+    std::string learned, letters = "aaabbc";
+    for (int i = 0; i < 3000; i++) learned += i % 9 == 0 ? ' ' : letters[random() % letters.size()];
+    Tokenizer tokenizer = Tokenizer::train_bpe(learned, 400);
+    std::vector<PlainMerge> merges = plain_train(learned, 400 - 257).merges;
+    std::map<std::string, PlainPiece> known;
+    auto plain_of = [&](const std::string& piece) {
+        auto [at, fresh] = known.try_emplace(piece);
+        if (fresh) at->second = plain_bytes(piece);
+        if (fresh)
+            for (const PlainMerge& merge : merges) plain_join(at->second, merge);
+        return at->second;
+    };
+    auto word = [&](size_t length) {
+        std::string letters_of_it = " ";
+        while (letters_of_it.size() < length) letters_of_it += letters[random() % letters.size()];
+        return letters_of_it;
+    };
+    std::vector<std::string> usual;
+    for (size_t length = 2; length < 46; length++) usual.push_back(word(length));
+    for (size_t words = 1; words < 400; words += 1 + words / 40) {
+        std::string text;
+        for (size_t i = 0; i < words; i++) {
+            bool fresh = random() % 4 == 0;
+            text += fresh ? word(2 + random() % 44) : usual[random() % usual.size()];
+        }
+        PlainPiece plain;
+        for (const std::string& piece : pieces_of(text))
+            for (const std::string& token : plain_of(piece)) plain.push_back(token);
+        ASSERT_EQ(bytes_of(tokenizer, tokenizer.encode(text)), plain) << text;
+    }
+}
+
 TEST(Tokenizer, ManyDifferentPiecesDoNotConfuseTheCache) {
     using namespace tokenizer_test;
     // More words than the cache has slots, twice over: the ids of the halves are equal, and so are
