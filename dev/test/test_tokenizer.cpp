@@ -1028,6 +1028,18 @@ TEST(Tokenizer, WordsOfABlockAreMergedAsTheDefinitionSays) {
             for (const std::string& token : plain_of(piece)) plain.push_back(token);
         ASSERT_EQ(bytes_of(tokenizer, tokenizer.encode(text)), plain) << text;
     }
+    // Words behind which others stand that they would be merged with.
+    std::string texts;
+    std::vector<size_t> ends, id_ends;
+    std::vector<int> ids;
+    PlainPiece plain;
+    for (const std::string& piece : usual) {
+        texts += piece.substr(1);
+        ends.push_back(texts.size());
+        for (const std::string& token : plain_of(piece.substr(1))) plain.push_back(token);
+    }
+    tokenizer.encode_each(texts, ends, ids, id_ends);
+    EXPECT_EQ(bytes_of(tokenizer, ids), plain);
 }
 
 TEST(Tokenizer, ManyDifferentPiecesDoNotConfuseTheCache) {
