@@ -165,7 +165,8 @@ inline void add_model_options(CLI::App* app, ModelOptions& o) {
         ->default_str("of --model");
     add_number(app, "--context", o.context, 1, 1 << 20, "TOKENS", "positions of the model")
         ->default_str("of --model");
-    add_number(app, "--dropout", o.dropout, 0, 0.99, "P", "probability of dropping a value");
+    add_number(app, "--dropout", o.dropout, 0, kMostDropout, "P", "probability of dropping a value")
+        ->default_str("0; 0.1 where the model is not given and goes over its text many times");
 }
 
 inline void add_length_options(CLI::App* app, TrainOptions& o) {

@@ -83,7 +83,11 @@ struct ComputeOptions {
 struct ModelOptions {
     std::string model;
     int layers = 0, heads = 0, channels = 0, context = 0;
-    double dropout = 0;
+    double dropout = -1;  // below 0: choose_dropout() decides
+
+    bool is_default() const {
+        return model.empty() && layers == 0 && heads == 0 && channels == 0 && context == 0;
+    }
 };
 
 // How the processes of a job start and meet.
@@ -147,6 +151,7 @@ struct TrainOptions {
     PeakRate peak;                       // of this machine; 0: to be asked for
 };
 
+constexpr double kMostDropout = 0.99;
 constexpr double kMaxSteps = 1e12, kMaxSeed = 9007199254740992;  // what a double counts exactly
 
 // The part of a shape that says how to compute, as the options ask for it; fail_input where this
@@ -362,7 +367,7 @@ inline ModelChoice choose_model(const ModelOptions& o) {
     override_size("--heads", o.heads, &choice.config.heads, choice.folder);
     override_size("--channels", o.channels, &choice.config.channels, choice.folder);
     override_size("--context", o.context, &choice.config.context, choice.folder);
-    choice.config.dropout = o.dropout;
+    choice.config.dropout = std::max(0.0, o.dropout);
     validate(choice.config);
     return choice;
 }
@@ -1955,6 +1960,13 @@ inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config,
 // The part of the device's rate of large products that a step is assumed to reach, for estimates.
 constexpr double kAssumedShare = 0.6;
 
+// --dropout where it is not given, of a run that will go over its training data so many times: none
+// but for the default model on a text so small that it would be learned by heart.
+inline double choose_dropout(const ModelOptions& o, double passes) {
+    constexpr double kManyPasses = 6, kDropout = 0.1;
+    return o.is_default() && passes > kManyPasses ? kDropout : 0;
+}
+
 // --steps or --epochs as steps, and --time-limit. With none of them, two minutes for a text that
 // they are enough for, and an epoch of anything larger.
 inline Goal choose_goal(const TrainOptions& o, const TrainingData& data, size_t windows,
@@ -2066,7 +2078,6 @@ class Training {
     // A step is launched before the one before it is looked at, so that the device always has work;
     // only where something must see the result of a step does the loop wait for it.
     int run() {
-        peak_ = o_.peak.flops > 0 ? o_.peak : gpt2_peak(gpt2_shape(model_.get()));
         report();
         StopOnSignal signals;
         write_record(start_record());
@@ -2180,11 +2191,39 @@ class Training {
         return so_far == "fp32" || so_far == "bf16" ? so_far : "auto";
     }
 
+    // Seconds of a step, from its operations alone; 0 where the device's rate is not known.
+    double estimated_step_s() const {
+        if (peak_.flops == 0) return 0;
+        double operations = operations_per_token(choice_.config, T_) * double(tokens_a_step());
+        return operations / (kAssumedShare * peak_.flops);
+    }
+
+    // How many times the run will go over its training data, by that where its length is a time.
+    double expected_passes() const {
+        double steps = double(goal_.steps), step_s = estimated_step_s();
+        if (goal_.steps == 0) steps = step_s > 0 ? goal_.time_limit_s / step_s : 0;
+        return steps * double(tokens_a_step()) / double(train_tokens_);
+    }
+
+    // --dropout, which for a run that goes on is what it was so far, unless it is given.
+    double dropout() const {
+        if (o_.model.dropout >= 0) return o_.model.dropout;
+        if (folder_.checkpoint.empty()) return choose_dropout(o_.model, expected_passes());
+        json settings;
+        read_state(folder_.checkpoint, nullptr, &settings);
+        json so_far = settings.value("dropout", json());
+        return so_far.is_number() ? std::clamp(so_far.get<double>(), 0.0, kMostDropout) : 0;
+    }
+
     void prepare_model() {
         bool samples = data_.tokenizer.has_value();
         TrainOptions options = o_;
         options.compute.dtype = link_.broadcast("the precision", precision(), kPatience_s);
         GPT2Shape shape = training_shape(options, choice_.config, T_, samples, world_);
+        peak_ = o_.peak.flops > 0 ? o_.peak : gpt2_peak(shape);
+        options.model.dropout =
+            std::stod(link_.broadcast("the dropout", format("%.17g", dropout()), kPatience_s));
+        choice_.config.dropout = options.model.dropout;
         shape.saves_parts = !shared_out_.empty();
         shape.snapshot = shape.snapshot && (leads() || shape.saves_parts);
         const char* dtype = dtype_name(shape.dtype);
@@ -2202,7 +2241,7 @@ class Training {
             read_checkpoint(model_.get(), folder_.checkpoint);
             state_ = read_state(folder_.checkpoint, nullptr, &settings);
             for (const std::string& change :
-                 setting_changes(settings, run_settings(o_, goal_, shape)))
+                 setting_changes(settings, run_settings(options, goal_, shape)))
                 add_note(change);
             elapsed_before_s_ = state_.elapsed_s;
             loader_->seek(state_.position);
@@ -2223,7 +2262,7 @@ class Training {
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
-        settings_ = run_settings(o_, goal_, shape);
+        settings_ = run_settings(options, goal_, shape);
         launched_ = state_.step;
     }
     void add_note(const std::string& note) {
@@ -2352,8 +2391,9 @@ inline void Training::report() {
     screen_.line("data       " + data_.description);
     screen_.line("tokenizer  " + describe_tokenizer(data_.tokenizer));
     screen_.line(
-        format("model      %d layers, %d heads, %d channels, context %d, vocabulary %s%s%s",
+        format("model      %d layers, %d heads, %d channels, context %d, vocabulary %s%s%s%s",
                c.layers, c.heads, c.channels, c.context, with_commas(size_t(c.vocab_size)).c_str(),
+               c.dropout > 0 ? format(", dropout %g", c.dropout).c_str() : "",
                choice_.folder.empty() ? "" : ", from ", choice_.folder.c_str()));
     for (const std::string& line : size_report(c, shape)) screen_.line(line);
     std::string ranks = world_ > 1 ? format("%d ranks x ", world_) : "";
@@ -2374,8 +2414,7 @@ inline void Training::report() {
 
 // The length of the run, in steps and in time; one from the other where the device's rate is known.
 inline void Training::report_goal() {
-    double operations = operations_per_token(choice_.config, T_) * double(tokens_a_step());
-    double step_s = peak_.flops > 0 ? operations / (kAssumedShare * peak_.flops) : 0;
+    double step_s = estimated_step_s();
     std::string goal;
     if (goal_.steps > 0) {
         double left = double(goal_.steps - std::min(goal_.steps, state_.step));

@@ -1398,6 +1398,40 @@ TEST(Run, ATimeLimitFinishesTheRun) {
     EXPECT_TRUE(run.log().back().contains("val_loss"));
 }
 
+// The default model drops where it would learn its text by heart; a run that goes on stays at what
+// it did.
+TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
+    ModelOptions none, sized, named, asked;
+    sized.layers = 2, named.model = "small", asked.dropout = 0.3;
+    EXPECT_EQ(choose_dropout(none, 5.9), 0);
+    EXPECT_EQ(choose_dropout(none, 6.1), 0.1);
+    for (const ModelOptions& other : {sized, named}) EXPECT_EQ(choose_dropout(other, 100), 0);
+
+    std::string folder = test_folder(), text = folder + "/text.txt";
+    std::string bytes;
+    for (int id : random_ids(300, 26, 1)) bytes += char('a' + id);
+    write_file_atomic(text, bytes);
+    auto train = [&](const std::string& out, size_t steps, double dropout) {
+        TrainOptions options;
+        options.data = {text}, options.tokenizer = "bytes", options.out = folder + "/" + out;
+        options.batch_size = 4, options.sequence_length = 16, options.steps = steps;
+        options.sample_every = 0;
+        options.screen = fopen("/dev/null", "w"), options.peak = {1e9, "given"};
+        options.model.dropout = dropout;
+        EXPECT_EQ(train_command(options, now_s(), ""), 0);
+        fclose(options.screen);
+        json settings;
+        read_state(folder + "/" + out + "/last", nullptr, &settings);
+        return settings["dropout"].get<double>();
+    };
+    size_t pass = 270 / (4 * 16);  // steps
+    EXPECT_EQ(train("few", 2 * pass, -1), 0);
+    EXPECT_EQ(train("many", 8 * pass, -1), 0.1);
+    EXPECT_EQ(train("few", 9 * pass, -1), 0) << "as it was so far";
+    EXPECT_EQ(train("few", 10 * pass, 0.2), 0.2);
+    EXPECT_EQ(train("few", 11 * pass, -1), 0.2);
+}
+
 TEST(Run, FolderNamesFollowTheData) {
     EXPECT_EQ(default_out({"some/where/text.txt"}), "runs/text");
     EXPECT_EQ(default_out({"some/where/"}), "runs/where");
