@@ -1729,6 +1729,13 @@ inline int print_error(const char* message, int code) {
 
 constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
 
+// Says it once, whichever threads run out of memory together: the others wait for the end.
+inline int say_out_of_memory() {
+    static std::atomic_flag said;
+    while (said.test_and_set()) pause();
+    return print_error(kOutOfMemory, kExitMachine);
+}
+
 // Memory may run out where no exception can pass: in destructors and noexcept functions of
 // libraries. The language then ends the program, and what is on the disk is whole at any moment:
 // all that is left to do is to say so.
@@ -1736,7 +1743,8 @@ inline void end_without_memory() {
     std::set_terminate([] {
         const std::type_info* type = abi::__cxa_current_exception_type();
         bool memory = type != nullptr && *type == typeid(std::bad_alloc);
-        _exit(print_error(memory ? kOutOfMemory : "a mistake of the program's own", kExitMachine));
+        if (memory) _exit(say_out_of_memory());
+        _exit(print_error("a mistake of the program's own", kExitMachine));
     });
     // The C library loads what unwinds its own frames when it first needs it, and aborts if it has
     // no memory then. This is a first time.
@@ -1821,7 +1829,7 @@ inline int run(int argc, char** argv) {
     } catch (const Error& error) {
         return print_error(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
-        return print_error(kOutOfMemory, kExitMachine);
+        return say_out_of_memory();
     } catch (const std::exception& error) { return print_error(error.what(), kExitMachine); }
     bool lost = fflush(stdout) != 0 || ferror(stdout);
     if (lost && code == 0 && !reader_is_gone())

@@ -776,6 +776,29 @@ struct DropoutRow {
     int row, cols;
 };
 
+// The four words of philox(key, c0 + g, c1, c2, c3) for each g below kGroups, side by side: words
+// (kGroups,4). Ten rounds of one counter wait for each other.
+template <int kGroups>
+static void philox_groups(uint32_t* words, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
+                          uint32_t c3) {
+    uint32_t x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+    for (int g = 0; g < kGroups; g++) x0[g] = c0 + uint32_t(g), x1[g] = c1, x2[g] = c2, x3[g] = c3;
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; round++) {
+#pragma omp simd
+        for (int g = 0; g < kGroups; g++) {
+            uint64_t p0 = uint64_t(0xD2511F53u) * x0[g], p1 = uint64_t(0xCD9E8D57u) * x2[g];
+            x0[g] = uint32_t(p1 >> 32) ^ x1[g] ^ k0, x2[g] = uint32_t(p0 >> 32) ^ x3[g] ^ k1;
+            x1[g] = uint32_t(p1), x3[g] = uint32_t(p0);
+        }
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    for (int g = 0; g < kGroups; g++) {
+        words[4 * g] = x0[g], words[4 * g + 1] = x1[g];
+        words[4 * g + 2] = x2[g], words[4 * g + 3] = x3[g];
+    }
+}
+
 // out[j] = inp[j] / (1 - p) with probability 1 - p, else 0            [Srivastava et al. 2014, JMLR
 // 15:1929] n numbers, `stride` apart, of the row of `cols` from `first` on, a multiple of 4.
 // Whether an element stays depends on the key and its place alone, so that backward, another rank
@@ -788,12 +811,16 @@ static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int
     uint32_t stream = random_stream(dropout.use, dropout.layer);
     uint32_t groups = (uint32_t(place.cols) + 3) / 4;
     real scale = real(1 / (1 - dropout.probability));
-    for (int j = 0; j < n; j += 4) {
-        Philox random = philox(dropout.seed, uint32_t(place.row) * groups + uint32_t(first + j) / 4,
+    constexpr int kGroups = 16;
+    uint32_t words[4 * kGroups];
+    for (int j = 0; j < n; j += 4 * kGroups) {
+        philox_groups<kGroups>(words, dropout.seed,
+                               uint32_t(place.row) * groups + uint32_t(first + j) / 4,
                                uint32_t(place.sequence), stream, uint32_t(dropout.step));
-        for (int i = 0; i < 4 && j + i < n; i++) {
+        int count = std::min(n - j, 4 * kGroups);
+        for (int i = 0; i < count; i++) {
             size_t at = size_t(j + i) * size_t(stride);
-            out[at] = random.word[i] >= threshold ? real(inp[at]) * scale : real(0);
+            out[at] = words[i] >= threshold ? real(inp[at]) * scale : real(0);
         }
     }
 }

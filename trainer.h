@@ -1963,7 +1963,7 @@ constexpr double kAssumedShare = 0.6;
 // --dropout where it is not given, of a run that will go over its training data so many times: none
 // but for the default model on a text so small that it would be learned by heart.
 inline double choose_dropout(const ModelOptions& o, double passes) {
-    constexpr double kManyPasses = 6, kDropout = 0.1;
+    constexpr double kManyPasses = 7, kDropout = 0.1;
     return o.is_default() && passes > kManyPasses ? kDropout : 0;
 }
 

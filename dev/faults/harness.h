@@ -276,8 +276,8 @@ inline std::string judge_outcome(const Settings& settings, const Outcome& outcom
         return outcome.text() + ": " + outcome.err;
     size_t errors = 0;
     std::istringstream lines(outcome.err);
-    bool of_libgomp =
-        outcome.code == 1 && outcome.err.find("\nlibgomp: Out of memory") != std::string::npos;
+    // (Another thread may end the program before the rest of libgomp's line.)
+    bool of_libgomp = outcome.code == 1 && outcome.err.find("\nlibgomp: ") != std::string::npos;
     for (std::string line; std::getline(lines, line);) {
         if (of_libgomp && line.empty()) continue;
         bool error = line.starts_with(settings.name + ": error: ") ||

@@ -1403,8 +1403,8 @@ TEST(Run, ATimeLimitFinishesTheRun) {
 TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
     ModelOptions none, sized, named, asked;
     sized.layers = 2, named.model = "small", asked.dropout = 0.3;
-    EXPECT_EQ(choose_dropout(none, 5.9), 0);
-    EXPECT_EQ(choose_dropout(none, 6.1), 0.1);
+    EXPECT_EQ(choose_dropout(none, 6.9), 0);
+    EXPECT_EQ(choose_dropout(none, 7.1), 0.1);
     for (const ModelOptions& other : {sized, named}) EXPECT_EQ(choose_dropout(other, 100), 0);
 
     std::string folder = test_folder(), text = folder + "/text.txt";
