@@ -1282,10 +1282,13 @@ class Tokenizer::WordMerger {
     static uint32_t least(const uint32_t* keys) {
         uint32_t least[kPlaces];
         std::copy_n(keys, kPlaces, least);
-#pragma GCC unroll 8
-        for (size_t half = kPlaces / 2; half > 0; half /= 2)
-            for (size_t i = 0; i < half; i++) least[i] = std::min(least[i], least[i + half]);
+        halve<kPlaces / 2>(least);
         return least[0];
+    }
+    template <size_t kHalf>
+    static void halve(uint32_t* least) {
+        for (size_t i = 0; i < kHalf; i++) least[i] = std::min(least[i], least[i + kHalf]);
+        if constexpr (kHalf > 1) halve<kHalf / 2>(least);
     }
 
     // Finds the least key of each active word, and drops those that have no pair left.
