@@ -101,10 +101,11 @@ def compare(args, name, text, libraries, folder):
         rates[key] = max(rates.get(key, 0), size / seconds / 1e6)
 
     for _ in range(args.rounds):  # in turns
-        seconds, tokens = own(args, "encode", args.merges, path, 1, 2)
+        # Several rounds, because each is a new process, and the libraries' has long been warm.
+        seconds, tokens = own(args, "encode", args.merges, path, 1, 6)
         note("own", seconds)
-        note("own, all cores", own(args, "encode", args.merges, path, 0, 2)[0])
-        note("own decode", own(args, "decode", args.merges, path, 1, 2)[0])
+        note("own, all cores", own(args, "encode", args.merges, path, 0, 6)[0])
+        note("own decode", own(args, "decode", args.merges, path, 1, 6)[0])
         for library, (encode, decode) in libraries.items():
             seconds, ids = best_s(encode, text)
             if len(ids) != tokens:
