@@ -652,6 +652,29 @@ TEST(Layer, DropoutDependsOnItsKeyAndPlaceAlone) {
     differs((other.first_sequence = 0, other));
 }
 
+// Rows shorter than the groups that are drawn side by side, of several of them, and of no whole
+// one.
+TEST(Layer, DropoutDrawsFourNumbersOfACounter) {
+    for (int C : {1, 4, 61, 64, 130}) {
+        int B = 2, T = 3;
+        uint32_t groups = (uint32_t(C) + 3) / 4;
+        Dropout dropout{0.25, 1, 2, 5, RandomUse::encoder, 3};
+        Buffer ones(size_t(B * T * C)), out(ones.size());
+        ones.fill(1);
+        dropout_forward(out, ones, dropout, B, T, C);
+        for (int b = 0; b < B; b++)
+            for (int t = 0; t < T; t++)
+                for (int c = 0; c < C; c++) {
+                    Philox random =
+                        philox(dropout.seed, uint32_t(t) * groups + uint32_t(c) / 4,
+                               uint32_t(dropout.first_sequence) + uint32_t(b),
+                               random_stream(dropout.use, dropout.layer), uint32_t(dropout.step));
+                    bool stays = random.word[c % 4] >= uint32_t(0.25 * 4294967296.0);
+                    EXPECT_EQ(out[(b * T + t) * C + c] != 0, stays) << b << " " << t << " " << c;
+                }
+    }
+}
+
 // A joined name computes what its parts do, bit for bit.
 TEST(Layer, JointsAgreeWithTheirParts) {
     for (auto [B, T, C, NH] : {Sizes{3, 17, 15, 3}, {1, 1, 1, 1}, {2, 9, 130, 2}}) {

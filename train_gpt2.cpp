@@ -777,21 +777,15 @@ struct DropoutRow {
 };
 
 // The four words of philox(key, c0 + g, c1, c2, c3) for each g below kGroups, side by side: words
-// (kGroups,4). Ten rounds of one counter wait for each other.
+// (kGroups,4). The rounds of one counter wait for each other.
 template <int kGroups>
 static void philox_groups(uint32_t* words, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                           uint32_t c3) {
     uint32_t x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
     for (int g = 0; g < kGroups; g++) x0[g] = c0 + uint32_t(g), x1[g] = c1, x2[g] = c2, x3[g] = c3;
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < kPhiloxRounds; round++) {
 #pragma omp simd
-        for (int g = 0; g < kGroups; g++) {
-            uint64_t p0 = uint64_t(0xD2511F53u) * x0[g], p1 = uint64_t(0xCD9E8D57u) * x2[g];
-            x0[g] = uint32_t(p1 >> 32) ^ x1[g] ^ k0, x2[g] = uint32_t(p0 >> 32) ^ x3[g] ^ k1;
-            x1[g] = uint32_t(p1), x3[g] = uint32_t(p0);
-        }
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        for (int g = 0; g < kGroups; g++) philox_round(key, round, x0[g], x1[g], x2[g], x3[g]);
     }
     for (int g = 0; g < kGroups; g++) {
         words[4 * g] = x0[g], words[4 * g + 1] = x1[g];

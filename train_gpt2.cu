@@ -1557,14 +1557,8 @@ __device__ void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Sco
 // keys to be the same in every step of a kernel, and keep all twenty in registers.
 __device__ inline Philox looped_philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                                        uint32_t c3) {
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #pragma unroll 5
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-        uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-        c1 = uint32_t(p1), c3 = uint32_t(p0), c0 = n0, c2 = n2;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+    for (int round = 0; round < kPhiloxRounds; round++) philox_round(key, round, c0, c1, c2, c3);
     return {{c0, c1, c2, c3}};
 }
 

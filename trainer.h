@@ -2208,6 +2208,7 @@ class Training {
     // --dropout, which for a run that goes on is what it was so far, unless it is given.
     double dropout() const {
         if (o_.model.dropout >= 0) return o_.model.dropout;
+        if (folder_.checkpoint.empty() && o_.overfit_one_batch) return 0;
         if (folder_.checkpoint.empty()) return choose_dropout(o_.model, expected_passes());
         json settings;
         read_state(folder_.checkpoint, nullptr, &settings);
@@ -3023,7 +3024,7 @@ inline int Training::end_at_once() {
     ordered_json record = {{"event", "evaluation"}, {"step", state_.step}};
     bool best = false, last = true;
     if (!evaluate(&record, &best, &last)) return leave(record, best);
-    write_record(record);
+    if (evaluates()) write_record(record);
     save(best, last);
     conclude();
     return 0;

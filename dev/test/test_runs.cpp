@@ -1411,8 +1411,10 @@ TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
     std::string bytes;
     for (int id : random_ids(100, 26, 1)) bytes += char('a' + id);
     write_file_atomic(text, bytes);
+    bool overfit = false;
     auto train = [&](const std::string& out, size_t steps, double dropout) {
         TrainOptions options;
+        options.overfit_one_batch = overfit;
         options.data = {text}, options.tokenizer = "bytes", options.out = folder + "/" + out;
         options.batch_size = 4, options.sequence_length = 16, options.steps = steps;
         options.sample_every = 0;
@@ -1429,6 +1431,8 @@ TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
     EXPECT_EQ(train("few", 13, -1), 0) << "as it was so far";
     EXPECT_EQ(train("few", 14, 0.2), 0.2);
     EXPECT_EQ(train("few", 15, -1), 0.2);
+    overfit = true;
+    EXPECT_EQ(train("one_batch", 11, -1), 0) << "to learn it by heart is the purpose";
 }
 
 TEST(Run, FolderNamesFollowTheData) {
