@@ -457,14 +457,15 @@ struct Philox {
 
 constexpr int kPhiloxRounds = 10;
 
-// One of its rounds, on the words of a counter.
-constexpr void philox_round(uint64_t key, int round, uint32_t& c0, uint32_t& c1, uint32_t& c2,
-                            uint32_t& c3) {
+// One of its rounds, on the words of a counter. In a Word of 64 bits, the lane in which a processor
+// multiplies them, the upper half means nothing.
+template <class Word>
+constexpr void philox_round(uint64_t key, int round, Word& c0, Word& c1, Word& c2, Word& c3) {
     uint32_t k0 = uint32_t(key) + uint32_t(round) * 0x9E3779B9u;
     uint32_t k1 = uint32_t(key >> 32) + uint32_t(round) * 0xBB67AE85u;
-    uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(p1), c3 = uint32_t(p0);
+    uint64_t p0 = uint64_t(0xD2511F53u) * uint32_t(c0), p1 = uint64_t(0xCD9E8D57u) * uint32_t(c2);
+    c0 = Word(p1 >> 32) ^ c1 ^ k0, c2 = Word(p0 >> 32) ^ c3 ^ k1;
+    c1 = Word(p1), c3 = Word(p0);
 }
 
 constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {

@@ -776,46 +776,67 @@ struct DropoutRow {
     int row, cols;
 };
 
-// The four words of philox(key, c0 + g, c1, c2, c3) for each g below kGroups, side by side: words
-// (kGroups,4). The rounds of one counter wait for each other.
-template <int kGroups>
-static void philox_groups(uint32_t* words, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
-                          uint32_t c3) {
-    uint32_t x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
-    for (int g = 0; g < kGroups; g++) x0[g] = c0 + uint32_t(g), x1[g] = c1, x2[g] = c2, x3[g] = c3;
-    for (int round = 0; round < kPhiloxRounds; round++) {
+constexpr int kDropoutGroups = 16;  // of four numbers, drawn side by side
+
+// Decides for 4 * kDropoutGroups elements at a time: for groups of four that follow each other in a
+// row, or for one such group in each of so many rows.
+struct DropoutDraw {
+    uint64_t key, sequence, step;
+    uint32_t stream, threshold, groups;  // of four in a row
+    real scale;
+
+    explicit DropoutDraw(const DropoutRow& place)
+        : key(place.dropout.seed),
+          sequence(place.sequence),
+          step(place.dropout.step),
+          stream(random_stream(place.dropout.use, place.dropout.layer)),
+          threshold(uint32_t(place.dropout.probability * 4294967296.0)),
+          groups((uint32_t(place.cols) + 3) / 4),
+          scale(real(1 / (1 - place.dropout.probability))) {}
+
+    // The group of `row` that element `first`, a multiple of 4, begins.
+    uint32_t group(int row, int first) const {
+        return uint32_t(row) * groups + uint32_t(first) / 4;
+    }
+
+    // What to multiply the elements of the groups `group`, group + stride, ... by, 0 or 1 / (1 - p):
+    // element w of the g-th at factors[w * kRow + g * kColumn]. (Side by side, because the rounds
+    // of one counter wait for each other.)
+    template <int kRow, int kColumn>
+    void factors(real* factors, uint32_t group, uint32_t stride) const {
+        constexpr int G = kDropoutGroups;
+        uint64_t x0[G], x1[G], x2[G], x3[G];
+        for (int g = 0; g < G; g++) {
+            x0[g] = group + uint32_t(g) * stride;
+            x1[g] = sequence, x2[g] = stream, x3[g] = step;
+        }
+        for (int round = 0; round < kPhiloxRounds; round++) {
 #pragma omp simd
-        for (int g = 0; g < kGroups; g++) philox_round(key, round, x0[g], x1[g], x2[g], x3[g]);
+            for (int g = 0; g < G; g++) philox_round(key, round, x0[g], x1[g], x2[g], x3[g]);
+        }
+        auto factor = [&](uint64_t word) { return uint32_t(word) >= threshold ? scale : real(0); };
+#pragma omp simd
+        for (int g = 0; g < G; g++) {
+            real* of_group = factors + g * kColumn;
+            of_group[0] = factor(x0[g]), of_group[kRow] = factor(x1[g]);
+            of_group[2 * kRow] = factor(x2[g]), of_group[3 * kRow] = factor(x3[g]);
+        }
     }
-    for (int g = 0; g < kGroups; g++) {
-        words[4 * g] = x0[g], words[4 * g + 1] = x1[g];
-        words[4 * g + 2] = x2[g], words[4 * g + 3] = x3[g];
-    }
-}
+};
 
 // out[j] = inp[j] / (1 - p) with probability 1 - p, else 0            [Srivastava et al. 2014, JMLR
-// 15:1929] n numbers, `stride` apart, of the row of `cols` from `first` on, a multiple of 4.
-// Whether an element stays depends on the key and its place alone, so that backward, another rank
-// or the other twin decides the same; out may be inp.
+// 15:1929] of the n numbers of a row. Whether an element stays depends on the key and its place
+// alone, so that backward, another rank or the other twin decides the same; out may be inp.
 template <class Out, class Float>
-static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int first, int n,
-                        int stride = 1) {
-    const Dropout& dropout = place.dropout;
-    uint32_t threshold = uint32_t(dropout.probability * 4294967296.0);
-    uint32_t stream = random_stream(dropout.use, dropout.layer);
-    uint32_t groups = (uint32_t(place.cols) + 3) / 4;
-    real scale = real(1 / (1 - dropout.probability));
-    constexpr int kGroups = 16;
-    uint32_t words[4 * kGroups];
-    for (int j = 0; j < n; j += 4 * kGroups) {
-        philox_groups<kGroups>(words, dropout.seed,
-                               uint32_t(place.row) * groups + uint32_t(first + j) / 4,
-                               uint32_t(place.sequence), stream, uint32_t(dropout.step));
-        int count = std::min(n - j, 4 * kGroups);
-        for (int i = 0; i < count; i++) {
-            size_t at = size_t(j + i) * size_t(stride);
-            out[at] = words[i] >= threshold ? real(inp[at]) * scale : real(0);
-        }
+static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int n) {
+    constexpr int G = kDropoutGroups;
+    DropoutDraw draw(place);
+    real factors[4 * G];
+    for (int j = 0; j < n; j += 4 * G) {
+        draw.factors<1, 4>(factors, draw.group(place.row, j), 1);
+        int count = std::min(n - j, 4 * G);
+#pragma omp simd
+        for (int i = 0; i < count; i++) out[j + i] = real(inp[j + i]) * factors[i];
     }
 }
 
@@ -828,7 +849,7 @@ void dropout_forward(Out* out, const Float* inp, const Dropout& dropout, int B, 
         for (int t = 0; t < T; t++) {
             size_t bt = size_t(b) * T + t;
             dropout_row(out + bt * C, inp + bt * C,
-                        {dropout, dropout.first_sequence + uint64_t(b), t, C}, 0, C);
+                        {dropout, dropout.first_sequence + uint64_t(b), t, C}, C);
         }
     }
 }
@@ -974,13 +995,14 @@ struct AttentionHead {
 
     bool drops() const { return dropout.dropout.probability > 0; }
     real scale() const { return real(1 / std::sqrt(double(HS))); }
-    // Drops weights, or gradients of such, of a tile (n,queries) from (key,query) on, in place.
-    void drop(real* tile, int query, int queries, int key, int n) const {
-        for (int t = 0; t < queries; t++) {
-            DropoutRow row = {dropout.dropout, dropout.sequence, dropout.row + query + t,
-                              dropout.cols};
-            dropout_row(tile + t, tile + t, row, key, n, kAttentionRows);
-        }
+    // What dropout multiplies the weights of 4 keys from `key` on by, (4,kAttentionRows) for the
+    // queries from `query` on: a query is a lane here too.
+    void dropout_factors(real* factors, int query, int key) const {
+        static_assert(kAttentionRows % kDropoutGroups == 0);
+        DropoutDraw draw(dropout);
+        for (int t = 0; t < kAttentionRows; t += kDropoutGroups)
+            draw.factors<kAttentionRows, 1>(
+                factors + t, draw.group(dropout.row + query + t, key), draw.groups);
     }
 };
 
@@ -1024,6 +1046,20 @@ static void attention_softmax_tile(const AttentionTiles& tiles, const AttentionH
     }
 }
 
+// Drops weights of a tile of n keys from `key` on, for queries from `query` on.
+template <class Float>
+static void attention_drop_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
+                                int query, int key, int n) {
+    real factors[4 * kAttentionRows];
+    for (int j = 0; j < n; j++) {
+        if (j % 4 == 0) head.dropout_factors(factors, query, key + j);
+        real* p = tiles.p + size_t(j) * kAttentionRows;
+        const real* factor = factors + j % 4 * kAttentionRows;
+#pragma omp simd
+        for (int t = 0; t < kAttentionRows; t++) p[t] *= factor[t];
+    }
+}
+
 // out and logsumexp (or null) of the queries [first, first + rows) of one head.
 template <class Float>
 static void attention_queries_forward(Float* out, int out_stride, real* logsumexp,
@@ -1042,7 +1078,7 @@ static void attention_queries_forward(Float* out, int out_stride, real* logsumex
         load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
         tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
         attention_softmax_tile(tiles, head, first, rows, key, n);
-        if (head.drops()) head.drop(tiles.p, first, rows, key, n);
+        if (head.drops()) attention_drop_tile(tiles, head, first, key, n);
         tile_product({rows, HS, n, tiles.p, 1, R, tiles.v, HS, true, tiles.sums, HS});
     }
     for (int t = 0; t < rows; t++) {
@@ -1089,16 +1125,19 @@ void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scra
 // weights; on exit p holds the dropped weights and dp the gradient of the scores.
 template <class Float>
 static void attention_backward_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
-                                    int query, int rows, int key, int n) {
-    real scale = head.scale();
-    if (head.drops()) head.drop(tiles.dp, query, rows, key, n);
+                                    int query, int key, int n) {
+    real scale = head.scale(), factors[4 * kAttentionRows];
+    std::fill(factors, factors + 4 * kAttentionRows, real(1));
     for (int j = 0; j < n; j++) {
+        if (head.drops() && j % 4 == 0) head.dropout_factors(factors, query, key + j);
         real* p = tiles.p + size_t(j) * kAttentionRows;
         real* dp = tiles.dp + size_t(j) * kAttentionRows;
+        const real* factor = factors + j % 4 * kAttentionRows;
 #pragma omp simd
         for (int t = 0; t < kAttentionRows; t++) {
             p[t] = vector_exp(p[t] * scale - tiles.lse[t]);
-            dp[t] = p[t] * (dp[t] - tiles.dot[t]) * scale;
+            dp[t] = p[t] * (factor[t] * dp[t] - tiles.dot[t]) * scale;
+            p[t] *= factor[t];
         }
         int hidden = std::clamp(key + j - query, 0, kAttentionRows);
         std::fill(p, p + hidden, real(0));
@@ -1107,7 +1146,6 @@ static void attention_backward_tile(const AttentionTiles& tiles, const Attention
     // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
     // rounding leaves of it AdamW would divide by its own size.
     if (query == 0 && key == 0) tiles.dp[0] = 0;
-    if (head.drops()) head.drop(tiles.p, query, rows, key, n);
 }
 
 // dq of the queries [first, first + rows) is written, and what they add to dk and dv of the head;
@@ -1142,7 +1180,7 @@ static void attention_queries_backward(Float* dq, const Float* dout, const Float
         load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
         tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
         tile_product({n, R, HS, tiles.v, HS, 1, tiles.doutt, R, false, tiles.dp, R});
-        attention_backward_tile(tiles, head, first, rows, key, n);
+        attention_backward_tile(tiles, head, first, key, n);
         tile_product({n, HS, rows, tiles.p, R, 1, tiles.dout, HS, true, dv, HS});
         tile_product({n, HS, rows, tiles.dp, R, 1, tiles.q, HS, true, dk, HS});
         tile_product({rows, HS, n, tiles.dp, 1, R, tiles.k, HS, true, tiles.sums, HS});
@@ -1329,7 +1367,7 @@ void residual_layernorm_forward(Stream* residual, Float* out, real* mean, real* 
             Stream* residual_bt = residual + bt * C;
             if (dropout.probability > 0) {
                 dropout_row(residual_bt, branch_bt,
-                            {dropout, dropout.first_sequence + uint64_t(b), t, C}, 0, C);
+                            {dropout, dropout.first_sequence + uint64_t(b), t, C}, C);
 #pragma omp simd
                 for (int c = 0; c < C; c++) residual_bt[c] = real(inp_bt[c]) + real(residual_bt[c]);
             } else {
