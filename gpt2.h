@@ -689,24 +689,6 @@ void quantise_rows(int8_t* q, real* scales, const real* weights, size_t rows, si
 void gemm_int8(int M, int N, int K, const real* A, const int8_t* q, const real* scales,
                const real* bias, real* expanded, real* C);
 
-// A product of tiles that lie in cache: C (M,N) = A' B, or += with `add`. A'(m,k) is A[m * row + k
-// * column], so that either way of A is read as it lies; B is (K,N) and C (M,N), row-major.
-// (A template, so that a program that holds the layers both in float and in double tells its two
-// functions apart.)
-template <class Number>
-struct TileProduct {
-    int M, N, K;
-    const Number* A;
-    int row, column;
-    const Number* B;
-    int ldb;
-    bool add;
-    Number* C;
-    int ldc;
-};
-
-void tile_product(const TileProduct<real>& product);
-
 // ==== initialisation =============================================================================
 
 // Fills one tensor as the table says: normal numbers of standard deviation 0.02 by Box-Muller from

@@ -511,29 +511,6 @@ TEST(Layer, AFewRowsHaveTheSameBitsWhateverTheOthers) {
     }
 }
 
-// Sizes around those of a block in registers, either way of A, added or not: within the rounding of
-// another order of the sums.
-TEST(Layer, TileProductsAgreeWithPlainLoops) {
-    for (auto [M, N, K] :
-         {std::array{1, 1, 1}, {4, 64, 64}, {7, 33, 5}, {64, 20, 64}, {9, 139, 17}}) {
-        for (int mode = 0; mode < 4; mode++) {
-            bool transposed = mode & 1, add = mode & 2;
-            int lda = (transposed ? M : K) + 3, ldb = N + 1, ldc = N + 2;
-            Buffer A(lda * (transposed ? K : M)), B(ldb * K), C(ldc * M), D(ldc * M);
-            A.normal(1), B.normal(2);
-            if (add) C.normal(3), D.normal(3);
-            tile_product(
-                {M, N, K, A, transposed ? 1 : lda, transposed ? lda : 1, B, ldb, add, C, ldc});
-            gemm_plain(transposed, false, M, N, K, A, lda, B, ldb, add ? 1 : 0, D, ldc);
-            for (int m = 0; m < M; m++) {
-                EXPECT_AT_MOST(largest_difference(C + m * ldc, D + m * ldc, size_t(N)),
-                               8 * kEps * std::sqrt(double(K) + 1) * 4);
-                EXPECT_EQ(std::isnan(C[m * ldc + N]), !add) << "written between the rows";
-            }
-        }
-    }
-}
-
 // Attention by its definition, in double, one query at a time.
 void plain_attention(std::vector<double>& out, const Buffer& qkv, int B, int T, int C, int NH) {
     int HS = C / NH;

@@ -43,7 +43,7 @@ constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
 constexpr double kGeluCube = 0.044715;
 
 constexpr int kClassifierRows = 256;  // rows of logits that exist at a time
-constexpr int kAttentionRows = 64;    // queries, and keys, of a tile of scores
+constexpr int kAttentionRows = 64;    // queries whose scores exist at a time
 constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gradient
 
 constexpr int kInt8Most = 127;                 // the largest weight in int8
@@ -71,12 +71,15 @@ struct bf16 {
     }
 };
 
-// Numbers that attention works in on one thread, for `keys` keys of heads of HS: the tiles that
-// AttentionTiles names, and the gradients of the keys and values of a head.
-static size_t attention_numbers(size_t keys, size_t HS) {
-    size_t tile = aligned(kAttentionRows * HS);
-    return 2 * kAttentionRows * kAttentionRows + 7 * tile + 4 * kAttentionRows +
-           aligned(2 * keys * HS);
+// The distance between two queries' scores of `keys` keys: never a power of two, at which the
+// columns of a block would fall into the same few lines of a cache.
+static size_t attention_row(size_t keys) { return aligned(keys) + aligned(1); }
+
+// Numbers that attention works in on one thread, for `keys` keys of heads of HS: what
+// AttentionScratch names.
+static size_t attention_numbers(size_t keys, size_t HS, Dtype dtype) {
+    size_t scores = kAttentionRows * attention_row(keys);
+    return (dtype == Dtype::bf16 ? 3 : 2) * scores + aligned(2 * keys * HS);
 }
 
 // The table of a model as it is in memory: weights in int8 are nowhere else, unless they are looked
@@ -106,12 +109,12 @@ static Int8Place int8_place(const GPT2Config& config, int row, int layer) {
     return place;
 }
 
-// Each thread has its own tiles; a model that generates sees up to `context` keys.
+// Each thread has its own scores; a model that generates sees up to `context` keys.
 TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape) {
     size_t keys = size_t(shape.generate > 0 ? config.context : shape.T);
     size_t numbers = 0;
     for (const ParameterRow& row : held_parameters(config, shape)) numbers += row.allocated();
-    size_t attention = attention_numbers(keys, size_t(config.head_size()));
+    size_t attention = attention_numbers(keys, size_t(config.head_size()), shape.dtype);
     TwinSizes sizes = {size_t(kClassifierRows),
                        size_t(shape.threads) * attention,
                        size_t(kReduceRows),
@@ -159,11 +162,11 @@ using Activations = ActivationPointers<Float, real, real>;
 
 // As many numbers as a register of the processor holds.
 #if defined(__AVX512F__)
-constexpr int kLanes = 64 / sizeof(real), kTileVectors = 4;
+constexpr int kLanes = 64 / sizeof(real);
 #elif defined(__AVX__)
-constexpr int kLanes = 32 / sizeof(real), kTileVectors = 2;
+constexpr int kLanes = 32 / sizeof(real);
 #else
-constexpr int kLanes = 16 / sizeof(real), kTileVectors = 2;
+constexpr int kLanes = 16 / sizeof(real);
 #endif
 typedef real Vector __attribute__((vector_size(kLanes * sizeof(real))));
 
@@ -522,8 +525,9 @@ static inline real sum_of_lanes(Vector v) {
 }
 
 // Rows of B that are read side by side: several give a processor more to do at a time than one
-// whose numbers are added up in order, and are used while numbers of A are in registers.
-constexpr int kFewColumns = kTileVectors;
+// whose numbers are added up in order, and are used while numbers of A are in registers, of which
+// AVX-512 has twice as many.
+constexpr int kFewColumns = sizeof(Vector) == 64 ? 4 : 2;
 
 // sums[c * kFewRows + r] = a_r . b_c for `Rows` rows of a and `Columns` rows of b, of K numbers:
 // lanes add up the same numbers in the same order whatever Rows and Columns are, and only vectors
@@ -776,65 +780,55 @@ struct DropoutRow {
     int row, cols;
 };
 
-constexpr int kDropoutGroups = 16;  // of four numbers, drawn side by side
+constexpr int kDropoutRun = 64;  // elements decided on at a time
 
-// Decides for 4 * kDropoutGroups elements at a time: for groups of four that follow each other in a
-// row, or for one such group in each of so many rows.
+// Decides for kDropoutRun elements of such a row at a time.
 struct DropoutDraw {
-    uint64_t key, sequence, step;
-    uint32_t stream, threshold, groups;  // of four in a row
+    DropoutRow place;
+    uint32_t stream, threshold;
     real scale;
 
     explicit DropoutDraw(const DropoutRow& place)
-        : key(place.dropout.seed),
-          sequence(place.sequence),
-          step(place.dropout.step),
+        : place(place),
           stream(random_stream(place.dropout.use, place.dropout.layer)),
           threshold(uint32_t(place.dropout.probability * 4294967296.0)),
-          groups((uint32_t(place.cols) + 3) / 4),
           scale(real(1 / (1 - place.dropout.probability))) {}
 
-    // The group of `row` that element `first`, a multiple of 4, begins.
-    uint32_t group(int row, int first) const {
-        return uint32_t(row) * groups + uint32_t(first) / 4;
-    }
-
-    // What to multiply the elements of the groups `group`, group + stride, ... by, 0 or 1 / (1 - p):
-    // element w of the g-th at factors[w * kRow + g * kColumn]. (Side by side, because the rounds
-    // of one counter wait for each other.)
-    template <int kRow, int kColumn>
-    void factors(real* factors, uint32_t group, uint32_t stride) const {
-        constexpr int G = kDropoutGroups;
-        uint64_t x0[G], x1[G], x2[G], x3[G];
-        for (int g = 0; g < G; g++) {
-            x0[g] = group + uint32_t(g) * stride;
-            x1[g] = sequence, x2[g] = stream, x3[g] = step;
+    // What to multiply the elements from `first` on by, a multiple of 4: 0 or 1 / (1 - p). Groups of
+    // four are drawn side by side, because the rounds of one counter wait for each other.
+    void factors(real* factors, int first) const {
+        constexpr int kGroups = kDropoutRun / 4;
+        uint32_t groups = (uint32_t(place.cols) + 3) / 4;  // of a row
+        uint32_t group = uint32_t(place.row) * groups + uint32_t(first) / 4;
+        uint64_t x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+        for (int g = 0; g < kGroups; g++) {
+            x0[g] = group + uint32_t(g), x1[g] = place.sequence;
+            x2[g] = stream, x3[g] = place.dropout.step;
         }
         for (int round = 0; round < kPhiloxRounds; round++) {
 #pragma omp simd
-            for (int g = 0; g < G; g++) philox_round(key, round, x0[g], x1[g], x2[g], x3[g]);
+            for (int g = 0; g < kGroups; g++)
+                philox_round(place.dropout.seed, round, x0[g], x1[g], x2[g], x3[g]);
         }
         auto factor = [&](uint64_t word) { return uint32_t(word) >= threshold ? scale : real(0); };
 #pragma omp simd
-        for (int g = 0; g < G; g++) {
-            real* of_group = factors + g * kColumn;
-            of_group[0] = factor(x0[g]), of_group[kRow] = factor(x1[g]);
-            of_group[2 * kRow] = factor(x2[g]), of_group[3 * kRow] = factor(x3[g]);
+        for (int g = 0; g < kGroups; g++) {
+            factors[4 * g] = factor(x0[g]), factors[4 * g + 1] = factor(x1[g]);
+            factors[4 * g + 2] = factor(x2[g]), factors[4 * g + 3] = factor(x3[g]);
         }
     }
 };
 
 // out[j] = inp[j] / (1 - p) with probability 1 - p, else 0            [Srivastava et al. 2014, JMLR
-// 15:1929] of the n numbers of a row. Whether an element stays depends on the key and its place
-// alone, so that backward, another rank or the other twin decides the same; out may be inp.
+// 15:1929] for n numbers of a row. Whether an element stays depends on the key and its place alone,
+// so that backward, another rank or the other twin decides the same; out may be inp.
 template <class Out, class Float>
 static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int n) {
-    constexpr int G = kDropoutGroups;
     DropoutDraw draw(place);
-    real factors[4 * G];
-    for (int j = 0; j < n; j += 4 * G) {
-        draw.factors<1, 4>(factors, draw.group(place.row, j), 1);
-        int count = std::min(n - j, 4 * G);
+    real factors[kDropoutRun];
+    for (int j = 0; j < n; j += kDropoutRun) {
+        draw.factors(factors, j);
+        int count = std::min(n - j, kDropoutRun);
 #pragma omp simd
         for (int i = 0; i < count; i++) out[j + i] = real(inp[j + i]) * factors[i];
     }
@@ -874,8 +868,10 @@ static real largest_of(const Float* row, int n) {
     return *std::max_element(running, running + kRunning);
 }
 
-// softmax of a row of n scores times `scale`, in place
-static void softmax_row(real* row, int n, real scale) {
+// out = softmax(scale * row) of n scores, which are lost; out may be row. Returns the logarithm of
+// the sum of their exponentials.
+template <class Out>
+static real softmax_row(Out* out, real* row, int n, real scale) {
     real largest = largest_of(row, n), sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; j++) {
@@ -885,105 +881,35 @@ static void softmax_row(real* row, int n, real scale) {
     }
     real inverse = 1 / sum;
 #pragma omp simd
-    for (int j = 0; j < n; j++) row[j] *= inverse;
+    for (int j = 0; j < n; j++) out[j] = row[j] * inverse;
+    return largest * scale + std::log(sum);
 }
 
-// Rows x (Vectors * kLanes) numbers of C from (m,n) on, whose sums stay in registers.
-template <int Rows, int Vectors>
-static inline void tile_block(const TileProduct<real>& p, int m, int n) {
-    Vector sums[Rows][Vectors];
-    real* c = p.C + size_t(m) * p.ldc + n;
-    for (int r = 0; r < Rows; r++)
-        for (int v = 0; v < Vectors; v++)
-            sums[r][v] = p.add ? load_vector(c + size_t(r) * p.ldc + v * kLanes) : Vector{};
-    const real* a = p.A + size_t(m) * p.row;
-    const real* b = p.B + n;
-    for (int k = 0; k < p.K; k++, a += p.column, b += p.ldb) {
-        Vector b_k[Vectors];
-        for (int v = 0; v < Vectors; v++) b_k[v] = load_vector(b + v * kLanes);
-        for (int r = 0; r < Rows; r++)
-            for (int v = 0; v < Vectors; v++) sums[r][v] += a[size_t(r) * p.row] * b_k[v];
-    }
-    for (int r = 0; r < Rows; r++)
-        for (int v = 0; v < Vectors; v++)
-            memcpy(c + size_t(r) * p.ldc + v * kLanes, &sums[r][v], sizeof(Vector));
-}
+// What a thread works in, in its part of the scratch memory: of a block of queries, scores and
+// their gradients (kAttentionRows,row), and what products read of either, which is the same memory
+// where their type is.
+template <class Float>
+struct AttentionScratch {
+    int row;
+    real *scores, *dscores;
+    Float *weights, *dweights;
+    real *dk, *dv;  // (keys,HS), of all keys of a head
 
-template <int Vectors>
-static inline void tile_columns(const TileProduct<real>& p, int n) {
-    int m = 0;
-    for (; m + 4 <= p.M; m += 4) tile_block<4, Vectors>(p, m, n);
-    for (; m < p.M; m++) tile_block<1, Vectors>(p, m, n);
-}
-
-// As gpt2.h says; columns that fill no register are summed one by one.
-void tile_product(const TileProduct<real>& p) {
-    int n = 0;
-    for (; n + kTileVectors * kLanes <= p.N; n += kTileVectors * kLanes)
-        tile_columns<kTileVectors>(p, n);
-    for (; n + kLanes <= p.N; n += kLanes) tile_columns<1>(p, n);
-    for (int m = 0; m < p.M && n < p.N; m++)
-        for (int rest = n; rest < p.N; rest++) {
-            real sum = p.add ? p.C[size_t(m) * p.ldc + rest] : real(0);
-            for (int k = 0; k < p.K; k++)
-                sum +=
-                    p.A[size_t(m) * p.row + size_t(k) * p.column] * p.B[size_t(k) * p.ldb + rest];
-            p.C[size_t(m) * p.ldc + rest] = sum;
+    AttentionScratch(real* scratch, size_t keys, size_t HS) : row(int(attention_row(keys))) {
+        constexpr bool kSame = std::is_same_v<Float, real>;
+        size_t block = kAttentionRows * size_t(row);
+        scores = scratch + size_t(omp_get_thread_num()) *
+                               attention_numbers(keys, HS, kSame ? Dtype::fp32 : Dtype::bf16);
+        dscores = scores + block;
+        if constexpr (kSame) weights = scores, dweights = dscores;
+        else {
+            weights = reinterpret_cast<Float*>(dscores + block);
+            dweights = weights + block;
         }
-}
-
-// What a thread works in, in its part of the scratch memory. A tile of scores is (keys, queries):
-// a query is a lane, so that what softmax does with its scores needs no sum across lanes, and only
-// what belongs to queries is ever transposed.
-struct AttentionTiles {
-    real *p, *dp;                     // (kAttentionRows, kAttentionRows)
-    real *qt, *doutt;                 // (HS, kAttentionRows)
-    real *q, *dout, *k, *v;           // (kAttentionRows, HS)
-    real* sums;                       // (kAttentionRows, HS): of out, or of dq
-    real *largest, *sum, *lse, *dot;  // (kAttentionRows), of each query
-    real *dk, *dv;                    // (keys, HS), of all keys of a head
-
-    AttentionTiles(real* scratch, size_t keys, int HS) {
-        constexpr size_t kSquare = size_t(kAttentionRows) * kAttentionRows;
-        size_t tile = aligned(size_t(kAttentionRows) * size_t(HS));
-        real* next = scratch + size_t(omp_get_thread_num()) * attention_numbers(keys, size_t(HS));
-        for (real** square : {&p, &dp}) *square = next, next += kSquare;
-        for (real** rows : {&qt, &doutt, &q, &dout, &k, &v, &sums}) *rows = next, next += tile;
-        for (real** row : {&largest, &sum, &lse, &dot}) *row = next, next += kAttentionRows;
-        dk = next;
-        dv = next + keys * size_t(HS);
+        dk = dscores + block + (kSame ? 0 : block);
+        dv = dk + keys * HS;
     }
 };
-
-// `rows` rows of HS numbers that lie `stride` apart, side by side.
-template <class Float>
-static void load_tile(real* tile, const Float* from, int stride, int rows, int HS) {
-    for (int t = 0; t < rows; t++) {
-        const Float* from_t = from + size_t(t) * stride;
-        real* tile_t = tile + size_t(t) * HS;
-#pragma omp simd
-        for (int i = 0; i < HS; i++) tile_t[i] = real(from_t[i]);
-    }
-}
-
-// The transpose of such a tile, (HS, kAttentionRows), with zeros where it has no rows.
-static void transpose_tile(real* transposed, const real* tile, int rows, int HS) {
-    for (int i = 0; i < HS; i++) {
-        real* lanes = transposed + size_t(i) * kAttentionRows;
-        for (int t = 0; t < rows; t++) lanes[t] = tile[size_t(t) * HS + i];
-        std::fill(lanes + rows, lanes + kAttentionRows, real(0));
-    }
-}
-
-template <class Float>
-static void store_tile(Float* to, int stride, const real* tile, int rows, int HS) {
-    for (int t = 0; t < rows; t++) {
-        Float* to_t = to + size_t(t) * stride;
-        const real* tile_t = tile + size_t(t) * HS;
-#pragma omp simd
-        for (int i = 0; i < HS; i++) to_t[i] = tile_t[i];
-    }
-}
 
 // One head of one sequence: rows of queries lie q_stride apart, those of keys and values kv_stride.
 // Query t stands at `position` + t and sees the keys up to there.
@@ -994,198 +920,129 @@ struct AttentionHead {
     DropoutRow dropout;  // of query 0; its row counts on with t
 
     bool drops() const { return dropout.dropout.probability > 0; }
+    DropoutRow dropout_of(int t) const {
+        return {dropout.dropout, dropout.sequence, dropout.row + t, dropout.cols};
+    }
     real scale() const { return real(1 / std::sqrt(double(HS))); }
-    // What dropout multiplies the weights of 4 keys from `key` on by, (4,kAttentionRows) for the
-    // queries from `query` on: a query is a lane here too.
-    void dropout_factors(real* factors, int query, int key) const {
-        static_assert(kAttentionRows % kDropoutGroups == 0);
-        DropoutDraw draw(dropout);
-        for (int t = 0; t < kAttentionRows; t += kDropoutGroups)
-            draw.factors<kAttentionRows, 1>(
-                factors + t, draw.group(dropout.row + query + t, key), draw.groups);
-    }
 };
-
-// softmax over one more tile of n keys from `key` on, for queries from `query` on: weights relative
-// to the largest score so far, whose change scales what was summed up before.
-// [Milakov & Gimelshein 2018, arXiv:1805.02867]
-template <class Float>
-static void attention_softmax_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
-                                   int query, int rows, int key, int n) {
-    real scale = head.scale(), factor[kAttentionRows], before[kAttentionRows];
-    std::copy(tiles.largest, tiles.largest + kAttentionRows, before);
-    auto hidden = [&](int j) {  // lanes of a key that their queries do not see yet
-        return std::clamp(key + j - head.position - query, 0, kAttentionRows);
-    };
-    for (int j = 0; j < n; j++) {
-        real* row = tiles.p + size_t(j) * kAttentionRows;
-        std::fill(row, row + hidden(j), -std::numeric_limits<real>::infinity());
-#pragma omp simd
-        for (int t = 0; t < kAttentionRows; t++)
-            tiles.largest[t] = row[t] > tiles.largest[t] ? row[t] : tiles.largest[t];
-    }
-#pragma omp simd
-    for (int t = 0; t < kAttentionRows; t++) {
-        factor[t] = vector_exp((before[t] - tiles.largest[t]) * scale);
-        tiles.sum[t] *= factor[t];
-    }
-    for (int j = 0; j < n; j++) {
-        real* row = tiles.p + size_t(j) * kAttentionRows;
-#pragma omp simd
-        for (int t = 0; t < kAttentionRows; t++)
-            row[t] = vector_exp((row[t] - tiles.largest[t]) * scale);
-        std::fill(row, row + hidden(j), real(0));
-#pragma omp simd
-        for (int t = 0; t < kAttentionRows; t++) tiles.sum[t] += row[t];
-    }
-    if (key == 0) return;  // nothing was summed up before
-    for (int t = 0; t < rows; t++) {
-        real* sums = tiles.sums + size_t(t) * head.HS;
-#pragma omp simd
-        for (int i = 0; i < head.HS; i++) sums[i] *= factor[t];
-    }
-}
-
-// Drops weights of a tile of n keys from `key` on, for queries from `query` on.
-template <class Float>
-static void attention_drop_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
-                                int query, int key, int n) {
-    real factors[4 * kAttentionRows];
-    for (int j = 0; j < n; j++) {
-        if (j % 4 == 0) head.dropout_factors(factors, query, key + j);
-        real* p = tiles.p + size_t(j) * kAttentionRows;
-        const real* factor = factors + j % 4 * kAttentionRows;
-#pragma omp simd
-        for (int t = 0; t < kAttentionRows; t++) p[t] *= factor[t];
-    }
-}
 
 // out and logsumexp (or null) of the queries [first, first + rows) of one head.
 template <class Float>
 static void attention_queries_forward(Float* out, int out_stride, real* logsumexp,
-                                      const AttentionTiles& tiles, const AttentionHead<Float>& head,
-                                      int first, int rows) {
-    constexpr int R = kAttentionRows;
+                                      const AttentionScratch<Float>& s,
+                                      const AttentionHead<Float>& head, int first, int rows) {
     int HS = head.HS, keys = head.position + first + rows;
-    load_tile(tiles.q, head.q + size_t(first) * head.q_stride, head.q_stride, rows, HS);
-    transpose_tile(tiles.qt, tiles.q, rows, HS);
-    std::fill(tiles.sums, tiles.sums + size_t(rows) * HS, real(0));
-    std::fill(tiles.largest, tiles.largest + R, -std::numeric_limits<real>::infinity());
-    std::fill(tiles.sum, tiles.sum + R, real(0));
-    for (int key = 0; key < keys; key += R) {
-        int n = std::min(R, keys - key);
-        load_tile(tiles.k, head.k + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
-        load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
-        tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
-        attention_softmax_tile(tiles, head, first, rows, key, n);
-        if (head.drops()) attention_drop_tile(tiles, head, first, key, n);
-        tile_product({rows, HS, n, tiles.p, 1, R, tiles.v, HS, true, tiles.sums, HS});
-    }
+    const Float* q = head.q + size_t(first) * head.q_stride;
+    product<Float, real>({false, true, rows, keys, HS, q, head.q_stride, head.k, head.kv_stride,
+                          nullptr, 0, s.scores, s.row});
     for (int t = 0; t < rows; t++) {
-        real inverse = 1 / tiles.sum[t];
-        real* sums = tiles.sums + size_t(t) * HS;
-#pragma omp simd
-        for (int i = 0; i < HS; i++) sums[i] *= inverse;
-        if (logsumexp != nullptr)
-            logsumexp[first + t] = tiles.largest[t] * head.scale() + std::log(tiles.sum[t]);
+        int seen = head.position + first + t + 1;
+        real* scores = s.scores + size_t(t) * s.row;
+        Float* weights = s.weights + size_t(t) * s.row;
+        real lse;
+        if (head.drops()) {
+            lse = softmax_row(scores, scores, seen, head.scale());
+            dropout_row(weights, scores, head.dropout_of(first + t), seen);
+        } else {
+            lse = softmax_row(weights, scores, seen, head.scale());
+        }
+        std::fill(weights + seen, weights + keys, Float(0));
+        if (logsumexp != nullptr) logsumexp[first + t] = lse;
     }
-    store_tile(out + size_t(first) * out_stride, out_stride, tiles.sums, rows, HS);
+    product<Float, Float>({false, false, rows, HS, keys, s.weights, s.row, head.v, head.kv_stride,
+                           nullptr, 0, out + size_t(first) * out_stride, out_stride});
 }
 
 // out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time  [Vaswani et al. 2017,
 // arXiv:1706.03762] out (B,T,C) and logsumexp (B,NH,T) are written; qkv (B,T,3C) holds q, k and v,
-// each (NH,HS). Scores exist a tile of kAttentionRows keys and queries at a time, in scratch
-// (threads, attention_numbers(T, HS)): a (B,NH,T,T) tensor is never held, and backward computes the
-// scores again, which costs it one product in five  [Dao et al. 2022, arXiv:2205.14135].
+// each (NH,HS). Scores exist for kAttentionRows queries at a time, in scratch (threads,
+// attention_numbers(T, HS, type)): a (B,NH,T,T) tensor is never held, and backward computes the
+// scores again, which costs it one product in five  [Dao et al. 2022, arXiv:2205.14135]. A thread
+// takes a block of queries, and makes its products alone.
 template <class Float>
 void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scratch,
                        const Dropout& dropout, int B, int T, int C, int NH) {
     int HS = C / NH, blocks = (T + kAttentionRows - 1) / kAttentionRows;
-#pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int b = 0; b < B; b++) {
-        for (int h = 0; h < NH; h++) {
-            for (int block = 0; block < blocks; block++) {
-                const Float* q = qkv + size_t(b) * T * 3 * C + h * HS;
-                AttentionHead<Float> head = {
-                    q,         q + C,
-                    q + 2 * C, 3 * C,
-                    3 * C,     0,
-                    HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
-                int first = block * kAttentionRows;
-                attention_queries_forward(out + size_t(b) * T * C + h * HS, C,
-                                          logsumexp + (size_t(b) * NH + h) * T,
-                                          AttentionTiles(scratch, size_t(T), HS), head, first,
-                                          std::min(kAttentionRows, T - first));
+#pragma omp parallel
+    {
+        omp_set_num_threads(1);
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < NH; h++) {
+                for (int block = 0; block < blocks; block++) {
+                    const Float* q = qkv + size_t(b) * T * 3 * C + h * HS;
+                    AttentionHead<Float> head = {
+                        q,         q + C,
+                        q + 2 * C, 3 * C,
+                        3 * C,     0,
+                        HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+                    int first = block * kAttentionRows;
+                    attention_queries_forward(
+                        out + size_t(b) * T * C + h * HS, C, logsumexp + (size_t(b) * NH + h) * T,
+                        AttentionScratch<Float>(scratch, size_t(T), size_t(HS)), head, first,
+                        std::min(kAttentionRows, T - first));
+                }
             }
         }
     }
 }
 
-// The gradient of a tile of scores. On entry p holds scores and dp the gradient of the dropped
-// weights; on exit p holds the dropped weights and dp the gradient of the scores.
+// The gradient of the scores of query t of a head, from scores and the gradients of its dropped
+// weights, of the keys that it sees: dweights; and the weights, dropped again.
 template <class Float>
-static void attention_backward_tile(const AttentionTiles& tiles, const AttentionHead<Float>& head,
-                                    int query, int key, int n) {
-    real scale = head.scale(), factors[4 * kAttentionRows];
-    std::fill(factors, factors + 4 * kAttentionRows, real(1));
-    for (int j = 0; j < n; j++) {
-        if (head.drops() && j % 4 == 0) head.dropout_factors(factors, query, key + j);
-        real* p = tiles.p + size_t(j) * kAttentionRows;
-        real* dp = tiles.dp + size_t(j) * kAttentionRows;
-        const real* factor = factors + j % 4 * kAttentionRows;
+static void attention_scores_backward(Float* weights, Float* dweights, const real* scores,
+                                      const real* dscores, real logsumexp, real dot,
+                                      const AttentionHead<Float>& head, int t) {
+    real scale = head.scale(), factors[kDropoutRun];
+    std::fill(factors, factors + kDropoutRun, real(1));
+    DropoutDraw draw(head.dropout_of(t));
+    for (int j = 0; j <= t; j += kDropoutRun) {
+        if (head.drops()) draw.factors(factors, j);
+        int count = std::min(t + 1 - j, kDropoutRun);
 #pragma omp simd
-        for (int t = 0; t < kAttentionRows; t++) {
-            p[t] = vector_exp(p[t] * scale - tiles.lse[t]);
-            dp[t] = p[t] * (factor[t] * dp[t] - tiles.dot[t]) * scale;
-            p[t] *= factor[t];
+        for (int i = 0; i < count; i++) {
+            real p = vector_exp(scores[j + i] * scale - logsumexp);
+            dweights[j + i] = p * (factors[i] * dscores[j + i] - dot) * scale;
+            weights[j + i] = p * factors[i];
         }
-        int hidden = std::clamp(key + j - query, 0, kAttentionRows);
-        std::fill(p, p + hidden, real(0));
-        std::fill(dp, dp + hidden, real(0));
     }
     // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
     // rounding leaves of it AdamW would divide by its own size.
-    if (query == 0 && key == 0) tiles.dp[0] = 0;
+    if (t == 0) dweights[0] = real(0);
 }
 
 // dq of the queries [first, first + rows) is written, and what they add to dk and dv of the head;
 // dq's rows lie 3C apart, those of dout and out C.
 template <class Float>
 static void attention_queries_backward(Float* dq, const Float* dout, const Float* out,
-                                       const real* logsumexp, const AttentionTiles& tiles,
+                                       const real* logsumexp, const AttentionScratch<Float>& s,
                                        const AttentionHead<Float>& head, int C, int first,
                                        int rows) {
-    constexpr int R = kAttentionRows;
     int HS = head.HS, keys = first + rows;
-    load_tile(tiles.sums, out + size_t(first) * C, C, rows, HS);
-    load_tile(tiles.dout, dout + size_t(first) * C, C, rows, HS);
-    load_tile(tiles.q, head.q + size_t(first) * head.q_stride, head.q_stride, rows, HS);
-    transpose_tile(tiles.doutt, tiles.dout, rows, HS);
-    transpose_tile(tiles.qt, tiles.q, rows, HS);
-    std::fill(tiles.lse, tiles.lse + R, real(0));
-    std::fill(tiles.dot, tiles.dot + R, real(0));
+    const Float* q = head.q + size_t(first) * head.q_stride;
+    dout += size_t(first) * C, out += size_t(first) * C;
+    product<Float, real>({false, true, rows, keys, HS, q, head.q_stride, head.k, head.kv_stride,
+                          nullptr, 0, s.scores, s.row});
+    product<Float, real>({false, true, rows, keys, HS, dout, C, head.v, head.kv_stride, nullptr, 0,
+                          s.dscores, s.row});
     for (int t = 0; t < rows; t++) {
-        const real *dout_t = tiles.dout + size_t(t) * HS, *out_t = tiles.sums + size_t(t) * HS;
-        real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < HS; i++) sum += dout_t[i] * out_t[i];
-        tiles.dot[t] = sum;
-        tiles.lse[t] = logsumexp[first + t];
+        const Float *dout_t = dout + size_t(t) * C, *out_t = out + size_t(t) * C;
+        real dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int i = 0; i < HS; i++) dot += real(dout_t[i]) * real(out_t[i]);
+        size_t row = size_t(t) * s.row;
+        Float *weights = s.weights + row, *dweights = s.dweights + row;
+        attention_scores_backward(weights, dweights, s.scores + row, s.dscores + row,
+                                  logsumexp[first + t], dot, head, first + t);
+        std::fill(weights + first + t + 1, weights + keys, Float(0));
+        std::fill(dweights + first + t + 1, dweights + keys, Float(0));
     }
-    std::fill(tiles.sums, tiles.sums + size_t(rows) * HS, real(0));
-    for (int key = 0; key < keys; key += R) {
-        int n = std::min(R, keys - key);
-        real *dk = tiles.dk + size_t(key) * HS, *dv = tiles.dv + size_t(key) * HS;
-        load_tile(tiles.k, head.k + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
-        load_tile(tiles.v, head.v + size_t(key) * head.kv_stride, head.kv_stride, n, HS);
-        tile_product({n, R, HS, tiles.k, HS, 1, tiles.qt, R, false, tiles.p, R});
-        tile_product({n, R, HS, tiles.v, HS, 1, tiles.doutt, R, false, tiles.dp, R});
-        attention_backward_tile(tiles, head, first, key, n);
-        tile_product({n, HS, rows, tiles.p, R, 1, tiles.dout, HS, true, dv, HS});
-        tile_product({n, HS, rows, tiles.dp, R, 1, tiles.q, HS, true, dk, HS});
-        tile_product({rows, HS, n, tiles.dp, 1, R, tiles.k, HS, true, tiles.sums, HS});
-    }
-    store_tile(dq + size_t(first) * 3 * C, 3 * C, tiles.sums, rows, HS);
+    product<Float, real>({true, false, keys, HS, rows, s.weights, s.row, dout, C, nullptr, 1, s.dv,
+                          HS});
+    product<Float, real>({true, false, keys, HS, rows, s.dweights, s.row, q, head.q_stride, nullptr,
+                          1, s.dk, HS});
+    product<Float, Float>({false, false, rows, HS, keys, s.dweights, s.row, head.k, head.kv_stride,
+                           nullptr, 0, dq + size_t(first) * 3 * C, 3 * C});
 }
 
 // forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
@@ -1199,22 +1056,32 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
                         const real* logsumexp, real* scratch, const Dropout& dropout, int B, int T,
                         int C, int NH) {
     int HS = C / NH;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int b = 0; b < B; b++) {
-        for (int h = 0; h < NH; h++) {
-            size_t at = size_t(b) * T * C + h * HS, at_qkv = size_t(b) * T * 3 * C + h * HS;
-            const Float* q = qkv + at_qkv;
-            AttentionHead<Float> head = {
-                q,     q + C, q + 2 * C, 3 * C,
-                3 * C, 0,     HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
-            AttentionTiles tiles(scratch, size_t(T), HS);
-            std::fill(tiles.dk, tiles.dk + size_t(2) * T * HS, real(0));
-            for (int first = 0; first < T; first += kAttentionRows)
-                attention_queries_backward(dqkv + at_qkv, dout + at, out + at,
-                                           logsumexp + (size_t(b) * NH + h) * T, tiles, head, C,
-                                           first, std::min(kAttentionRows, T - first));
-            store_tile(dqkv + at_qkv + C, 3 * C, tiles.dk, T, HS);
-            store_tile(dqkv + at_qkv + 2 * C, 3 * C, tiles.dv, T, HS);
+    auto store = [&](Float* to, const real* from) {
+        for (int t = 0; t < T; t++)
+            std::copy_n(from + size_t(t) * HS, HS, to + size_t(t) * 3 * C);
+    };
+#pragma omp parallel
+    {
+        omp_set_num_threads(1);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < NH; h++) {
+                size_t at = size_t(b) * T * C + h * HS, at_qkv = size_t(b) * T * 3 * C + h * HS;
+                const Float* q = qkv + at_qkv;
+                AttentionHead<Float> head = {
+                    q,         q + C,
+                    q + 2 * C, 3 * C,
+                    3 * C,     0,
+                    HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+                AttentionScratch<Float> s(scratch, size_t(T), size_t(HS));
+                std::fill(s.dk, s.dk + size_t(2) * T * HS, real(0));
+                for (int first = 0; first < T; first += kAttentionRows)
+                    attention_queries_backward(dqkv + at_qkv, dout + at, out + at,
+                                               logsumexp + (size_t(b) * NH + h) * T, s, head, C,
+                                               first, std::min(kAttentionRows, T - first));
+                store(dqkv + at_qkv + C, s.dk);
+                store(dqkv + at_qkv + 2 * C, s.dv);
+            }
         }
     }
 }
@@ -1233,7 +1100,7 @@ static void attention_query_forward(Float* out, const AttentionHead<Float>& head
         for (int i = 0; i < HS; i++) sum += real(q[i]) * real(k[i]);
         row[j] = sum;
     }
-    softmax_row(row, keys, head.scale());
+    softmax_row(row, row, keys, head.scale());
     real* sums = row + keys;
     std::fill(sums, sums + HS, real(0));
     for (int j = 0; j < keys; j++) {
@@ -1258,6 +1125,7 @@ static void attention_cached_forward(Float* out, Float* key_cache, Float* value_
     Dropout none;
 #pragma omp parallel
     {
+        omp_set_num_threads(1);
 #pragma omp for collapse(2) schedule(static)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < NH; h++) {
@@ -1281,13 +1149,13 @@ static void attention_cached_forward(Float* out, Float* key_cache, Float* value_
                                                  position,
                                                  HS,
                                                  {none, 0, 0, 0}};
-                    AttentionTiles tiles(scratch, size_t(context), HS);
+                    AttentionScratch<Float> s(scratch, size_t(context), size_t(HS));
                     Float* out_b = out + size_t(b) * n * C + h * HS;
                     if (step == 1)
-                        attention_query_forward(out_b + size_t(first) * C, head, first, tiles.dk);
+                        attention_query_forward(out_b + size_t(first) * C, head, first, s.scores);
                     else
-                        attention_queries_forward(out_b, C, static_cast<real*>(nullptr), tiles,
-                                                  head, first, std::min(step, n - first));
+                        attention_queries_forward(out_b, C, nullptr, s, head, first,
+                                                  std::min(step, n - first));
                 }
             }
         }
