@@ -251,16 +251,18 @@ TEST(Plan, AddsUpToWhatTheTwinAllocates) {
             shape.int8 = use == kGeneratesInInt8;
             TwinSizes sizes = gpt2_sizes(config, shape);
             size_t parameters = sizes.parameters, narrow = 0, exact = 0;
-            for (const ActivationRow& row : activation_table(config, shape))
-                (row.narrow ? narrow : exact) += row.allocated();
+            auto count = [&](Dtype dtype) {
+                shape.dtype = dtype, narrow = 0, exact = 0;
+                for (const ActivationRow& row : activation_table(config, shape))
+                    (row.narrow ? narrow : exact) += row.allocated();
+            };
+            count(Dtype::fp32);
             exact += parameters * (training ? 4 : 1);
-            shape.dtype = Dtype::fp32;
             size_t bytes = (narrow + exact) * sizeof(real) + sizes.int8_bytes;
             EXPECT_EQ(total_bytes(tensor_memory(config, shape)), bytes);
             EXPECT_LE(bytes, total_bytes(gpt2_memory(config, shape)));
-            shape.dtype =
-                Dtype::bf16;  // a copy of the parameters, which is all that sampling needs
-            if (!training) exact -= parameters;
+            count(Dtype::bf16);
+            if (training) exact += parameters * 4;  // sampling needs a copy in bf16 alone
             EXPECT_EQ(total_bytes(tensor_memory(config, shape)),
                       2 * (narrow + parameters) + exact * sizeof(real) + sizes.int8_bytes);
         }
