@@ -794,8 +794,8 @@ struct DropoutDraw {
           threshold(uint32_t(place.dropout.probability * 4294967296.0)),
           scale(real(1 / (1 - place.dropout.probability))) {}
 
-    // What to multiply the elements from `first` on by, a multiple of 4: 0 or 1 / (1 - p). Groups of
-    // four are drawn side by side, because the rounds of one counter wait for each other.
+    // What to multiply the elements from `first` on by, a multiple of 4: 0 or 1 / (1 - p). Groups
+    // of four are drawn side by side, because the rounds of one counter wait for each other.
     void factors(real* factors, int first) const {
         constexpr int kGroups = kDropoutRun / 4;
         uint32_t groups = (uint32_t(place.cols) + 3) / 4;  // of a row
@@ -1037,10 +1037,10 @@ static void attention_queries_backward(Float* dq, const Float* dout, const Float
         std::fill(weights + first + t + 1, weights + keys, Float(0));
         std::fill(dweights + first + t + 1, dweights + keys, Float(0));
     }
-    product<Float, real>({true, false, keys, HS, rows, s.weights, s.row, dout, C, nullptr, 1, s.dv,
-                          HS});
-    product<Float, real>({true, false, keys, HS, rows, s.dweights, s.row, q, head.q_stride, nullptr,
-                          1, s.dk, HS});
+    product<Float, real>(
+        {true, false, keys, HS, rows, s.weights, s.row, dout, C, nullptr, 1, s.dv, HS});
+    product<Float, real>(
+        {true, false, keys, HS, rows, s.dweights, s.row, q, head.q_stride, nullptr, 1, s.dk, HS});
     product<Float, Float>({false, false, rows, HS, keys, s.dweights, s.row, head.k, head.kv_stride,
                            nullptr, 0, dq + size_t(first) * 3 * C, 3 * C});
 }
@@ -1057,8 +1057,7 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
                         int C, int NH) {
     int HS = C / NH;
     auto store = [&](Float* to, const real* from) {
-        for (int t = 0; t < T; t++)
-            std::copy_n(from + size_t(t) * HS, HS, to + size_t(t) * 3 * C);
+        for (int t = 0; t < T; t++) std::copy_n(from + size_t(t) * HS, HS, to + size_t(t) * 3 * C);
     };
 #pragma omp parallel
     {
