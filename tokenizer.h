@@ -799,6 +799,8 @@ struct Tokenizer {
     int first_result_ = -1;                // bpe: that of merge r is this + r; -1: not for all r
     // bpe: of the tokens of the bytes 256 * left + right
     std::vector<uint32_t> byte_pair_ranks_ = std::vector<uint32_t>(1 << 16, MergeTable::kNone);
+    // bpe: 1 where a merge joins a token that ends in one byte and one that begins with the other
+    std::vector<uint8_t> byte_pair_joins_ = std::vector<uint8_t>(1 << 16);
     std::vector<int> id_of_character_;  // chars: by Character::symbol, -1: there is none
     std::map<std::string, int, std::less<>> id_of_word_;  // words
 };
@@ -818,8 +820,9 @@ inline void Tokenizer::add_merge(int left, int right, int result) {
     merge_results_.push_back(uint32_t(result));
     merges_.push_back({left, right, result});
     std::string_view a = token_bytes(left), b = token_bytes(right);
-    if (a.size() == 1 && b.size() == 1)
-        byte_pair_ranks_[size_t(uint8_t(a[0])) << 8 | uint8_t(b[0])] = rank;
+    size_t pair = size_t(uint8_t(a.back())) << 8 | uint8_t(b.front());
+    byte_pair_joins_[pair] = 1;
+    if (a.size() == 1 && b.size() == 1) byte_pair_ranks_[pair] = rank;
 }
 
 inline uint32_t Tokenizer::result_of(uint32_t rank) const {
@@ -1350,9 +1353,10 @@ class Tokenizer::WordMerger {
 // Cuts text into pieces and merges them, remembering the words that it met in two direct-mapped
 // caches of a fixed size: of short words the bytes and the ids themselves, of longer ones where
 // they stood in the text and their ids in the output. A word that falls on a taken slot takes it
-// over. It works on a block of pieces at a time: all are cut, all are looked up, those that the
-// caches lack are merged together, and the ids are written in the order of the text. One Encoder
-// works for one thread, on one text, into one vector.
+// over. A long piece, of a script without spaces as a rule, is taken in parts that merge apart from
+// each other. It works on a block of pieces at a time: all are cut, all are looked up, those that
+// the caches lack are merged together, and the ids are written in the order of the text. One
+// Encoder works for one thread, on one text, into one vector.
 class Tokenizer::Encoder {
   public:
     Encoder(const Tokenizer& tokenizer, std::string_view text, size_t share)
@@ -1371,10 +1375,16 @@ class Tokenizer::Encoder {
     void encode(size_t begin, size_t end, std::vector<int>& ids) {
         IdWriter out(ids);
         std::string_view text = text_.substr(0, end);
+        size_t stop = begin;  // of the piece that is being taken up
+        bool by_parts = false;
         while (begin < end) {
             size_t count = 0, block_begin = begin;
             for (; begin < end && count < kBlock; count++) {
-                size_t after = piece_end<pattern>(text, begin);
+                if (begin == stop) {
+                    stop = piece_end<pattern>(text, begin);
+                    by_parts = stop - begin > LongMerger::kLongest;
+                }
+                size_t after = by_parts ? part_end(begin, stop) : stop;
                 pieces_[count].begin = begin, pieces_[count].length = after - begin;
                 begin = after;
             }
@@ -1421,6 +1431,16 @@ class Tokenizer::Encoder {
     static bool is_short(size_t length) { return length <= ShortMerger::kLongest; }
     static bool is_long(size_t length) {
         return !is_short(length) && length <= LongMerger::kLongest;
+    }
+
+    // The first place behind `begin` at which a piece that ends at `end` can be cut without a
+    // change to its ids: between two bytes that no merge joins, so that no token has them side by
+    // side.
+    size_t part_end(size_t begin, size_t end) const {
+        const std::vector<uint8_t>& joins = merger_.tokenizer.byte_pair_joins_;
+        for (size_t i = begin + 1; i < end; i++)
+            if (joins[size_t(uint8_t(text_[i - 1])) << 8 | uint8_t(text_[i])] == 0) return i;
+        return end;
     }
 
     void encode_block(size_t count, IdWriter& out) {
