@@ -1,13 +1,13 @@
-// `make bench`: how long each layer takes, forward and backward, at the sizes of GPT-2 124M, and a
-// whole training step of it beside the plain loop nests of plain_step.cpp.
+// `make bench`: how long a training step of GPT-2 124M takes beside the plain loop nests of
+// plain_step.cpp, and then one table: each layer, forward and backward, whole steps in each
+// precision, and generation, each as a share of what the machine was just measured to do at best,
+// and beside PyTorch, where $PYTHON has it.
 //
 // Times drift by the hour on a shared machine, ratios within one run do not: the two steps take
-// turns (A B A B ...), and what counts is the ratio of their medians. Layers report operations a
-// second, or bytes where memory is their floor. Google Benchmark's options work, for example
-//   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": steps only
-// Then a table of whole steps in each precision and of generation: each as a share of what the
-// machine was just measured to do at best, and beside PyTorch, where $PYTHON has it. --json=FILE
-// keeps it; --no-plain leaves the plain step out.
+// turns (A B A B ...), and what counts is the ratio of their medians. Google Benchmark times the
+// layers, and its options choose them, for example
+//   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": no layers
+// --json=FILE keeps the table; --no-plain leaves the plain step out, --no-steps all but layers.
 #include <benchmark/benchmark.h>
 #include <omp.h>
 #include <sys/mman.h>
@@ -53,13 +53,13 @@ std::vector<real> reduce_scratch(size_t columns) {
     return std::vector<real>(gpt2_sizes(GPT2Config{}, GPT2Shape{}).reduce_rows * columns);
 }
 
+// What one call does at least, for its floor.
 void count_operations(benchmark::State& state, double operations) {
-    state.counters["op/s"] =
-        benchmark::Counter(operations * double(state.iterations()), benchmark::Counter::kIsRate);
+    state.counters["operations"] = operations;
 }
 
 void count_bytes(benchmark::State& state, size_t numbers_moved) {
-    state.SetBytesProcessed(int64_t(state.iterations()) * int64_t(numbers_moved * sizeof(real)));
+    state.counters["bytes"] = double(numbers_moved * sizeof(real));
 }
 
 // ==== layers =====================================================================================
@@ -130,6 +130,39 @@ void matmul_backward_124m(benchmark::State& state) {
         matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
                         weight.data(), scratch.data(), BT, in, out);
     count_operations(state, 4.0 * BT * in * out);
+}
+
+// Their products in bf16 alone, summed in float32.
+constexpr const char* kBf16 = "bf16";  // the label of such a benchmark
+
+std::vector<uint16_t> numbers_bf16(size_t N) { return std::vector<uint16_t>(N, 0x3f80); }
+
+void matmul_forward_bf16_124m(benchmark::State& state) {
+    int in = int(state.range(0)), out = int(state.range(1));
+    std::vector<uint16_t> inp = numbers_bf16(size_t(BT) * in),
+                          weight = numbers_bf16(size_t(out) * in);
+    std::vector<real> result(size_t(BT) * out);
+    for (auto _ : state)
+        gemm_bf16(false, false, true, BT, out, in, inp.data(), in, weight.data(), in, 0,
+                  result.data(), out);
+    count_operations(state, 2.0 * BT * in * out);
+    state.SetLabel(kBf16);
+}
+
+void matmul_backward_bf16_124m(benchmark::State& state) {
+    int in = int(state.range(0)), out = int(state.range(1));
+    std::vector<uint16_t> inp = numbers_bf16(size_t(BT) * in),
+                          weight = numbers_bf16(size_t(out) * in);
+    std::vector<uint16_t> dout = numbers_bf16(size_t(BT) * out);
+    std::vector<real> dinp(inp.size()), dweight(weight.size());
+    for (auto _ : state) {
+        gemm_bf16(false, false, false, BT, in, out, dout.data(), out, weight.data(), in, 0,
+                  dinp.data(), in);
+        gemm_bf16(false, true, false, out, in, BT, dout.data(), out, inp.data(), in, 0,
+                  dweight.data(), in);
+    }
+    count_operations(state, 4.0 * BT * in * out);
+    state.SetLabel(kBf16);
 }
 
 // The same number of tokens in sequences of 64 and 1,024: attention alone is quadratic in them.
@@ -223,9 +256,7 @@ void adamw_update_16m(benchmark::State& state) {
 
 void register_layers() {
     auto add = [](const char* name, void (*layer)(benchmark::State&)) {
-        return benchmark::RegisterBenchmark(name, layer)
-            ->UseRealTime()
-            ->Unit(benchmark::kMicrosecond);
+        return benchmark::RegisterBenchmark(name, layer)->UseRealTime()->MeasureProcessCPUTime();
     };
     add("encoder_forward", encoder_forward_124m);
     add("encoder_backward", encoder_backward_124m);
@@ -233,6 +264,10 @@ void register_layers() {
     add("layernorm_backward", layernorm_backward_124m);
     add("matmul_forward", matmul_forward_124m)->Apply(product_sizes);
     add("matmul_backward", matmul_backward_124m)->Apply(product_sizes);
+    if (gpt2_dtype("auto") == Dtype::bf16) {
+        add("matmul_forward", matmul_forward_bf16_124m)->Apply(product_sizes);
+        add("matmul_backward", matmul_backward_bf16_124m)->Apply(product_sizes);
+    }
     add("attention_forward", attention_forward_124m)->Apply(sequence_lengths);
     add("attention_backward", attention_backward_124m)->Apply(sequence_lengths);
     add("gelu_forward", gelu_forward_124m);
@@ -393,6 +428,35 @@ struct Row {
     double torch_ms = 0, torch_cpu_ms = 0;  // 0: not measured
 };
 
+// What Google Benchmark measured, as rows. (A layer's numbers are in cache where they fit, and it
+// may then be faster than its floor.)
+class LayerRows : public benchmark::BenchmarkReporter {
+  public:
+    LayerRows(std::vector<Row>& rows, const Floors& floors) : rows_(rows), floors_(floors) {}
+
+    bool ReportContext(const Context&) override { return true; }
+    void ReportRuns(const std::vector<Run>& runs) override {
+        for (const Run& run : runs) {
+            Dtype dtype = run.report_label == kBf16 ? Dtype::bf16 : Dtype::fp32;
+            auto count = [&](const char* counter) {
+                auto found = run.counters.find(counter);
+                return found == run.counters.end() ? 0 : double(found->second);
+            };
+            double floor_s = std::max(count("operations") / floors_.flops(dtype),
+                                      count("bytes") / floors_.bytes_per_s);
+            const std::string& args = run.run_name.args;
+            std::string name = run.run_name.function_name + (args.empty() ? "" : "/") + args;
+            double calls = double(run.iterations);
+            rows_.push_back({name, dtype, run.real_accumulated_time / calls * 1e3,
+                             run.cpu_accumulated_time / calls * 1e3, floor_s * 1e3});
+        }
+    }
+
+  private:
+    std::vector<Row>& rows_;
+    const Floors& floors_;
+};
+
 double processor_s() {
     timespec time;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
@@ -465,8 +529,8 @@ Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
 
 // The same steps by PyTorch, where the Python that $PYTHON names (python3) has it, and at its best:
 // with jemalloc, where that is, and huge pages. torch_step.py prints `step WAY B T ms tokens/s
-// processor-ms` and `token WAY SEQUENCES ms processor-ms`.
-void add_torch(std::vector<Row>& rows) {
+// processor-ms`, `token WAY SEQUENCES ms processor-ms` and `layer WAY NAME ms processor-ms`.
+void add_torch(std::vector<Row>& rows, const char* what) {
     const char* python = getenv("PYTHON");
     std::string command = python != nullptr ? python : "python3";
     if (system((command + " -c 'import torch' 2>/dev/null").c_str()) != 0) {
@@ -477,10 +541,10 @@ void add_torch(std::vector<Row>& rows) {
     std::string best =
         "LD_PRELOAD=$(ls /usr/lib/*/libjemalloc.so.2 2>/dev/null | head -n 1) "
         "MALLOC_CONF=thp:always,metadata_thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1 ";
-    command = best + command + " dev/bench/torch_step.py --cpu 2>/dev/null";
+    command = best + command + " dev/bench/torch_step.py --cpu " + what + " 2>/dev/null";
     FILE* pipe = popen(command.c_str(), "r");
     if (pipe == nullptr) return;
-    char line[256], way[32];
+    char line[256], way[32], layer[64];
     int batch, length;
     double ms, rate, cpu_ms;
     while (fgets(line, sizeof(line), pipe) != nullptr) {
@@ -490,6 +554,8 @@ void add_torch(std::vector<Row>& rows) {
             name = format("step %dx%d", batch, length);
         else if (sscanf(line, "token %31s %d %lf %lf", way, &batch, &ms, &cpu_ms) == 4)
             name = tokens_name(batch);
+        else if (sscanf(line, "layer %31s %63s %lf %lf", way, layer, &ms, &cpu_ms) == 4)
+            name = layer;
         Dtype dtype = strcmp(way, "fp32") == 0 ? Dtype::fp32 : Dtype::bf16;
         for (Row& row : rows)
             if (row.name == name && row.dtype == dtype)
@@ -504,7 +570,7 @@ void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::s
         "read\n",
         gpt2_device().c_str(), floors.fp32_flops / 1e9, floors.bf16_flops / 1e9,
         floors.bytes_per_s / 1e9, floors.read_bytes_per_s / 1e9);
-    printf("%-24s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
+    printf("%-32s %5s %10s %10s %7s %11s %7s %13s\n", "", "dtype", "ms", "floor, ms", "share",
            "PyTorch, ms", "ratio", "ratio of CPU");
     std::string json = format(
         "{\"device\": \"%s\", \"fp32_flops\": %.4g, \"bf16_flops\": %.4g, "
@@ -513,10 +579,10 @@ void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::s
         floors.read_bytes_per_s);
     for (const Row& row : rows) {
         const char* dtype = row.dtype == Dtype::bf16 ? "bf16" : "fp32";
-        printf("%-24s %5s %10.1f %10.1f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
+        printf("%-32s %5s %10.3f %10.3f %6.0f%%", row.name.c_str(), dtype, row.ms, row.floor_ms,
                100 * row.floor_ms / row.ms);
         if (row.torch_ms > 0)
-            printf(" %11.1f %7.2f %13.2f", row.torch_ms, row.ms / row.torch_ms,
+            printf(" %11.3f %7.2f %13.2f", row.torch_ms, row.ms / row.torch_ms,
                    row.cpu_ms / row.torch_cpu_ms);
         printf("\n");
         json += format(
@@ -528,10 +594,15 @@ void print_rows(const std::vector<Row>& rows, const Floors& floors, const std::s
     if (!json_path.empty()) write_file_atomic(json_path, json + "]}\n");
 }
 
-void compare_with_floors(const std::string& json_path) {
+void compare_with_floors(bool steps, const std::string& json_path) {
     Floors floors = measure_floors();
     std::vector<Row> rows;
+    LayerRows layers(rows, floors);
+    register_layers();
+    benchmark::RunSpecifiedBenchmarks(&layers);
+    bool has_layers = !rows.empty();
     for (Dtype dtype : {Dtype::fp32, Dtype::bf16}) {
+        if (!steps) continue;
         if (dtype == Dtype::bf16 && gpt2_dtype("auto") == Dtype::fp32) continue;  // not made for it
         for (auto [batch, length] : {std::pair(4, 64), {4, 256}, {1, 1024}})
             rows.push_back(step_row(batch, length, dtype, floors));
@@ -539,32 +610,31 @@ void compare_with_floors(const std::string& json_path) {
             for (bool int8 : {false, true})
                 rows.push_back(generation_row(dtype, int8, together, floors));
     }
-    add_torch(rows);
+    add_torch(rows, !has_layers ? "--no-layers" : !steps ? "--layers" : "");
     print_rows(rows, floors, json_path);
 }
 
 }  // namespace
 
-// --json=FILE, --no-plain: this program's own; the others are Google Benchmark's.
+// --json=FILE, --no-plain, --no-steps: this program's own; the others are Google Benchmark's.
 int main(int argc, char** argv) {
     std::string json_path;
-    bool plain = true;
+    bool plain = true, steps = true;
     int kept = 1;
     for (int i = 1; i < argc; i++) {
         std::string word = argv[i];
         if (word.rfind("--json=", 0) == 0) json_path = word.substr(7);
         else if (word == "--no-plain") plain = false;
+        else if (word == "--no-steps") steps = plain = false;
         else argv[kept++] = argv[i];
     }
     argc = kept;
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return kExitInput;
-    register_layers();
-    benchmark::RunSpecifiedBenchmarks();
-    benchmark::Shutdown();
     try {
         bool agree = !plain || compare_steps();
-        compare_with_floors(json_path);
+        compare_with_floors(steps, json_path);
+        benchmark::Shutdown();
         return agree ? 0 : kExitMachine;
     } catch (const Error& error) {
         fprintf(stderr, "bench: error: %s\n", error.what());

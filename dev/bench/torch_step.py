@@ -1,7 +1,7 @@
 """Times PyTorch at the work that dev/bench/gpu.sh times of train_gpt2cu: GPT-2 124M and attention.
 
   torch_step.py --data IDS.npy [--batch-sizes 4,16,64] [--time-limit SECONDS] [--tiny]
-  torch_step.py --cpu [--sizes 4x64,4x256,1x1024] [--ways fp32,autocast]
+  torch_step.py --cpu [--layers | --no-layers] [--sizes 4x64,4x256,1x1024] [--ways fp32,autocast]
 
 A step is forward, backward, clipping and AdamW, of a GPT-2 in plain torch.nn modules: compiled
 (torch.compile), attention by F.scaled_dot_product_attention, AdamW(fused=True), vocabulary padded
@@ -14,10 +14,11 @@ Prints a line a result, for gpu.sh to read:
   step WAY B T ms tokens/s        attention BACKEND forward|backward B T NH HS us
 A size that does not fit, or a backend that is not there, is said on a line of its own. With --tiny
 it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing. With --cpu
-it times whole steps and generated tokens, on the processors that OMP_NUM_THREADS says, of random
-tokens: what `make bench` puts beside the CPU program. A token is one compiled pass with a cache of
-keys and values, all in float32 or, for `autocast`, in bf16:
-  token WAY SEQUENCES ms processor-ms
+it times layers, whole steps and generated tokens, on the processors that OMP_NUM_THREADS says, of
+random tokens: what `make bench` puts beside the CPU program. A layer is PyTorch's own function,
+compiled where it is several; its backward pass alone is timed from a graph that is kept. A token is
+one compiled pass with a cache of keys and values, all in float32 or, for `autocast`, in bf16:
+  layer WAY NAME ms processor-ms     token WAY SEQUENCES ms processor-ms
 """
 
 import argparse
@@ -188,6 +189,68 @@ def medians(work, warmups, samples):
     return [sorted(times[warmups:])[samples // 2] for times in (wall, processor)]
 
 
+def layers(way):
+    """(name, forward, its inputs) of each layer at the sizes of bench.cpp, the names it has there."""
+    dtype = torch.float32 if way == "fp32" else torch.bfloat16
+    B, T, C, V = 4, 64, 768, 50304
+    make = lambda *shape: torch.randn(*shape, dtype=dtype).requires_grad_()
+    for inputs, outputs in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, V)):
+        x, weight, bias = make(B * T, inputs), make(outputs, inputs), make(outputs)
+        yield f"matmul_{{}}/C:{inputs}/OC:{outputs}", F.linear, (x, weight, bias)
+    if way != "fp32":
+        return
+    ids = torch.randint(0, V, (B, T))
+    embed = lambda wte, wpe: F.embedding(ids, wte) + wpe
+    yield "encoder_{}", torch.compile(embed), (make(V, C), make(T, C))
+    norm = lambda x, weight, bias: F.layer_norm(x, (C,), weight, bias)
+    yield "layernorm_{}", norm, (make(B, T, C), make(C), make(C))
+    for length in (T, 1024):
+        batch = max(1, B * T // length)
+
+        def attention(qkv, batch=batch, length=length):
+            heads = (batch, length, 12, C // 12)
+            q, k, v = (part.view(heads).transpose(1, 2) for part in qkv.split(C, 2))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        yield f"attention_{{}}/T:{length}", attention, (make(batch, length, 3 * C),)
+    yield "gelu_{}", lambda x: F.gelu(x, approximate="tanh"), (make(B, T, 4 * C),)
+    yield "dropout_{}", lambda x: F.dropout(x, 0.1), (make(B, T, C),)
+    add = torch.compile(lambda x, branch, weight, bias: norm(x + branch, weight, bias))
+    yield "residual_layernorm_{}", add, (make(B, T, C), make(B, T, C), make(C), make(C))
+
+
+def time_cpu_layers(options):
+    """Each layer, forward and backward; loss and gradient of a classifier; the norm; AdamW."""
+
+    def show(way, name, work):
+        for _ in range(3):
+            work()
+        start = time.perf_counter()
+        work()
+        calls = max(1, int(0.005 / (time.perf_counter() - start)))
+        ms, cpu_ms = medians(lambda: [work() for _ in range(calls)], 1, 9)
+        print(f"layer {way} {name} {ms / calls:.5f} {cpu_ms / calls:.5f}", flush=True)
+
+    for way in options.ways.split(","):
+        for name, forward, inputs in layers(way):
+            with torch.no_grad():
+                show(way, name.format("forward"), lambda: forward(*inputs))
+            y = forward(*inputs)
+            dy = torch.randn_like(y)
+            backward = lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+            show(way, name.format("backward"), backward)
+    logits, targets = torch.randn(256, 50304).requires_grad_(), torch.full((256,), 17)
+    loss = torch.compile(F.cross_entropy)
+    gradient = lambda: torch.autograd.grad(loss(logits, targets), logits)
+    show("fp32", "classifier_forward", gradient)
+    parameter = torch.randn(1 << 24).requires_grad_()
+    parameter.grad = torch.randn(1 << 24)
+    show("fp32", "global_norm", lambda: torch.nn.utils.get_total_norm([parameter.grad]))
+    adamw = torch.optim.AdamW([parameter], weight_decay=0.1, fused=True)
+    show("fp32", "adamw_update", adamw.step)
+    torch.compiler.reset()
+
+
 def time_cpu_tokens(options):
     """One token after another, of one sequence and of eight together."""
     config = Config()
@@ -289,6 +352,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--layers", action="store_true", help="with --cpu: nothing but the layers")
+    parser.add_argument("--no-layers", action="store_true", help="with --cpu: all but the layers")
     parser.add_argument("--sizes", default="4x64,4x256,1x1024")
     parser.add_argument("--ways", default="fp32,autocast")
     parser.add_argument("--batch-sizes", default="64,16,4")
@@ -304,8 +369,12 @@ def main():
     torch.set_float32_matmul_precision("high")
     print(f"PyTorch {torch.__version__}", flush=True)
     if options.cpu:
-        time_cpu_tokens(options)
-        return time_cpu_steps(options)
+        if not options.no_layers:
+            time_cpu_layers(options)
+        if not options.layers:
+            time_cpu_tokens(options)
+            time_cpu_steps(options)
+        return
     time_attentions(options)  # first: it is quick
     tiny = Config(layers=1, heads=2, channels=32, padded_vocab=50304, T=32)
     time_steps(tiny if options.tiny else Config(), options, deadline)
