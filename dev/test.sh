@@ -323,11 +323,10 @@ emulated_dtype() {
 emulated_tests() {
     rm -rf build/cache build/beside.*
     build_emulated "$CXX" "" || return
-    emulated "$folder/test_emu" "$folder/test_emu"
     beside bf16 emulated-beside "$folder"
     kernel_checks "$folder" 0
     emulated_dtype fp32 "$folder"
-    part "on the other core meanwhile: bf16, and the kernels in other orders" beside_ended bf16
+    part "on the other core meanwhile: bf16, kernels in other orders, test_emu" beside_ended bf16
     emulated_kills 10
     # What a machine with a GPU will be asked; its checks have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
@@ -486,6 +485,7 @@ EOF
 emulated-beside)  # a part of `test`: see beside
     emulated_dtype bf16 "$2"
     for order in 1 2; do kernel_checks "$2" $order; done
+    emulated "$2/test_emu" "$2/test_emu"
     rm -f $log $log.*
     echo "$passed passed, $failed failed, $skipped skipped"
     [ "$failed" -eq 0 ]
