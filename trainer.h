@@ -2878,6 +2878,7 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
     p.tokens_per_s = double(tokens_a_step()) / step_s_;
     if (peak_.flops > 0)
         p.peak_share = operations_per_token(choice_.config, T_) * p.tokens_per_s / peak_.flops;
+    if (p.peak_share > 1) p.peak_share = 0;  // it was measured while others had a part of it
     p.fraction = run_progress(goal_, state_.step, elapsed_s(), reserve_s());
     p.eta_s = INFINITY;
     if (goal_.steps > 0) p.eta_s = double(goal_.steps - state_.step) * step_s_ + reserve_s();
