@@ -34,23 +34,44 @@ int threads() {
     return count;
 }
 
+// Memory as a model has it: it asks for huge pages.
+template <class T>
+struct HugePages {
+    using value_type = T;
+    static constexpr size_t kHuge = 1 << 21;
+
+    T* allocate(size_t count) {
+        size_t bytes = (count * sizeof(T) + kHuge - 1) / kHuge * kHuge;
+        void* memory = aligned_alloc(kHuge, bytes);
+        if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+        return static_cast<T*>(memory);
+    }
+    void deallocate(T* memory, size_t) { free(memory); }
+    bool operator==(const HugePages&) const { return true; }
+};
+using Numbers = std::vector<real, HugePages<real>>;
+using NumbersBf16 = std::vector<uint16_t, HugePages<uint16_t>>;
+
 // N numbers of either sign, of the size that activations have.
-std::vector<real> numbers(size_t N, uint64_t seed) {
-    std::vector<real> values(N);
+Numbers numbers(size_t N, uint64_t seed) {
+    Numbers values(N);
     for (size_t i = 0; i < N; i++)
         values[i] = real(philox(seed, uint32_t(i), 0, 0, 0).word[0] / 2147483648.0 - 1);
     return values;
 }
 
 // Memory that layers work in, at the sizes above.
-std::vector<real> attention_scratch(int length) {
+Numbers attention_scratch(int length) {
     GPT2Shape shape;
     shape.T = length, shape.threads = threads();
-    return std::vector<real>(gpt2_sizes(GPT2Config{}, shape).attention_scratch);
+    return Numbers(gpt2_sizes(GPT2Config{}, shape).attention_scratch);
 }
 
-std::vector<real> reduce_scratch(size_t columns) {
-    return std::vector<real>(gpt2_sizes(GPT2Config{}, GPT2Shape{}).reduce_rows * columns);
+Numbers reduce_scratch(size_t columns) {
+    return Numbers(gpt2_sizes(GPT2Config{}, GPT2Shape{}).reduce_rows * columns);
 }
 
 // What one call does at least, for its floor.
@@ -65,8 +86,8 @@ void count_bytes(benchmark::State& state, size_t numbers_moved) {
 // ==== layers =====================================================================================
 
 void encoder_forward_124m(benchmark::State& state) {
-    std::vector<real> wte = numbers(size_t(V) * C, 1), wpe = numbers(size_t(T) * C, 2);
-    std::vector<real> out(size_t(BT) * C);
+    Numbers wte = numbers(size_t(V) * C, 1), wpe = numbers(size_t(T) * C, 2);
+    Numbers out(size_t(BT) * C);
     std::vector<int> inputs(BT);
     for (int i = 0; i < BT; i++) inputs[size_t(i)] = int(size_t(i) * 7919 % V);
     for (auto _ : state)
@@ -75,7 +96,7 @@ void encoder_forward_124m(benchmark::State& state) {
 }
 
 void encoder_backward_124m(benchmark::State& state) {
-    std::vector<real> dwte(size_t(V) * C), dwpe(size_t(T) * C), dout = numbers(size_t(BT) * C, 1);
+    Numbers dwte(size_t(V) * C), dwpe(size_t(T) * C), dout = numbers(size_t(BT) * C, 1);
     std::vector<int> inputs(BT);
     for (int i = 0; i < BT; i++) inputs[size_t(i)] = int(size_t(i) * 7919 % V);
     for (auto _ : state)
@@ -84,9 +105,8 @@ void encoder_backward_124m(benchmark::State& state) {
 }
 
 void layernorm_forward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2),
-                      bias = numbers(C, 3);
-    std::vector<real> out(inp.size()), mean(BT), rstd(BT);
+    Numbers inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2), bias = numbers(C, 3);
+    Numbers out(inp.size()), mean(BT), rstd(BT);
     for (auto _ : state)
         layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(),
                           bias.data(), 1e-5, B, T, C);
@@ -94,9 +114,9 @@ void layernorm_forward_124m(benchmark::State& state) {
 }
 
 void layernorm_backward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2), mean(BT), rstd(BT);
-    std::vector<real> dout = numbers(inp.size(), 3), dinp(inp.size()), dweight(C), dbias(C);
-    std::vector<real> scratch = reduce_scratch(2 * C), out(inp.size());
+    Numbers inp = numbers(size_t(BT) * C, 1), weight = numbers(C, 2), mean(BT), rstd(BT);
+    Numbers dout = numbers(inp.size(), 3), dinp(inp.size()), dweight(C), dbias(C);
+    Numbers scratch = reduce_scratch(2 * C), out(inp.size());
     layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), nullptr,
                       1e-5, B, T, C);
     for (auto _ : state)
@@ -114,8 +134,8 @@ void product_sizes(benchmark::internal::Benchmark* layer) {
 
 void matmul_forward_124m(benchmark::State& state) {
     int in = int(state.range(0)), out = int(state.range(1));
-    std::vector<real> inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
-    std::vector<real> bias = numbers(size_t(out), 3), result(size_t(BT) * out);
+    Numbers inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
+    Numbers bias = numbers(size_t(out), 3), result(size_t(BT) * out);
     for (auto _ : state)
         matmul_forward(result.data(), inp.data(), weight.data(), bias.data(), BT, in, out);
     count_operations(state, 2.0 * BT * in * out);
@@ -123,9 +143,9 @@ void matmul_forward_124m(benchmark::State& state) {
 
 void matmul_backward_124m(benchmark::State& state) {
     int in = int(state.range(0)), out = int(state.range(1));
-    std::vector<real> inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
-    std::vector<real> dout = numbers(size_t(BT) * out, 3), dinp(inp.size()), dweight(weight.size());
-    std::vector<real> dbias(out), scratch = reduce_scratch(size_t(out));
+    Numbers inp = numbers(size_t(BT) * in, 1), weight = numbers(size_t(out) * in, 2);
+    Numbers dout = numbers(size_t(BT) * out, 3), dinp(inp.size()), dweight(weight.size());
+    Numbers dbias(out), scratch = reduce_scratch(size_t(out));
     for (auto _ : state)
         matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
                         weight.data(), scratch.data(), BT, in, out);
@@ -135,13 +155,12 @@ void matmul_backward_124m(benchmark::State& state) {
 // Their products in bf16 alone, summed in float32.
 constexpr const char* kBf16 = "bf16";  // the label of such a benchmark
 
-std::vector<uint16_t> numbers_bf16(size_t N) { return std::vector<uint16_t>(N, 0x3f80); }
+NumbersBf16 numbers_bf16(size_t N) { return NumbersBf16(N, 0x3f80); }
 
 void matmul_forward_bf16_124m(benchmark::State& state) {
     int in = int(state.range(0)), out = int(state.range(1));
-    std::vector<uint16_t> inp = numbers_bf16(size_t(BT) * in),
-                          weight = numbers_bf16(size_t(out) * in);
-    std::vector<real> result(size_t(BT) * out);
+    NumbersBf16 inp = numbers_bf16(size_t(BT) * in), weight = numbers_bf16(size_t(out) * in);
+    Numbers result(size_t(BT) * out);
     for (auto _ : state)
         gemm_bf16(false, false, true, BT, out, in, inp.data(), in, weight.data(), in, 0,
                   result.data(), out);
@@ -151,10 +170,9 @@ void matmul_forward_bf16_124m(benchmark::State& state) {
 
 void matmul_backward_bf16_124m(benchmark::State& state) {
     int in = int(state.range(0)), out = int(state.range(1));
-    std::vector<uint16_t> inp = numbers_bf16(size_t(BT) * in),
-                          weight = numbers_bf16(size_t(out) * in);
-    std::vector<uint16_t> dout = numbers_bf16(size_t(BT) * out);
-    std::vector<real> dinp(inp.size()), dweight(weight.size());
+    NumbersBf16 inp = numbers_bf16(size_t(BT) * in), weight = numbers_bf16(size_t(out) * in);
+    NumbersBf16 dout = numbers_bf16(size_t(BT) * out);
+    Numbers dinp(inp.size()), dweight(weight.size());
     for (auto _ : state) {
         gemm_bf16(false, false, false, BT, in, out, dout.data(), out, weight.data(), in, 0,
                   dinp.data(), in);
@@ -173,8 +191,8 @@ void sequence_lengths(benchmark::internal::Benchmark* layer) {
 void attention_forward_124m(benchmark::State& state) {
     int length = int(state.range(0)), batch = std::max(1, BT / length);
     size_t rows = size_t(batch) * length;
-    std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
-    std::vector<real> scratch = attention_scratch(length);
+    Numbers qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
+    Numbers scratch = attention_scratch(length);
     for (auto _ : state)
         attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(),
                           batch, length, C, NH);
@@ -184,9 +202,9 @@ void attention_forward_124m(benchmark::State& state) {
 void attention_backward_124m(benchmark::State& state) {
     int length = int(state.range(0)), batch = std::max(1, BT / length);
     size_t rows = size_t(batch) * length;
-    std::vector<real> qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
-    std::vector<real> dout = numbers(rows * C, 2), dqkv(qkv.size());
-    std::vector<real> scratch = attention_scratch(length);
+    Numbers qkv = numbers(rows * 3 * C, 1), out(rows * C), logsumexp(rows * NH);
+    Numbers dout = numbers(rows * C, 2), dqkv(qkv.size());
+    Numbers scratch = attention_scratch(length);
     attention_forward(out.data(), logsumexp.data(), qkv.data(), scratch.data(), Dropout(), batch,
                       length, C, NH);
     for (auto _ : state)
@@ -196,20 +214,20 @@ void attention_backward_124m(benchmark::State& state) {
 }
 
 void gelu_forward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * F, 1), out(inp.size());
+    Numbers inp = numbers(size_t(BT) * F, 1), out(inp.size());
     for (auto _ : state) gelu_forward(out.data(), inp.data(), inp.size());
     count_bytes(state, 2 * inp.size());
 }
 
 void gelu_backward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * F, 1), dout = numbers(inp.size(), 2);
-    std::vector<real> dinp(inp.size());
+    Numbers inp = numbers(size_t(BT) * F, 1), dout = numbers(inp.size(), 2);
+    Numbers dinp(inp.size());
     for (auto _ : state) gelu_backward(dinp.data(), dout.data(), inp.data(), inp.size());
     count_bytes(state, 3 * inp.size());
 }
 
 void dropout_forward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * C, 1), out(inp.size());
+    Numbers inp = numbers(size_t(BT) * C, 1), out(inp.size());
     Dropout dropout;
     dropout.probability = 0.1;
     for (auto _ : state) dropout_forward(out.data(), inp.data(), dropout, B, T, C);
@@ -217,9 +235,9 @@ void dropout_forward_124m(benchmark::State& state) {
 }
 
 void residual_layernorm_forward_124m(benchmark::State& state) {
-    std::vector<real> inp = numbers(size_t(BT) * C, 1), branch = numbers(inp.size(), 2);
-    std::vector<real> weight = numbers(C, 3), bias = numbers(C, 4), mean(BT), rstd(BT);
-    std::vector<real> residual(inp.size()), out(inp.size());
+    Numbers inp = numbers(size_t(BT) * C, 1), branch = numbers(inp.size(), 2);
+    Numbers weight = numbers(C, 3), bias = numbers(C, 4), mean(BT), rstd(BT);
+    Numbers residual(inp.size()), out(inp.size());
     for (auto _ : state)
         residual_layernorm_forward(residual.data(), out.data(), mean.data(), rstd.data(),
                                    inp.data(), branch.data(), weight.data(), bias.data(), 1e-5,
@@ -230,7 +248,7 @@ void residual_layernorm_forward_124m(benchmark::State& state) {
 // Loss and gradient over the logits of BT tokens, which the gradient replaces: each round reads the
 // last one's, whose values cost the same.
 void classifier_124m(benchmark::State& state) {
-    std::vector<real> logits = numbers(size_t(BT) * Vp, 1), losses(BT);
+    Numbers logits = numbers(size_t(BT) * Vp, 1), losses(BT);
     std::vector<int> targets(BT, 17);
     for (auto _ : state)
         classifier_forward(losses.data(), logits.data(), targets.data(), 1.0 / BT, true, BT, V, Vp);
@@ -240,14 +258,14 @@ void classifier_124m(benchmark::State& state) {
 constexpr size_t kUpdated = size_t(1) << 24;  // more than any cache holds
 
 void global_norm_16m(benchmark::State& state) {
-    std::vector<real> gradients = numbers(kUpdated, 1);
+    Numbers gradients = numbers(kUpdated, 1);
     for (auto _ : state) benchmark::DoNotOptimize(global_norm(gradients.data(), kUpdated));
     count_bytes(state, kUpdated);
 }
 
 void adamw_update_16m(benchmark::State& state) {
-    std::vector<real> params = numbers(kUpdated, 1), grads = numbers(kUpdated, 2);
-    std::vector<real> m(kUpdated), v(kUpdated);
+    Numbers params = numbers(kUpdated, 1), grads = numbers(kUpdated, 2);
+    Numbers m(kUpdated), v(kUpdated);
     AdamW adamw;
     for (auto _ : state)
         adamw_update(params.data(), m.data(), v.data(), grads.data(), kUpdated, adamw, 0.1, 1);
@@ -361,33 +379,27 @@ struct Floors {
     double flops(Dtype dtype) const { return dtype == Dtype::bf16 ? bf16_flops : fp32_flops; }
 };
 
-// Bytes that all threads read and write in place in a second: what AdamW does with most of its own.
+// Bytes that all threads read and write in place in a second, of more than a cache holds: what
+// AdamW does with most of its own.
 double memory_bandwidth() {
-    std::vector<float> values(kUpdated, 1);
+    constexpr size_t kCount = size_t(1) << 26;
+    Numbers values(kCount, 1);
     double best = 0;
     for (int i = 0; i < 6; i++) {
         double seconds = seconds_of([&] {
 #pragma omp parallel for simd schedule(static)
-            for (size_t j = 0; j < kUpdated; j++) values[j] = values[j] * 0.5f + 0.5f;
+            for (size_t j = 0; j < kCount; j++) values[j] = values[j] * 0.5f + 0.5f;
         });
-        best = std::max(best, 2 * sizeof(float) * double(kUpdated) / seconds);
+        best = std::max(best, 2 * sizeof(real) * double(kCount) / seconds);
     }
     return best;
 }
 
 // Bytes that all threads read in a second, of more than a cache holds: what a generated token does.
 double read_bandwidth() {
-    constexpr size_t kParts = 1 << 14, kPart = 1 << 13, kSums = 64, kHuge = 1 << 21;
-    constexpr size_t kBytes = kParts * kPart * sizeof(float);
-    std::unique_ptr<float, void (*)(void*)> memory(
-        static_cast<float*>(aligned_alloc(kHuge, kBytes)), free);
-    float* values = memory.get();
-    if (values == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(values, kBytes, MADV_HUGEPAGE);  // as a model's memory asks for them
-#endif
-#pragma omp parallel for schedule(static)
-    for (size_t j = 0; j < kParts * kPart; j++) values[j] = 1;
+    constexpr size_t kParts = 1 << 14, kPart = 1 << 13, kSums = 64;
+    constexpr size_t kBytes = kParts * kPart * sizeof(real);
+    Numbers values(kParts * kPart, 1);
     double best = 0;
     for (int i = 0; i < 6; i++) {
         float total = 0;
@@ -515,7 +527,7 @@ Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
     double bytes = double(allocated_parameters(config) - size_t(config.context) * C) *
                    (dtype == Dtype::bf16 ? 2 : 4);
     if (int8) bytes = double(gpt2_sizes(config, shape).int8_bytes);
-    std::vector<real> logits(size_t(together) * V);
+    Numbers logits(size_t(together) * V);
     std::vector<int> tokens(size_t(together), 0);
     int position = 0;
     return timed_row(tokens_name(together) + (int8 ? ", int8" : ""), dtype, 48,
