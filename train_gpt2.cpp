@@ -71,9 +71,12 @@ struct bf16 {
     }
 };
 
-// The distance between two queries' scores of `keys` keys: never a power of two, at which the
-// columns of a block would fall into the same few lines of a cache.
-static size_t attention_row(size_t keys) { return aligned(keys) + aligned(1); }
+// The distance between two queries' scores of `keys` keys: an odd number of cache lines, so that
+// those of one key are spread over a cache, and do not share a few places in it.
+static size_t attention_row(size_t keys) {
+    size_t line = aligned(1);
+    return (aligned(keys) / line | 1) * line;
+}
 
 // Numbers that attention works in on one thread, for `keys` keys of heads of HS: what
 // AttentionScratch names.
@@ -926,6 +929,15 @@ struct AttentionHead {
     real scale() const { return real(1 / std::sqrt(double(HS))); }
 };
 
+// Head h of sequence b of qkv (B,T,3C), as training has it.
+template <class Float>
+static AttentionHead<Float> training_head(const Float* qkv, const Dropout& dropout, int b, int h,
+                                          int T, int C, int HS) {
+    const Float* q = qkv + size_t(b) * T * 3 * C + h * HS;
+    return {q,     q + C, q + 2 * C, 3 * C,
+            3 * C, 0,     HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+}
+
 // out and logsumexp (or null) of the queries [first, first + rows) of one head.
 template <class Float>
 static void attention_queries_forward(Float* out, int out_stride, real* logsumexp,
@@ -970,12 +982,7 @@ void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scra
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < NH; h++) {
                 for (int block = 0; block < blocks; block++) {
-                    const Float* q = qkv + size_t(b) * T * 3 * C + h * HS;
-                    AttentionHead<Float> head = {
-                        q,         q + C,
-                        q + 2 * C, 3 * C,
-                        3 * C,     0,
-                        HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+                    auto head = training_head(qkv, dropout, b, h, T, C, HS);
                     int first = block * kAttentionRows;
                     attention_queries_forward(
                         out + size_t(b) * T * C + h * HS, C, logsumexp + (size_t(b) * NH + h) * T,
@@ -1066,12 +1073,7 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < NH; h++) {
                 size_t at = size_t(b) * T * C + h * HS, at_qkv = size_t(b) * T * 3 * C + h * HS;
-                const Float* q = qkv + at_qkv;
-                AttentionHead<Float> head = {
-                    q,         q + C,
-                    q + 2 * C, 3 * C,
-                    3 * C,     0,
-                    HS,        {dropout, dropout.first_sequence + uint64_t(b), h * T, T}};
+                auto head = training_head(qkv, dropout, b, h, T, C, HS);
                 AttentionScratch<Float> s(scratch, size_t(T), size_t(HS));
                 std::fill(s.dk, s.dk + size_t(2) * T * HS, real(0));
                 for (int first = 0; first < T; first += kAttentionRows)

@@ -323,10 +323,10 @@ emulated_dtype() {
 emulated_tests() {
     rm -rf build/cache build/beside.*
     build_emulated "$CXX" "" || return
-    beside bf16 emulated-beside "$folder"
+    beside others emulated-beside "$folder"
     kernel_checks "$folder" 0
     emulated_dtype fp32 "$folder"
-    part "on the other core meanwhile: bf16, kernels in other orders, test_emu" beside_ended bf16
+    part "on the other core meanwhile: bf16, kernels in other orders, test_emu" beside_ended others
     emulated_kills 10
     # What a machine with a GPU will be asked; its checks have just been run.
     emulated "dev/bench/gpu.sh --emulated" CXX="$CXX" \
