@@ -74,8 +74,8 @@ struct bf16 {
 // The distance between two queries' scores of `keys` keys: an odd number of cache lines, so that
 // those of one key are spread over a cache, and do not share a few places in it.
 static size_t attention_row(size_t keys) {
-    size_t line = aligned(1);
-    return (aligned(keys) / line | 1) * line;
+    constexpr size_t kLine = 64 / sizeof(real);
+    return ((keys + kLine - 1) / kLine | 1) * kLine;
 }
 
 // Numbers that attention works in on one thread, for `keys` keys of heads of HS: what
