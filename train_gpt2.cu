@@ -34,9 +34,8 @@ constexpr double kGeluCube = 0.044715;
 
 constexpr int kWarp = 32;           // lanes of a warp
 constexpr int kMostThreads = 1024;  // of a block
-constexpr int kColumns = 8;         // columns of a row that a thread owns in the row kernels
-constexpr int kRowThreads = 512;    // of a block of theirs, at most
-constexpr int kMostChannels = kColumns * kRowThreads;
+constexpr int kMostColumns = 32;    // columns of a row that a thread owns in the row kernels
+constexpr int kMostChannels = 4096;
 constexpr int kMostHeadSize = 128;
 constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
 constexpr int kReduceRows = 1024;      // partial sums of a bias or layer norm gradient
@@ -192,52 +191,75 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
+// 2^x with a relative error of 2^-22, and 0 where that is no normal number: one instruction.
+__device__ inline float fast_exp2(float x) {
+#ifdef __CUDACC__
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+
+constexpr float kLog2e = 1.44269504f;
+
 // Width numbers that travel as one: 128 bits where the rows are aligned for them, else a number.
 template <class Float>
 constexpr int kWide = 16 / sizeof(Float);
 
-template <class Float, int Width>
+template <class Float>
+__device__ void unpack(float* values, uint4 bits) {
+    Float numbers[kWide<Float>];
+    memcpy(static_cast<void*>(numbers), &bits, sizeof(bits));
+#pragma unroll
+    for (int k = 0; k < kWide<Float>; k++) values[k] = to_float(numbers[k]);
+}
+
+// kStreams: of numbers that nobody needs again before much else has passed through the caches.
+template <class Float, int Width, bool kStreams = false>
 __device__ void load_pack(float* values, const Float* from) {
     if constexpr (Width == 1) {
         values[0] = to_float(*from);
     } else {
         static_assert(Width == kWide<Float>);
-        uint4 bits = *reinterpret_cast<const uint4*>(from);
-        Float numbers[Width];
-        memcpy(static_cast<void*>(numbers), &bits, sizeof(bits));
-#pragma unroll
-        for (int k = 0; k < Width; k++) values[k] = to_float(numbers[k]);
+        const auto* bits = reinterpret_cast<const uint4*>(from);
+        unpack<Float>(values, kStreams ? __ldcs(bits) : *bits);
     }
 }
 
-template <class Float, int Width>
+// A pack of bf16 may also be half as wide, so that it goes with one of float.
+template <class Float, int Width, bool kStreams = false>
 __device__ void store_pack(Float* to, const float* values) {
     if constexpr (Width == 1) {
         *to = from_float<Float>(values[0]);
     } else {
-        static_assert(Width == kWide<Float>);
+        using Bits = std::conditional_t<Width == kWide<Float>, uint4, uint2>;
+        static_assert(sizeof(Bits) == Width * sizeof(Float));
         Float numbers[Width];
 #pragma unroll
         for (int k = 0; k < Width; k++) numbers[k] = from_float<Float>(values[k]);
-        uint4 bits;
+        Bits bits;
         memcpy(&bits, numbers, sizeof(bits));
-        *reinterpret_cast<uint4*>(to) = bits;
+        if constexpr (kStreams) __stcs(reinterpret_cast<Bits*>(to), bits);
+        else *reinterpret_cast<Bits*>(to) = bits;
     }
 }
 
-// The row kernels: a block works on one row of C numbers at a time and each thread owns kColumns of
-// its columns, as packs of Width that lie a block's width apart, so that a warp's accesses are
-// whole lines. What a thread keeps of a row, or sums up over rows, stays in its registers. These
-// kernels, and all others whose bytes are given and nothing else, are bound by memory: nine tenths
-// of the rate of a large copy are expected of them at the sizes of GPT-2, and the wide form of
-// packs.
-template <class Float, int Width>
+// The row kernels: a row of C numbers at a time, of which each thread owns some columns, as packs
+// of Width that lie a row's threads apart, so that a warp's accesses are whole lines. What a thread
+// keeps of a row, or sums up over rows, stays in its registers. A row takes as few warps as they
+// allow: what a thread does once a row, such as its part in a sum over the row, costs as much as
+// the arithmetic of many columns, and a row of one warp needs no barrier. These kernels, and all
+// others whose bytes are given and nothing else, are bound by memory: nine tenths of the rate of a
+// large copy are expected of them at the sizes of GPT-2, and the wide form of packs.
+template <class Float, int Width, int Columns>
 struct RowSlice {
-    static constexpr int kPacks = kColumns / Width;
+    static constexpr int kPacks = Columns / Width;
 
     // The first column of pack i of this thread; it owns the pack when that is below C.
     static __device__ int column(int i) { return (i * int(blockDim.x) + int(threadIdx.x)) * Width; }
-    static __device__ void load(float (&values)[kColumns], const Float* row, int C) {
+    static __device__ void load(float (&values)[Columns], const Float* row, int C) {
 #pragma unroll
         for (int i = 0; i < kPacks; i++) {
             if (column(i) < C) {
@@ -248,7 +270,7 @@ struct RowSlice {
             }
         }
     }
-    static __device__ void store(Float* row, const float (&values)[kColumns], int C) {
+    static __device__ void store(Float* row, const float (&values)[Columns], int C) {
 #pragma unroll
         for (int i = 0; i < kPacks; i++)
             if (column(i) < C) store_pack<Float, Width>(row + column(i), &values[i * Width]);
@@ -256,11 +278,37 @@ struct RowSlice {
     static __device__ bool owns(int j, int C) { return column(j / Width) < C; }
 };
 
-static int row_threads(int C) { return round_up(divide_up(C, kColumns), kWarp); }
+// Blocks of the row kernels: the threads of a row in x, several rows of one warp in y.
+constexpr int kRowWarps = 4;
+constexpr int kNarrowColumns = 8;  // of a thread where packs are numbers
 
-// Blocks that fill the card with `threads` each, but no more than there are rows.
-static int row_blocks(int rows, int threads) {
-    return std::min(rows, multiprocessors() * std::max(1, 2048 / threads));
+template <int Width>
+constexpr int kRowThreads = Width == 1 ? kMostChannels / kNarrowColumns : kRowWarps* kWarp;
+static_assert(kRowThreads<4> * kMostColumns == kMostChannels);
+
+static dim3 row_block(int C, int columns) {
+    int threads = round_up(divide_up(C, columns), kWarp);
+    return dim3(unsigned(threads), threads == kWarp ? kRowWarps : 1);
+}
+
+// The rows that a block of theirs goes through.
+__device__ inline int first_row() { return int(blockIdx.x * blockDim.y + threadIdx.y); }
+__device__ inline int row_step() { return int(gridDim.x * blockDim.y); }
+
+// Blocks that the card runs at once.
+template <class... P>
+int resident_blocks(void (*kernel)(P...), dim3 block, size_t shared) {
+    int each = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+              &each, reinterpret_cast<const void*>(kernel), int(block.x * block.y), shared),
+          "resident blocks");
+    return multiprocessors() * std::max(1, each);
+}
+
+// Those of them that find a row. One more than the card runs at once would make the others wait.
+template <class... P>
+int row_blocks(void (*kernel)(P...), dim3 block, size_t shared, int rows) {
+    return std::min(divide_up(rows, int(block.y)), resident_blocks(kernel, block, shared));
 }
 
 // Whether rows of C numbers can be moved in wide packs. Those that can must also begin where such
@@ -279,9 +327,22 @@ void with_width(bool wide, F f) {
     else f.template operator()<1>();
 }
 
-// Sums of N numbers over the block, to every thread, warps in their order. `partial` holds 2 * N *
-// kWarp floats, of which two calls in a row use different halves: a thread that is ahead cannot
-// overwrite what another still reads, since the next call's barrier lies between.
+// Calls f.template operator()<Width, Columns>() with the width of a pack and the columns of a
+// thread for rows of C.
+template <class Float, class F>
+void with_columns(bool wide, int C, F f) {
+    constexpr int Width = kWide<Float>;
+    int columns = divide_up(C, divide_up(C, kMostColumns * kWarp) * kWarp);
+    if (!wide) f.template operator()<1, kNarrowColumns>();
+    else if (columns <= 8) f.template operator()<Width, 8>();
+    else if (columns <= 16) f.template operator()<Width, 16>();
+    else if (columns <= 24) f.template operator()<Width, 24>();
+    else f.template operator()<Width, kMostColumns>();
+}
+
+// Sums of N numbers over a row's threads, to each of them, warps in their order. `partial` holds 2
+// * N * kWarp floats, of which two calls in a row use different halves: a thread that is ahead
+// cannot overwrite what another still reads, since the next call's barrier lies between.
 template <int N>
 struct BlockSum {
     Shared<float> partial;
@@ -335,18 +396,18 @@ __device__ void drop_pack(float* values, const Dropout& dropout, uint64_t sequen
 
 // ==== encoder ====================================================================================
 
-// A block a row, 128 bits a thread and pack. Moves 3 BTC numbers: two rows read, one written.
-template <class Float, int Width>
-__global__ void __launch_bounds__(kRowThreads)
+// Moves 3 BTC numbers: two rows read, one written.
+template <class Float, int Width, int Columns>
+__global__ void __launch_bounds__(kRowThreads<Width>)
     encoder_forward_kernel(Float* out, const int* inputs, const Float* wte, const Float* wpe,
                            int BT, int T, int C) {
-    using Slice = RowSlice<Float, Width>;
-    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
-        float token[kColumns], position[kColumns];
+    using Slice = RowSlice<Float, Width, Columns>;
+    for (int bt = first_row(); bt < BT; bt += row_step()) {
+        float token[Columns], position[Columns];
         Slice::load(token, wte + size_t(inputs[bt]) * C, C);
         Slice::load(position, wpe + size_t(bt % T) * C, C);
 #pragma unroll
-        for (int j = 0; j < kColumns; j++) token[j] += position[j];
+        for (int j = 0; j < Columns; j++) token[j] += position[j];
         Slice::store(out + size_t(bt) * C, token, C);
     }
 }
@@ -356,11 +417,12 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Float>
 void encoder_forward(Float* out, const int* inputs, const Float* wte, const Float* wpe, int B,
                      int T, int C, cudaStream_t stream) {
-    with_width<Float>(are_wide<Float>(size_t(C), out, wte, wpe), [&]<int Width>() {
-        int threads = row_threads(C);
-        launch("encoder_forward", encoder_forward_kernel<Float, Width>,
-               unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inputs, wte,
-               wpe, B * T, T, C);
+    bool wide = are_wide<Float>(size_t(C), out, wte, wpe);
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
+        auto kernel = encoder_forward_kernel<Float, Width, Columns>;
+        dim3 block = row_block(C, Columns);
+        launch("encoder_forward", kernel, unsigned(row_blocks(kernel, block, 0, B * T)), block, 0,
+               stream, out, inputs, wte, wpe, B * T, T, C);
     });
 }
 
@@ -422,22 +484,21 @@ __global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout, T
     }
 }
 
-// A block a position, which sums over the batch. Moves BTC numbers of dout.
+// A thread for a pack of a position, which it sums over the batch. Moves BTC numbers of dout.
 template <class Float, int Width>
-__global__ void __launch_bounds__(kRowThreads)
-    encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int T, int C) {
-    using Slice = RowSlice<Float, Width>;
-    int t = int(blockIdx.x);
-    float sum[kColumns] = {};
+__global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int TC) {
+    int i = (int(blockIdx.x) * int(blockDim.x) + int(threadIdx.x)) * Width;
+    if (i >= TC) return;
+    float sum[Width] = {};
+#pragma unroll 8
     for (int b = 0; b < B; b++) {
-        float values[kColumns];
-        Slice::load(values, dout + (size_t(b) * T + t) * C, C);
+        float values[Width];
+        load_pack<Float, Width>(values, dout + size_t(b) * TC + i);
 #pragma unroll
-        for (int j = 0; j < kColumns; j++) sum[j] += values[j];
+        for (int k = 0; k < Width; k++) sum[k] += values[k];
     }
 #pragma unroll
-    for (int j = 0; j < kColumns; j++)
-        if (Slice::owns(j, C)) dwpe[size_t(t) * C + Slice::column(j / Width) + j % Width] += sum[j];
+    for (int k = 0; k < Width; k++) dwpe[i + k] += sum[k];
 }
 
 // forward: out = wte[token] + wpe[t], so dwte[token] += dout and dwpe[t] += dout
@@ -451,48 +512,74 @@ void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBu
                kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream, dwte,
                dout, buckets, C);
         launch("encoder_backward, positions", encoder_backward_positions_kernel<Float, Width>,
-               unsigned(T), unsigned(row_threads(C)), 0, stream, dwpe, dout, B, T, C);
+               unsigned(divide_up(T * C / Width, kWarp)), kWarp, 0, stream, dwpe, dout, B, T * C);
     });
 }
 
 // ==== layer norm =================================================================================
 
-// Mean and 1/standard deviation of a row of which this thread holds `x`: the variance in a second
-// pass, about the mean.
-template <class Slice>
-__device__ float2 row_statistics(const float (&x)[kColumns], BlockSum<1>& block_sum, float epsilon,
-                                 int C) {
-    float sum[1] = {0}, squares[1] = {0};
-#pragma unroll
-    for (int j = 0; j < kColumns; j++) sum[0] += x[j];  // columns past C hold 0
-    block_sum(sum);
-    float mean = sum[0] / C;
-#pragma unroll
-    for (int j = 0; j < kColumns; j++)
-        if (Slice::owns(j, C)) squares[0] += (x[j] - mean) * (x[j] - mean);
-    block_sum(squares);
-    return make_float2(mean, 1 / sqrtf(squares[0] / C + epsilon));
+// sum / C, rounded as a division would be but for one time in many: 1/C is the same for all rows.
+__device__ inline float mean_of(float sum, float C, float inverse) {
+    float mean = sum * inverse;
+    return fmaf(fmaf(-mean, C, sum), inverse, mean);
 }
 
-// A block a row at a time; weight and bias stay in registers over the rows. Moves 2 BTC numbers.
-template <class Float, int Width>
-__global__ void __launch_bounds__(kRowThreads)
+// Mean and 1/standard deviation of a row of which this thread holds `x`: the variance in a second
+// pass, about the mean, which is taken off x.
+template <class Slice, int Columns>
+__device__ float2 row_statistics(float (&x)[Columns], BlockSum<1>& block_sum, float epsilon,
+                                 int C) {
+    constexpr int Width = Columns / Slice::kPacks;
+    float sum[1] = {0}, squares[1] = {0}, inverse = 1 / float(C);
+#pragma unroll
+    for (int j = 0; j < Columns; j++) sum[0] += x[j];  // columns past C hold 0
+    block_sum(sum);
+    float mean = mean_of(sum[0], float(C), inverse);
+#pragma unroll
+    for (int i = 0; i < Slice::kPacks; i++) {
+        if (Slice::column(i) >= C) continue;
+#pragma unroll
+        for (int j = i * Width; j < (i + 1) * Width; j++) {
+            x[j] -= mean;
+            squares[0] += x[j] * x[j];
+        }
+    }
+    block_sum(squares);
+    return make_float2(mean, 1 / sqrtf(mean_of(squares[0], float(C), inverse) + epsilon));
+}
+
+// out = x * rstd * weight + bias. These two are read again for each row, a pack at a time: a
+// multiprocessor's cache holds them, and registers would be taken from the rows on their way.
+template <class Slice, class Float, int Columns>
+__device__ void store_normalised(Float* out, const float (&x)[Columns], float rstd,
+                                 const Float* weight, const Float* bias, int C) {
+    constexpr int Width = Columns / Slice::kPacks;
+#pragma unroll
+    for (int i = 0; i < Slice::kPacks; i++) {
+        int column = Slice::column(i);
+        if (column >= C) continue;
+        float y[Width], b[Width] = {};
+        load_pack<Float, Width>(y, weight + column);
+        if (bias != nullptr) load_pack<Float, Width>(b, bias + column);
+#pragma unroll
+        for (int k = 0; k < Width; k++) y[k] = x[i * Width + k] * rstd * y[k] + b[k];
+        store_pack<Float, Width>(out + column, y);
+    }
+}
+
+// Moves 2 BTC numbers.
+template <class Float, int Width, int Columns>
+__global__ void __launch_bounds__(kRowThreads<Width>)
     layernorm_forward_kernel(Float* out, float* mean, float* rstd, const Float* inp,
                              const Float* weight, const Float* bias, float epsilon, int BT, int C) {
-    using Slice = RowSlice<Float, Width>;
+    using Slice = RowSlice<Float, Width, Columns>;
     size_t offset = 0;
     BlockSum<1> block_sum(offset);
-    float w[kColumns], b[kColumns] = {};
-    Slice::load(w, weight, C);
-    if (bias != nullptr) Slice::load(b, bias, C);
-    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
-        float x[kColumns];
+    for (int bt = first_row(); bt < BT; bt += row_step()) {
+        float x[Columns];
         Slice::load(x, inp + size_t(bt) * C, C);
         float2 statistics = row_statistics<Slice>(x, block_sum, epsilon, C);
-#pragma unroll
-        for (int j = 0; j < kColumns; j++)
-            x[j] = (x[j] - statistics.x) * statistics.y * w[j] + b[j];
-        Slice::store(out + size_t(bt) * C, x, C);
+        store_normalised<Slice>(out + size_t(bt) * C, x, statistics.y, weight, bias, C);
         if (threadIdx.x == 0) mean[bt] = statistics.x, rstd[bt] = statistics.y;
     }
 }
@@ -504,64 +591,85 @@ template <class Float>
 void layernorm_forward(Float* out, float* mean, float* rstd, const Float* inp, const Float* weight,
                        const Float* bias, double epsilon, int B, int T, int C,
                        cudaStream_t stream) {
-    with_width<Float>(are_wide<Float>(size_t(C), out, inp, weight, bias), [&]<int Width>() {
-        int threads = row_threads(C);
-        launch("layernorm_forward", layernorm_forward_kernel<Float, Width>,
-               unsigned(row_blocks(B * T, threads)), unsigned(threads), BlockSum<1>::bytes(),
-               stream, out, mean, rstd, inp, weight, bias, float(epsilon), B * T, C);
+    bool wide = are_wide<Float>(size_t(C), out, inp, weight, bias);
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
+        auto kernel = layernorm_forward_kernel<Float, Width, Columns>;
+        dim3 block = row_block(C, Columns);
+        size_t shared = BlockSum<1>::bytes();
+        launch("layernorm_forward", kernel, unsigned(row_blocks(kernel, block, shared, B * T)),
+               block, shared, stream, out, mean, rstd, inp, weight, bias, float(epsilon), B * T, C);
     });
 }
 
 // first[c] += sum over rows of partial[row][c] for c < C; second likewise from column C on, where
-// it is given. A block takes kWarp columns; its warps take the rows in turn, and the first adds up
-// what they found: the second stage of a sum that has the same bits every time.
-__global__ void __launch_bounds__(kMostThreads)
+// it is given: the second stage of a sum that has the same bits every time. A block takes
+// kSumColumns columns, as many as memory moves at once, and its threads the rows in turn; what they
+// found is added up in a tree.
+constexpr int kSumColumns = 8, kSumWarps = 16;
+
+// Over the lanes of a warp that have the same column.
+__device__ inline float sum_of_column(float x) {
+    for (int distance = kSumColumns; distance < kWarp; distance *= 2)
+        x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__global__ void __launch_bounds__(kSumWarps* kWarp)
     add_partial_sums_kernel(float* first, float* second, const float* partial, int rows, int C) {
+    constexpr int kEach = kWarp / kSumColumns;  // rows that a warp takes at once
     size_t offset = 0;
-    Shared<float> sums = shared_array<float>(offset, int(blockDim.x));
-    int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    Shared<float> sums = shared_array<float>(offset, kSumWarps * kSumColumns);
+    int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     int warps = int(blockDim.x) / kWarp, columns = second != nullptr ? 2 * C : C;
-    int c = int(blockIdx.x) * kWarp + lane;
+    int c = int(blockIdx.x) * kSumColumns + thread % kSumColumns;
     float sum = 0;
     if (c < columns) {
 #pragma unroll 8
-        for (int row = warp; row < rows; row += warps) sum += partial[size_t(row) * columns + c];
+        for (int row = thread / kSumColumns; row < rows; row += warps * kEach)
+            sum += partial[size_t(row) * columns + c];
     }
-    sums[int(threadIdx.x)] = sum;
+    sum = sum_of_column(sum);
+    if (lane < kSumColumns) sums[warp * kSumColumns + lane] = sum;
     __syncthreads();  // the first warp reads what every warp wrote
-    if (warp > 0 || c >= columns) return;
-    float total = 0;
-    for (int w = 0; w < warps; w++) total += sums[w * kWarp + lane];
-    (c < C ? first[c] : second[c - C]) += total;
+    if (warp > 0) return;
+    sum = 0;
+    for (int w = lane / kSumColumns; w < warps; w += kEach)
+        sum += sums[w * kSumColumns + lane % kSumColumns];
+    sum = sum_of_column(sum);
+    if (lane < kSumColumns && c < columns) (c < C ? first[c] : second[c - C]) += sum;
 }
 
 static void add_partial_sums(float* first, float* second, const float* partial, int rows, int C,
                              cudaStream_t stream) {
-    int warps = std::min(rows, kMostThreads / kWarp), columns = second != nullptr ? 2 * C : C;
-    launch("add_partial_sums", add_partial_sums_kernel, unsigned(divide_up(columns, kWarp)),
-           unsigned(warps * kWarp), size_t(warps) * kWarp * sizeof(float), stream, first, second,
+    int warps = std::min(divide_up(rows, kWarp / kSumColumns), kSumWarps);
+    int columns = second != nullptr ? 2 * C : C;
+    launch("add_partial_sums", add_partial_sums_kernel, unsigned(divide_up(columns, kSumColumns)),
+           unsigned(warps * kWarp), kSumWarps * kSumColumns * sizeof(float), stream, first, second,
            partial, rows, C);
 }
 
-// A block a row at a time. Each thread sums the weight's and the bias's gradients of its columns in
-// registers, over all rows of its block, and writes them as a partial sum. Moves 4 BTC numbers.
-template <class Float, int Width>
-__global__ void __launch_bounds__(kRowThreads)
+// Each thread sums the weight's and the bias's gradients of its columns in registers, over all rows
+// that it goes through; the block adds up what its rows found, and writes that as a partial sum.
+// All of a row is on its way before the first sum over it. Moves 4 BTC numbers.
+template <class Float, int Width, int Columns>
+__global__ void __launch_bounds__(kRowThreads<Width>)
     layernorm_backward_kernel(Float* dinp, float* partial, bool has_bias, const Float* dout,
                               const Float* inp, const Float* weight, const float* mean,
                               const float* rstd, int BT, int C) {
-    using Slice = RowSlice<Float, Width>;
+    using Slice = RowSlice<Float, Width, Columns>;
     size_t offset = 0;
     BlockSum<2> block_sum(offset);
-    float w[kColumns], dw[kColumns] = {}, db[kColumns] = {};
-    Slice::load(w, weight, C);
-    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
-        float dy[kColumns], n[kColumns], sums[2] = {0, 0};  // of g and of g n
+    Shared<float> gradients = shared_array<float>(offset, int(blockDim.y) * 2 * C);
+    float dw[Columns] = {}, db[Columns] = {}, inverse = 1 / float(C);
+    for (int bt = first_row(); bt < BT; bt += row_step()) {
+        float dy[Columns], n[Columns], dx[Columns], w[Columns], sums[2] = {0, 0};  // of g, of g n
         Slice::load(dy, dout + size_t(bt) * C, C);
         Slice::load(n, inp + size_t(bt) * C, C);
+        Slice::load(dx, dinp + size_t(bt) * C, C);
+        Slice::load(w, weight, C);
         float m = mean[bt], r = rstd[bt];
 #pragma unroll
-        for (int j = 0; j < kColumns; j++) {  // past C, dy and w are 0
+        for (int j = 0; j < Columns; j++) {  // past C, dy and w are 0
             n[j] = (n[j] - m) * r;
             dw[j] += dy[j] * n[j];
             db[j] += dy[j];
@@ -570,19 +678,24 @@ __global__ void __launch_bounds__(kRowThreads)
             sums[1] += dy[j] * n[j];
         }
         block_sum(sums);
-        float dx[kColumns];
-        Slice::load(dx, dinp + size_t(bt) * C, C);
+        float mean_g = sums[0] * inverse, mean_gn = sums[1] * inverse;
 #pragma unroll
-        for (int j = 0; j < kColumns; j++) dx[j] += r * (dy[j] - sums[0] / C - n[j] * sums[1] / C);
+        for (int j = 0; j < Columns; j++) dx[j] += r * (dy[j] - mean_g - n[j] * mean_gn);
         Slice::store(dinp + size_t(bt) * C, dx, C);
     }
-    float* sums = partial + size_t(blockIdx.x) * (has_bias ? 2 : 1) * C;
 #pragma unroll
-    for (int j = 0; j < kColumns; j++) {
+    for (int j = 0; j < Columns; j++) {
         if (!Slice::owns(j, C)) continue;
-        int c = Slice::column(j / Width) + j % Width;
-        sums[c] = dw[j];
-        if (has_bias) sums[C + c] = db[j];
+        int c = int(threadIdx.y) * 2 * C + Slice::column(j / Width) + j % Width;
+        gradients[c] = dw[j];
+        gradients[c + C] = db[j];
+    }
+    __syncthreads();  // what every row's threads found is there
+    int columns = has_bias ? 2 * C : C, step = int(blockDim.x * blockDim.y);
+    for (int c = int(threadIdx.y * blockDim.x + threadIdx.x); c < columns; c += step) {
+        float sum = 0;
+        for (int row = 0; row < int(blockDim.y); row++) sum += gradients[row * 2 * C + c];
+        partial[size_t(blockIdx.x) * columns + c] = sum;
     }
 }
 
@@ -593,11 +706,15 @@ template <class Float>
 void layernorm_backward(Float* dinp, float* dweight, float* dbias, const Float* dout,
                         const Float* inp, const Float* weight, const float* mean, const float* rstd,
                         float* scratch, int B, int T, int C, cudaStream_t stream) {
-    int threads = row_threads(C), blocks = std::min(row_blocks(B * T, threads), kReduceRows);
-    with_width<Float>(are_wide<Float>(size_t(C), dinp, dout, inp, weight), [&]<int Width>() {
-        launch("layernorm_backward", layernorm_backward_kernel<Float, Width>, unsigned(blocks),
-               unsigned(threads), BlockSum<2>::bytes(), stream, dinp, scratch, dbias != nullptr,
-               dout, inp, weight, mean, rstd, B * T, C);
+    int blocks = 0;
+    bool wide = are_wide<Float>(size_t(C), dinp, dout, inp, weight);
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
+        auto kernel = layernorm_backward_kernel<Float, Width, Columns>;
+        dim3 block = row_block(C, Columns);
+        size_t shared = BlockSum<2>::bytes() + block.y * 2 * size_t(C) * sizeof(float);
+        blocks = std::min(row_blocks(kernel, block, shared, B * T), kReduceRows);
+        launch("layernorm_backward", kernel, unsigned(blocks), block, shared, stream, dinp, scratch,
+               dbias != nullptr, dout, inp, weight, mean, rstd, B * T, C);
     });
     add_partial_sums(dweight, dbias, scratch, blocks, C, stream);
 }
@@ -1165,13 +1282,13 @@ void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float
 
 // ==== dropout ====================================================================================
 
-// A block a row at a time. Moves 2 BTC numbers.
-template <class Float, int Width>
-__global__ void __launch_bounds__(kRowThreads)
+// Moves 2 BTC numbers.
+template <class Float, int Width, int Columns>
+__global__ void __launch_bounds__(kRowThreads<Width>)
     dropout_forward_kernel(Float* out, const Float* inp, Dropout dropout, int BT, int T, int C) {
-    using Slice = RowSlice<Float, Width>;
-    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
-        float x[kColumns];
+    using Slice = RowSlice<Float, Width, Columns>;
+    for (int bt = first_row(); bt < BT; bt += row_step()) {
+        float x[Columns];
         Slice::load(x, inp + size_t(bt) * C, C);
         uint64_t sequence = dropout.first_sequence + uint64_t(bt / T);
 #pragma unroll
@@ -1186,11 +1303,12 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Float>
 void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B, int T, int C,
                      cudaStream_t stream) {
-    with_width<Float>(are_wide<Float>(size_t(C), out, inp), [&]<int Width>() {
-        int threads = row_threads(C);
-        launch("dropout_forward", dropout_forward_kernel<Float, Width>,
-               unsigned(row_blocks(B * T, threads)), unsigned(threads), 0, stream, out, inp,
-               dropout, B * T, T, C);
+    bool wide = are_wide<Float>(size_t(C), out, inp);
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
+        auto kernel = dropout_forward_kernel<Float, Width, Columns>;
+        dim3 block = row_block(C, Columns);
+        launch("dropout_forward", kernel, unsigned(row_blocks(kernel, block, 0, B * T)), block, 0,
+               stream, out, inp, dropout, B * T, T, C);
     });
 }
 
@@ -1206,19 +1324,6 @@ void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B
 // else depends on the type: of a 16 x 8 piece, lane 4g + t holds
 //   element e = 0..3:  row g + 8 (e / 2),  column 2t + e % 2
 // bf16 multiplies on tensor cores, with sums in float; float multiplies with plain FMA.
-
-// 2^x with a relative error of 2^-22, and 0 where that is no normal number: one instruction.
-__device__ inline float fast_exp2(float x) {
-#ifdef __CUDACC__
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return exp2f(x);
-#endif
-}
-
-constexpr float kLog2e = 1.44269504f;
 
 // How a kernel is cut. head: the head size, rounded up to what the type is compiled for; the rest
 // of a row is zeros. hold: keep the left factor of the first products in registers, not only in
@@ -2292,7 +2397,7 @@ __device__ inline float gelu_gate(float x) {
     return 1 / (1 + expf(-2 * u));
 }
 
-// kColumns numbers a thread; moves 2 N numbers.
+// A pack a thread; moves 2 N numbers.
 template <class Float, int Width>
 __global__ void gelu_forward_kernel(Float* out, const Float* inp, size_t N) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
@@ -2358,23 +2463,19 @@ void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N,
 
 // ==== residual ===================================================================================
 
-// A block a row at a time, as in layernorm_forward. Moves 4 BTC numbers where two kernels would
-// move
-// 5. The norm is taken of the sum as it is stored, rounded, which is what backward reads.
-template <class Float, int Width, bool kDrops>
-__global__ void __launch_bounds__(kRowThreads)
+// As layernorm_forward; moves 4 BTC numbers where two kernels would move 5. The norm is taken of
+// the sum as it is stored, rounded, which is what backward reads.
+template <class Float, int Width, int Columns, bool kDrops>
+__global__ void __launch_bounds__(kRowThreads<Width>)
     residual_layernorm_forward_kernel(Float* residual, Float* out, float* mean, float* rstd,
                                       const Float* inp, const Float* branch, const Float* weight,
                                       const Float* bias, float epsilon, Dropout dropout, int BT,
                                       int T, int C) {
-    using Slice = RowSlice<Float, Width>;
+    using Slice = RowSlice<Float, Width, Columns>;
     size_t offset = 0;
     BlockSum<1> block_sum(offset);
-    float w[kColumns], b[kColumns] = {};
-    Slice::load(w, weight, C);
-    if (bias != nullptr) Slice::load(b, bias, C);
-    for (int bt = int(blockIdx.x); bt < BT; bt += int(gridDim.x)) {
-        float x[kColumns], y[kColumns];
+    for (int bt = first_row(); bt < BT; bt += row_step()) {
+        float x[Columns], y[Columns];
         Slice::load(x, inp + size_t(bt) * C, C);
         Slice::load(y, branch + size_t(bt) * C, C);
         if constexpr (kDrops) {
@@ -2384,13 +2485,10 @@ __global__ void __launch_bounds__(kRowThreads)
                 drop_pack<Width>(&y[i * Width], dropout, sequence, bt % T, Slice::column(i), C);
         }
 #pragma unroll
-        for (int j = 0; j < kColumns; j++) x[j] = to_float(from_float<Float>(x[j] + y[j]));
+        for (int j = 0; j < Columns; j++) x[j] = to_float(from_float<Float>(x[j] + y[j]));
         Slice::store(residual + size_t(bt) * C, x, C);
         float2 statistics = row_statistics<Slice>(x, block_sum, epsilon, C);
-#pragma unroll
-        for (int j = 0; j < kColumns; j++)
-            x[j] = (x[j] - statistics.x) * statistics.y * w[j] + b[j];
-        Slice::store(out + size_t(bt) * C, x, C);
+        store_normalised<Slice>(out + size_t(bt) * C, x, statistics.y, weight, bias, C);
         if (threadIdx.x == 0) mean[bt] = statistics.x, rstd[bt] = statistics.y;
     }
 }
@@ -2403,14 +2501,15 @@ void residual_layernorm_forward(Float* residual, Float* out, float* mean, float*
                                 const Float* bias, double epsilon, const Dropout& dropout, int B,
                                 int T, int C, cudaStream_t stream) {
     bool wide = are_wide<Float>(size_t(C), residual, out, inp, branch, weight, bias);
-    with_width<Float>(wide, [&]<int Width>() {
-        int threads = row_threads(C);
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
         auto kernel = dropout.probability > 0
-                          ? residual_layernorm_forward_kernel<Float, Width, true>
-                          : residual_layernorm_forward_kernel<Float, Width, false>;
-        launch("residual_layernorm_forward", kernel, unsigned(row_blocks(B * T, threads)),
-               unsigned(threads), BlockSum<1>::bytes(), stream, residual, out, mean, rstd, inp,
-               branch, weight, bias, float(epsilon), dropout, B * T, T, C);
+                          ? residual_layernorm_forward_kernel<Float, Width, Columns, true>
+                          : residual_layernorm_forward_kernel<Float, Width, Columns, false>;
+        dim3 block = row_block(C, Columns);
+        size_t shared = BlockSum<1>::bytes();
+        launch("residual_layernorm_forward", kernel,
+               unsigned(row_blocks(kernel, block, shared, B * T)), block, shared, stream, residual,
+               out, mean, rstd, inp, branch, weight, bias, float(epsilon), dropout, B * T, T, C);
     });
 }
 

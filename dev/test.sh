@@ -391,7 +391,7 @@ wide_accesses() {
     "$1" -sass build/cuda/train_gpt2.o | awk '
         /Function :/ {
             kernel = ""
-            if ($3 ~ /(encoder|layernorm|gelu|dropout|bias).*_kernelI.*Li[48]E/ ||
+            if ($3 ~ /(encoder|layernorm|gelu|dropout|bias).*_kernelI(f|13__nv_bfloat16)Li[48]E/ ||
                 $3 ~ /(classifier_forward|global_norm|adamw_update)_kernel/) kernel = $3
             if (kernel != "") loads[kernel] += 0
         }

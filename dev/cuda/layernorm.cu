@@ -200,26 +200,47 @@ static void bench_type(const BenchModel& model) {
     table_bytes("layernorm_backward", type, size, 4 * numbers + 8 * double(rows), ms);
 }
 
-// Forward with other numbers of blocks for each multiprocessor: many hide latency, few keep weight
-// and bias in registers for longer. row_blocks() should choose the best.
-static void bench_blocks(const BenchModel& model) {
+// Forward and backward with other columns for a thread, and with other numbers of blocks for each
+// multiprocessor, up to what it runs at once. with_columns() and row_blocks() should choose the
+// best.
+template <int Columns>
+static void bench_columns(const BenchModel& model) {
     constexpr int Width = kWide<bf16>;
-    int C = model.C, BT = bench_options.tokens, threads = row_threads(C);
-    Device<bf16> out(size_t(BT) * C), inp(out.size()), weight{size_t(C)}, bias{size_t(C)};
-    Device<float> mean{size_t(BT)}, rstd{size_t(BT)};
-    fill_random(inp, 1), fill_random(weight, 3), fill_random(bias, 4);
-    for (int each : {2, 4, 8, 16, 32}) {
-        double ms = time_ms([&] {
-            launch("layernorm_forward", layernorm_forward_kernel<bf16, Width>,
-                   unsigned(std::min(BT, each * multiprocessors())), unsigned(threads),
-                   BlockSum<1>::bytes(), stream(), static_cast<bf16*>(out),
-                   static_cast<float*>(mean), static_cast<float*>(rstd),
-                   static_cast<const bf16*>(inp), static_cast<const bf16*>(weight),
-                   static_cast<const bf16*>(bias), float(kEpsilon), BT, C);
-        });
-        table_bytes(format("layernorm_forward, %d blocks a multiprocessor", each), "bf16",
-                    model.name, 4. * double(out.size()) + 8. * BT, ms);
-    }
+    int C = model.C, BT = bench_options.tokens;
+    dim3 block = row_block(C, Columns);
+    if (block.x * block.y > kRowThreads<Width>) return;
+    Device<bf16> out(size_t(BT) * C), inp(out.size()), dinp(out.size());
+    Device<bf16> weight{size_t(C)}, bias{size_t(C)};
+    Device<float> mean{size_t(BT)}, rstd{size_t(BT)}, scratch(size_t(2 * kReduceRows) * C);
+    fill_random(inp, 1), fill_random(dinp, 2), fill_random(weight, 3), fill_random(bias, 4);
+    auto rows = [&](const char* name, auto kernel, size_t shared, int moved, int most, auto run) {
+        int all = resident_blocks(kernel, block, shared) / multiprocessors();
+        for (int each = all; each >= divide_up(all, 4); each = divide_up(each, 2)) {
+            int blocks = std::min({each * multiprocessors(), divide_up(BT, int(block.y)), most});
+            double ms = time_ms([&] { run(unsigned(blocks)); });
+            table_bytes(format("%s, %d columns, %d blocks a multiprocessor", name, Columns, each),
+                        "bf16", model.name, 2. * moved * double(out.size()) + 8. * BT, ms);
+            if (each == 1) break;
+        }
+    };
+    auto forward = layernorm_forward_kernel<bf16, Width, Columns>;
+    size_t forward_shared = BlockSum<1>::bytes();
+    rows("layernorm_forward", forward, forward_shared, 2, BT, [&](unsigned blocks) {
+        launch("layernorm_forward", forward, blocks, block, forward_shared, stream(),
+               static_cast<bf16*>(out), static_cast<float*>(mean), static_cast<float*>(rstd),
+               static_cast<const bf16*>(inp), static_cast<const bf16*>(weight),
+               static_cast<const bf16*>(bias), float(kEpsilon), BT, C);
+    });
+    auto backward = layernorm_backward_kernel<bf16, Width, Columns>;
+    size_t backward_shared = BlockSum<2>::bytes() + block.y * 2 * size_t(C) * sizeof(float);
+    rows("layernorm_backward alone", backward, backward_shared, 4, kReduceRows,
+         [&](unsigned blocks) {
+             launch("layernorm_backward", backward, blocks, block, backward_shared, stream(),
+                    static_cast<bf16*>(dinp), static_cast<float*>(scratch), true,
+                    static_cast<const bf16*>(out), static_cast<const bf16*>(inp),
+                    static_cast<const bf16*>(weight), static_cast<const float*>(mean),
+                    static_cast<const float*>(rstd), BT, C);
+         });
 }
 
 static void run_bench() {
@@ -227,7 +248,12 @@ static void run_bench() {
         bench_type<bf16>(model);
         bench_type<float>(model);
     }
-    bench_blocks(bench_models()[0]);
+    for (const BenchModel& model : bench_models()) {
+        bench_columns<8>(model);
+        bench_columns<16>(model);
+        bench_columns<24>(model);
+        bench_columns<32>(model);
+    }
 }
 
 int main(int argc, char** argv) { return bench_main(argc, argv, run_checks, run_bench); }
