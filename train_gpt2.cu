@@ -1137,7 +1137,8 @@ template <class Float>
 void gelu_backward(Float* dinp, const Float* dout, const Float* inp, size_t N, cudaStream_t stream);
 
 // pre = inp weight^T + bias,  out = gelu(pre)
-// pre, out (BT,OC) are written; GELU by the product's epilogue where that is faster.
+// pre, out (BT,OC) are written; in bf16, GELU by the product's epilogue where that is faster: in
+// float32 the library's is less exact than ours.
 template <class Float>
 void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* weight,
                          const Float* bias, int BT, int C, int OC, Products& products) {
@@ -1150,28 +1151,41 @@ void matmul_gelu_forward(Float* out, Float* pre, const Float* inp, const Float* 
         matmul_forward(pre, inp, weight, bias, BT, C, OC, products);
         gelu_forward(out, pre, size_t(BT) * OC, products.stream());
     };
-    if (products.supports(fused) && products.first_wins("gelu " + fused.key(), in_one, in_two))
+    if (sizeof(Float) == 2 && products.supports(fused) &&
+        products.first_wins("gelu " + fused.key(), in_one, in_two))
         in_one();
     else in_two();
 }
 
-// A warp takes kWarp * Width columns and every so many rows; the block's first warp adds up what
-// they found. Moves BT*OC numbers.
+constexpr int kBiasWarps = 8;
+
+// A warp takes kWarp * Width columns and every so many rows, kAtOnce of them on their way together;
+// the block's first warp adds up what they found. Moves BT*OC numbers.
 template <class Float, int Width>
-__global__ void bias_backward_kernel(float* partial, const Float* dout, int BT, int OC) {
+__global__ void __launch_bounds__(kBiasWarps* kWarp, 4)
+    bias_backward_kernel(float* partial, const Float* dout, int BT, int OC) {
+    constexpr int kAtOnce = 8;
     size_t offset = 0;
     Shared<float> sums = shared_array<float>(offset, int(blockDim.x) * Width);
     int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
     int warps = int(blockDim.x) / kWarp, c = (int(blockIdx.x) * kWarp + lane) * Width;
     float sum[Width] = {};
     if (c < OC) {
-        int stride = warps * int(gridDim.y);
-#pragma unroll 4
-        for (int bt = int(blockIdx.y) * warps + warp; bt < BT; bt += stride) {
-            float values[Width];
-            load_pack<Float, Width>(values, dout + size_t(bt) * OC + c);
+        int first = int(blockIdx.y) * warps + warp, stride = warps * int(gridDim.y);
+        size_t step = size_t(stride) * OC;
+        const Float* from = dout + size_t(first) * OC + c;
+        int left = first < BT ? divide_up(BT - first, stride) : 0;  // rows
+        for (; left > 0; left -= kAtOnce, from += kAtOnce * step) {
+            float values[kAtOnce][Width];
 #pragma unroll
-            for (int k = 0; k < Width; k++) sum[k] += values[k];
+            for (int i = 0; i < kAtOnce;
+                 i++)  // again the first where no row is left: nothing waits
+                load_pack<Float, Width>(values[i], i < left ? from + i * step : from);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+#pragma unroll
+                for (int k = 0; k < Width; k++) sum[k] += i < left ? values[i][k] : 0.f;
+            }
         }
     }
 #pragma unroll
@@ -1190,15 +1204,16 @@ __global__ void bias_backward_kernel(float* partial, const Float* dout, int BT, 
 template <class Float>
 void bias_backward(float* dbias, const Float* dout, float* scratch, int BT, int OC,
                    cudaStream_t stream) {
-    constexpr int kWarps = 8;
-    int warps = std::min(kWarps, BT), rows = 0;
+    int warps = std::min(kBiasWarps, BT), rows = 0;
     with_width<Float>(are_wide<Float>(size_t(OC), dout), [&]<int Width>() {
-        int columns = divide_up(OC, kWarp * Width);
-        rows = std::min(
-            {divide_up(8 * multiprocessors(), columns), divide_up(BT, warps), kReduceRows});
-        launch("bias_backward", bias_backward_kernel<Float, Width>,
-               dim3(unsigned(columns), unsigned(rows)), unsigned(warps * kWarp),
-               size_t(warps) * kWarp * Width * sizeof(float), stream, scratch, dout, BT, OC);
+        auto kernel = bias_backward_kernel<Float, Width>;
+        int threads = warps * kWarp, columns = divide_up(OC, kWarp * Width);
+        size_t shared = size_t(threads) * Width * sizeof(float);
+        // No more blocks than run at once: the last few would take as long as all others did.
+        int most = resident_blocks(kernel, unsigned(threads), shared) / columns;
+        rows = std::min({std::max(1, most), divide_up(BT, warps), kReduceRows});
+        launch("bias_backward", kernel, dim3(unsigned(columns), unsigned(rows)), unsigned(threads),
+               shared, stream, scratch, dout, BT, OC);
     });
     add_partial_sums(dbias, nullptr, scratch, rows, OC, stream);
 }
@@ -1249,8 +1264,8 @@ void matmul_backward(Float* dinp, float* dweight, float* dbias, const Float* dou
 }
 
 // forward: inp = gelu(pre),  out = inp weight^T + bias
-// dpre = (dout weight) * gelu'(pre), the second factor by the product's epilogue where that is
-// faster; dweight and dbias as above. dpre (BT,C) is written.
+// dpre = (dout weight) * gelu'(pre), the second factor, in bf16, by the product's epilogue where
+// that is faster; dweight and dbias as above. dpre (BT,C) is written.
 template <class Float>
 void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float* dout,
                           const Float* inp, const Float* pre, const Float* weight, float* scratch,
@@ -1274,7 +1289,8 @@ void gelu_matmul_backward(Float* dpre, float* dweight, float* dbias, const Float
         products.run(product, dpre, weight, dout, nullptr, nullptr);
         gelu_backward(dpre, dpre, pre, size_t(BT) * C, products.stream());
     };
-    if (products.supports(fused) && products.first_wins("dgelu " + fused.key(), in_one, in_two))
+    if (sizeof(Float) == 2 && products.supports(fused) &&
+        products.first_wins("dgelu " + fused.key(), in_one, in_two))
         in_one();
     else in_two();
     weight_backward(dweight, dbias, dout, inp, scratch, BT, C, OC, products);
