@@ -2559,38 +2559,71 @@ __device__ inline SoftmaxSum block_merge(SoftmaxSum mine, Shared<float> partial)
     return all;
 }
 
-// A block a row. The logits are read once for the softmax's sum and, with `gradient`, once more,
-// from cache, when they are replaced. Moves BT*Vp numbers, and with the gradient 2 BT*Vp.
+// e^x, for bf16 with the error of fast_exp2.
 template <class Float>
-__global__ void classifier_forward_kernel(float* losses, Float* logits, const int* targets,
-                                          float loss_scale, bool gradient, int V, int Vp) {
-    constexpr int Width = kWide<Float>;
+__device__ float exp_for(float x) {
+    if constexpr (sizeof(Float) == 2) return fast_exp2(x * kLog2e);
+    else return expf(x);
+}
+
+// Takes N more numbers into a sum: one exponential each, and one to bring the sum to its new
+// maximum.
+template <class Float, int N>
+__device__ void add_numbers(SoftmaxSum& sum, const float (&values)[N]) {
+    float largest = sum.largest, added = 0;
+#pragma unroll
+    for (int k = 0; k < N; k++) largest = fmaxf(largest, values[k]);
+#pragma unroll
+    for (int k = 0; k < N; k++) added += exp_for<Float>(values[k] - largest);
+    sum.sum = sum.sum * exp_for<Float>(sum.largest - largest) + added;
+    sum.largest = largest;
+}
+
+// A block a row. The logits are read once for the softmax's sum, which keeps the first `kept` packs
+// in shared memory; with `gradient` they are replaced, from there or, past that, read once more
+// from cache. Moves BT*Vp numbers, and with the gradient 2 BT*Vp.
+template <class Float>
+__global__ void __launch_bounds__(kMostThreads)
+    classifier_forward_kernel(float* losses, Float* logits, const int* targets, float loss_scale,
+                              bool gradient, int V, int Vp, int kept) {
+    constexpr int Width = kWide<Float>, kAtOnce = 4;  // packs that are on their way together
     size_t offset = 0;
     Shared<float> partial = shared_array<float>(offset, 2 * kWarp);
+    Shared<Float> copy = shared_array<Float>(offset, kept * Width);
     Float* row = logits + size_t(blockIdx.x) * Vp;
-    int target = targets[blockIdx.x], stride = int(blockDim.x) * Width;
-    int first = int(threadIdx.x) * Width;
-    float values[Width];
+    int target = targets[blockIdx.x], threads = int(blockDim.x), first = int(threadIdx.x);
     if (target == kIgnore) {
         if (threadIdx.x == 0) losses[blockIdx.x] = 0;
-#pragma unroll
-        for (int k = 0; k < Width; k++) values[k] = 0;
-        for (int j = first; gradient && j < Vp; j += stride)
-            store_pack<Float, Width>(row + j, values);
+        float zeros[Width] = {};
+        for (int p = first; gradient && p < Vp / Width; p += threads)
+            store_pack<Float, Width>(row + p * Width, zeros);
         return;
     }
     float at_target = to_float(row[target]);
     SoftmaxSum mine = {-INFINITY, 0};
-    for (int j = first; j < V; j += stride) {
-        load_pack<Float, Width>(values, row + j);
-        SoftmaxSum pack = {-INFINITY, 0};
+    uint4 bits[kAtOnce] = {};
+    int p = first;
+    for (; p + (kAtOnce - 1) * threads < V / Width; p += kAtOnce * threads) {
+        float values[kAtOnce * Width];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            bits[i] = *reinterpret_cast<const uint4*>(row + (p + i * threads) * Width);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            if (p + i * threads < kept) store_shared(copy + (p + i * threads) * Width, bits[i]);
+            unpack<Float>(&values[i * Width], bits[i]);
+        }
+        add_numbers<Float>(mine, values);
+    }
+    for (; p * Width < V; p += threads) {  // what is left, of which the last pack may be a part
+        float values[Width];
+        bits[0] = *reinterpret_cast<const uint4*>(row + p * Width);
+        if (p < kept) store_shared(copy + p * Width, bits[0]);
+        unpack<Float>(values, bits[0]);
 #pragma unroll
         for (int k = 0; k < Width; k++)
-            if (j + k < V) pack.largest = fmaxf(pack.largest, values[k]);
-#pragma unroll
-        for (int k = 0; k < Width; k++)
-            if (j + k < V) pack.sum += expf(values[k] - pack.largest);
-        mine = merge(mine, pack);
+            if (p * Width + k >= V) values[k] = -INFINITY;
+        add_numbers<Float>(mine, values);
     }
     // The barrier inside also keeps the row as it is until every thread has read the target's
     // logit.
@@ -2599,15 +2632,48 @@ __global__ void classifier_forward_kernel(float* losses, Float* logits, const in
     if (!gradient) return;
     __syncwarp();  // of a block that is one warp, for the same reason
     float inverse = 1 / all.sum;
-    for (int j = first; j < Vp; j += stride) {
-        load_pack<Float, Width>(values, row + j);
+    for (p = first; p * Width < Vp; p += kAtOnce * threads) {
 #pragma unroll
-        for (int k = 0; k < Width; k++) {
-            float p = expf(values[k] - all.largest) * inverse;
-            values[k] = j + k < V ? (p - (j + k == target ? 1.f : 0.f)) * loss_scale : 0.f;
+        for (int i = 0; i < kAtOnce; i++) {
+            int at = p + i * threads;  // each thread reads what it has kept itself
+            if (at < kept) bits[i] = load_shared<uint4>(copy + at * Width);
+            else if (at * Width < Vp) bits[i] = *reinterpret_cast<uint4*>(row + at * Width);
         }
-        store_pack<Float, Width>(row + j, values);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            int j = (p + i * threads) * Width;
+            if (j >= Vp) break;
+            float values[Width];
+            unpack<Float>(values, bits[i]);
+#pragma unroll
+            for (int k = 0; k < Width; k++)
+                values[k] = exp_for<Float>(values[k] - all.largest) * inverse;
+            if ((target >= j && target < j + Width) || j + Width > V) {  // in few packs of a row
+#pragma unroll
+                for (int k = 0; k < Width; k++)
+                    values[k] = j + k < V ? values[k] - float(j + k == target) : 0;
+            }
+#pragma unroll
+            for (int k = 0; k < Width; k++) values[k] *= loss_scale;
+            store_pack<Float, Width>(row + j, values);
+        }
     }
+}
+
+// Packs of a row that a block keeps: all, or as many as leave room for two blocks, so that one of
+// them computes while the other waits for memory.
+template <class Float>
+int classifier_packs_kept(int V) {
+    static const int bytes = [] {
+        int device = 0, all = 0, reserved = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        check(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+              "shared memory");
+        check(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
+              "shared memory");
+        return all / 2 - reserved - int(2 * kWarp * sizeof(float));
+    }();
+    return std::min(divide_up(V, kWide<Float>), bytes / 16);
 }
 
 // loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
@@ -2619,9 +2685,10 @@ void classifier_forward(float* losses, Float* logits, const int* targets, double
     constexpr int kPacks = 4;  // of a thread, before a row takes more threads
     int threads = round_up(divide_up(Vp, kPacks * kWide<Float>), kWarp);
     threads = std::min(threads, 512);
+    int kept = gradient ? classifier_packs_kept<Float>(V) : 0;
     launch("classifier_forward", classifier_forward_kernel<Float>, unsigned(BT), unsigned(threads),
-           2 * kWarp * sizeof(float), stream, losses, logits, targets, float(loss_scale), gradient,
-           V, Vp);
+           2 * kWarp * sizeof(float) + size_t(kept) * 16, stream, losses, logits, targets,
+           float(loss_scale), gradient, V, Vp, kept);
 }
 
 // The sum of N numbers over a block of one warp or more, in double, to the first thread.
