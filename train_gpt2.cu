@@ -2796,40 +2796,34 @@ struct AdamWFactors {
     float beta1, rest1, beta2, rest2, keep, rate, inverse_root, epsilon;
 };
 
-// Eight numbers a thread, of four arrays in 128-bit accesses. Reads 16 N bytes and writes 12 N, and
-// 2 N more where there is a bf16 copy.
-template <class Float>
+// A pack a thread, of four arrays, all on their way before the first is needed; lanes that lie side
+// by side fill whole lines. Reads 16 N bytes and writes 12 N, and 2 N more where there is a bf16
+// copy.
+template <class Float, bool kStreams>
 __global__ void adamw_update_kernel(float* params, Float* narrow, float* m, float* v,
                                     const float* grads, size_t N, AdamWFactors f,
                                     const UpdateGate* gate) {
     constexpr int Width = kWide<float>;
-    if (!gate->apply) return;
-    float scale = gate->grad_scale;
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2 * Width;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
     if (i >= N) return;
-    float values[2 * Width];
+    float g[Width], m_new[Width], v_new[Width], p[Width];
+    load_pack<float, Width, kStreams>(g, grads + i);
+    load_pack<float, Width, kStreams>(m_new, m + i);
+    load_pack<float, Width, kStreams>(v_new, v + i);
+    load_pack<float, Width, kStreams>(p, params + i);
+    float scale = gate->grad_scale;
+    if (!gate->apply) return;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        size_t at = i + size_t(half * Width);
-        float g[Width], m_new[Width], v_new[Width];
-        float* p = values + half * Width;
-        load_pack<float, Width>(g, grads + at);
-        load_pack<float, Width>(m_new, m + at);
-        load_pack<float, Width>(v_new, v + at);
-        load_pack<float, Width>(p, params + at);
-#pragma unroll
-        for (int k = 0; k < Width; k++) {
-            g[k] *= scale;
-            m_new[k] = f.beta1 * m_new[k] + f.rest1 * g[k];
-            v_new[k] = f.beta2 * v_new[k] + f.rest2 * g[k] * g[k];
-            p[k] =
-                f.keep * p[k] - f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
-        }
-        store_pack<float, Width>(m + at, m_new);
-        store_pack<float, Width>(v + at, v_new);
-        store_pack<float, Width>(params + at, p);
+    for (int k = 0; k < Width; k++) {
+        g[k] *= scale;
+        m_new[k] = f.beta1 * m_new[k] + f.rest1 * g[k];
+        v_new[k] = f.beta2 * v_new[k] + f.rest2 * g[k] * g[k];
+        p[k] = f.keep * p[k] - f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
     }
-    if constexpr (sizeof(Float) == 2) store_pack<Float, 2 * Width>(narrow + i, values);
+    store_pack<float, Width, kStreams>(m + i, m_new);
+    store_pack<float, Width, kStreams>(v + i, v_new);
+    store_pack<float, Width, kStreams>(params + i, p);
+    if constexpr (sizeof(Float) == 2) store_pack<Float, Width, kStreams>(narrow + i, p);
 }
 
 // m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  with g scaled by the gate
@@ -2853,8 +2847,8 @@ void adamw_update(float* params, Float* narrow, float* m, float* v, const float*
                             float(adamw.learning_rate / correction1),
                             float(1 / std::sqrt(correction2)),
                             float(adamw.epsilon)};
-    launch("adamw_update", adamw_update_kernel<Float>,
-           pack_blocks<float, 2 * kWide<float>>(N, kPackThreads), kPackThreads, 0, stream, params,
+    launch("adamw_update", adamw_update_kernel<Float, true>,
+           pack_blocks<float, kWide<float>>(N, kPackThreads), kPackThreads, 0, stream, params,
            narrow, m, v, grads, N, factors, gate);
 }
 
