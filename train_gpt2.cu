@@ -426,62 +426,121 @@ void encoder_forward(Float* out, const int* inputs, const Float* wte, const Floa
     });
 }
 
-// The places of a batch sorted by their token, so that one block can own a token's gradient: token
-// tokens[i] stands at places[starts[i]] .. places[starts[i + 1] - 1], in order.
-struct TokenBuckets {
-    const int *tokens, *starts, *places;
-    int count;  // of different tokens
+constexpr int kFewPlaces = 16;
+
+// How many different tokens a batch has, and how many of them stand at more than kFewPlaces.
+struct TokenCounts {
+    int all, frequent;
 };
 
-// Fills tokens (BT), starts (BT+1) and places (BT) from inputs (BT); counts (V) is scratch. Returns
-// how many different tokens there are. Runs on the host, while the device works on the pass before.
-inline int sort_tokens(int* tokens, int* starts, int* places, int* counts, const int* inputs,
-                       int BT, int V) {
+// The places of a batch sorted by their token, so that one block can own a token's gradient: token
+// tokens[i] stands at places[starts[i]] .. places[starts[i + 1] - 1], in order. Frequent tokens
+// come first.
+struct TokenBuckets {
+    const int *tokens, *starts, *places;
+    TokenCounts count;
+};
+
+// Fills tokens (BT), starts (BT+1) and places (BT) from inputs (BT); counts (V) is scratch. Runs on
+// the host, while the device works on the pass before.
+inline TokenCounts sort_tokens(int* tokens, int* starts, int* places, int* counts,
+                               const int* inputs, int BT, int V) {
     std::fill(counts, counts + V, 0);
     for (int bt = 0; bt < BT; bt++) counts[inputs[bt]]++;
-    int different = 0, place = 0;
-    for (int token = 0; token < V; token++) {
-        if (counts[token] == 0) continue;
-        tokens[different] = token;
-        starts[different++] = place;
-        place += std::exchange(counts[token], place);  // from now on, where its next place goes
+    TokenCounts different = {0, 0};
+    int place = 0;
+    for (bool frequent : {true, false}) {
+        for (int token = 0; token < V; token++) {
+            if (counts[token] <= 0 || (counts[token] > kFewPlaces) != frequent) continue;
+            tokens[different.all] = token;
+            starts[different.all++] = place;
+            // From now on it says, below 0, where the token's next place goes.
+            place += std::exchange(counts[token], ~place);
+        }
+        if (frequent) different.frequent = different.all;
     }
-    starts[different] = place;
-    for (int bt = 0; bt < BT; bt++) places[counts[inputs[bt]]++] = bt;
+    starts[different.all] = place;
+    for (int bt = 0; bt < BT; bt++) places[~counts[inputs[bt]]--] = bt;
     return different;
 }
 
-constexpr int kBucketWarps = 8;
+// to[0..Width) += values, in wide packs where Width is one.
+template <int Width>
+__device__ void add_pack(float* to, const float* values) {
+    constexpr int kStep = Width == 1 ? 1 : kWide<float>;
+#pragma unroll
+    for (int k = 0; k < Width; k += kStep) {
+        float sum[kStep];
+        load_pack<float, kStep>(sum, to + k);
+#pragma unroll
+        for (int i = 0; i < kStep; i++) sum[i] += values[k + i];
+        store_pack<float, kStep>(to + k, sum);
+    }
+}
 
-// A block for a token and kWarp * Width of its columns; its warps take the token's places in turn,
-// and the first adds up what they found, in their order: no atomics, the same bits every time.
-// Moves BTC numbers of dout and reads and writes the rows of the tokens that occur.
+// Tokens of few places: each is what a row is to the row kernels. Its places are added up in order.
+// With the kernel below, moves BTC numbers of dout and reads and writes the rows of the tokens that
+// occur.
+template <class Float, int Width, int Columns>
+__global__ void __launch_bounds__(kRowThreads<Width>)
+    encoder_backward_few_kernel(float* dwte, const Float* dout, TokenBuckets buckets, int C) {
+    using Slice = RowSlice<Float, Width, Columns>;
+    int bucket = buckets.count.frequent + first_row();
+    if (bucket >= buckets.count.all) return;
+    float sum[Columns] = {};
+    int end = buckets.starts[bucket + 1];
+    for (int i = buckets.starts[bucket]; i < end; i++) {
+        float values[Columns];
+        Slice::load(values, dout + size_t(buckets.places[i]) * C, C);
+#pragma unroll
+        for (int j = 0; j < Columns; j++) sum[j] += values[j];
+    }
+    float* dtoken = dwte + size_t(buckets.tokens[bucket]) * C;
+#pragma unroll
+    for (int i = 0; i < Slice::kPacks; i++)
+        if (Slice::column(i) < C) add_pack<Width>(dtoken + Slice::column(i), &sum[i * Width]);
+}
+
+constexpr int kBucketWarps = 16;
+
+// A block for a frequent token and kWarp * Width of its columns; its warps take the token's places
+// in turn, kAtOnce on their way together, and the first adds up what they found, in their order: no
+// atomics, the same bits every time.
 template <class Float, int Width>
-__global__ void encoder_backward_tokens_kernel(float* dwte, const Float* dout, TokenBuckets buckets,
-                                               int C) {
+__global__ void __launch_bounds__(kBucketWarps* kWarp)
+    encoder_backward_frequent_kernel(float* dwte, const Float* dout, TokenBuckets buckets, int C) {
+    constexpr int kAtOnce = 4;
     size_t offset = 0;
     Shared<float> sums = shared_array<float>(offset, kBucketWarps * kWarp * Width);
     int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
     int c = (int(blockIdx.y) * kWarp + lane) * Width;
     float sum[Width] = {};
     int end = buckets.starts[blockIdx.x + 1];
-    for (int i = buckets.starts[blockIdx.x] + warp; c < C && i < end; i += kBucketWarps) {
-        float values[Width];
-        load_pack<Float, Width>(values, dout + size_t(buckets.places[i]) * C + c);
+    int first = buckets.starts[blockIdx.x] + warp;
+    for (; c < C && first < end; first += kAtOnce * kBucketWarps) {
+        float values[kAtOnce][Width];
 #pragma unroll
-        for (int k = 0; k < Width; k++) sum[k] += values[k];
+        for (int i = 0; i < kAtOnce; i++) {  // the last again where none is left: nothing waits
+            int place = buckets.places[min(first + i * kBucketWarps, end - 1)];
+            load_pack<Float, Width>(values[i], dout + size_t(place) * C + c);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            bool is_left = first + i * kBucketWarps < end;
+#pragma unroll
+            for (int k = 0; k < Width; k++) sum[k] += is_left ? values[i][k] : 0.f;
+        }
     }
 #pragma unroll
     for (int k = 0; k < Width; k++) sums[(warp * Width + k) * kWarp + lane] = sum[k];
     __syncthreads();  // the first warp reads what every warp wrote
     if (warp > 0 || c >= C) return;
-    float* dtoken = dwte + size_t(buckets.tokens[blockIdx.x]) * C + c;
 #pragma unroll
     for (int k = 0; k < Width; k++) {
-        float total = 0;
-        for (int w = 0; w < kBucketWarps; w++) total += sums[(w * Width + k) * kWarp + lane];
-        dtoken[k] += total;
+        sum[k] = 0;
+        for (int w = 0; w < kBucketWarps; w++) sum[k] += sums[(w * Width + k) * kWarp + lane];
     }
+    add_pack<Width>(dwte + size_t(buckets.tokens[blockIdx.x]) * C + c, sum);
 }
 
 // A thread for a pack of a position, which it sums over the batch. Moves BTC numbers of dout.
@@ -497,8 +556,7 @@ __global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout
 #pragma unroll
         for (int k = 0; k < Width; k++) sum[k] += values[k];
     }
-#pragma unroll
-    for (int k = 0; k < Width; k++) dwpe[i + k] += sum[k];
+    add_pack<Width>(dwpe + i, sum);
 }
 
 // forward: out = wte[token] + wpe[t], so dwte[token] += dout and dwpe[t] += dout
@@ -506,13 +564,23 @@ __global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout
 template <class Float>
 void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBuckets& buckets,
                       int B, int T, int C, cudaStream_t stream) {
-    with_width<Float>(are_wide<Float>(size_t(C), dout), [&]<int Width>() {
-        dim3 grid(unsigned(buckets.count), unsigned(divide_up(C, kWarp * Width)));
-        launch("encoder_backward, tokens", encoder_backward_tokens_kernel<Float, Width>, grid,
-               kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream, dwte,
-               dout, buckets, C);
+    int all = buckets.count.all, frequent = buckets.count.frequent;
+    bool wide = are_wide<Float>(size_t(C), dwte, dwpe, dout);
+    with_width<Float>(wide, [&]<int Width>() {
+        dim3 grid(unsigned(frequent), unsigned(divide_up(C, kWarp * Width)));
+        if (frequent > 0)
+            launch("encoder_backward, frequent", encoder_backward_frequent_kernel<Float, Width>,
+                   grid, kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream,
+                   dwte, dout, buckets, C);
         launch("encoder_backward, positions", encoder_backward_positions_kernel<Float, Width>,
                unsigned(divide_up(T * C / Width, kWarp)), kWarp, 0, stream, dwpe, dout, B, T * C);
+    });
+    if (all == frequent) return;
+    with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
+        dim3 block = row_block(C, Columns);
+        launch("encoder_backward, few", encoder_backward_few_kernel<Float, Width, Columns>,
+               unsigned(divide_up(all - frequent, int(block.y))), block, 0, stream, dwte, dout,
+               buckets, C);
     });
 }
 
@@ -2863,7 +2931,7 @@ struct BatchSlot {
     int *host = nullptr, *device = nullptr;
     cudaEvent_t copied = nullptr;  // recorded on the copy stream
     cudaEvent_t read = nullptr;    // recorded when the pass over it no longer reads it
-    int different = 0;             // tokens
+    TokenCounts different = {};    // tokens
 
     static size_t numbers(size_t BT) { return 5 * BT + 1; }
 };
