@@ -1,8 +1,8 @@
 #!/bin/sh
 # All that is asked of a machine with a GPU, in one run of at most ten minutes, and one table.
 #
-#   dev/bench/gpu.sh [PART...]      environment checks training pytorch layers tests ranks sanitizer;
-#                                   all
+#   dev/bench/gpu.sh [PART...]      environment checks training profile pytorch layers tests ranks
+#                                   sanitizer; all
 #   dev/bench/gpu.sh --emulated     the same flow on the emulator, at tiny size: no figure is real
 #
 # It needs no network. The programs are those of build/gpu-portable, brought along or built here
@@ -12,7 +12,7 @@
 # when nothing failed. The settings of the card are left as they are.
 cd "$(dirname "$0")/../.." || exit 1
 
-PARTS="environment checks training pytorch layers tests ranks sanitizer"
+PARTS="environment checks training profile pytorch layers tests ranks sanitizer"
 emulated=no
 if [ "$1" = --emulated ]; then emulated=yes && shift; fi
 for word in "$@"; do
@@ -210,6 +210,36 @@ training() {
     done
 }
 
+# What the kernels of a step take, by name: `kernel NAME calls us share`, of four steps under ncu, one
+# kernel at a time.
+profile() {
+    if [ $emulated = yes ] || ! command -v ncu >/dev/null; then
+        skip "the profile: $(if [ $emulated = yes ]; then echo "it needs a GPU"
+        else echo "ncu is not installed"; fi)"
+        return
+    fi
+    write_tokens 1025 >"$scratch/window.npy"
+    limited 90 "$logs/profile.log" ncu --clock-control none --cache-control none \
+        --print-kernel-base function --metrics gpu__time_duration.sum --csv \
+        --log-file "$logs/profile.csv" "$program" train --data "$scratch/train.npy" \
+        --val "$scratch/window.npy" --model gpt2 --batch-size 32 --sequence-length 1024 --steps 4 \
+        --dtype bf16 --eval-every 0 --sample-every 0 --save-every 0 --resume never \
+        --out "$scratch/run"
+    count "ncu" $?
+    rm -rf "$scratch/run"
+    awk -F '","' '
+        /gpu__time_duration/ {
+            gsub(/"|,/, "", $NF)
+            us = $NF * ($(NF - 1) ~ /^(ns|nsecond)$/ ? 1e-3 : $(NF - 1) ~ /^m/ ? 1e3 : 1)
+            calls[$5]++; sum[$5] += us; all += us
+        }
+        END {
+            for (name in sum)
+                printf "kernel %s %.1f %.1f %.1f%%\n", name, calls[name] / 4, sum[name] / 4,
+                       100 * sum[name] / all
+        }' "$logs/profile.csv" | sort -k 4 -g -r
+}
+
 pytorch() {
     log=$logs/pytorch.log python=$(find_python)
     if [ -z "$python" ]; then
@@ -374,7 +404,7 @@ check_table() {
 
 # ==== main =======================================================================================
 
-for name in environment checks training pytorch layers tests ranks sanitizer; do
+for name in $PARTS; do
     rm -f "$logs/$name.log"
 done
 touch "$scratch/ours" "$scratch/torch"
@@ -388,13 +418,14 @@ if [ $emulated = no ] && ! nvidia-smi >/dev/null 2>&1; then
 fi
 find_programs
 environment
-if wants training || wants pytorch; then
+if wants training || wants profile || wants pytorch; then
     if [ $emulated = yes ]; then tokens=8192 windows=65; else tokens=4194304 windows=65537; fi
     write_tokens $tokens >"$scratch/train.npy"
     write_tokens $windows >"$scratch/val.npy"
 fi
 if wants checks; then echo "== checks" && checks; fi
 if wants training; then echo "== training" && training; fi
+if wants profile; then echo "== profile" && profile; fi
 if wants pytorch; then echo "== pytorch" && pytorch; fi
 if wants layers; then echo "== layers" && layer_benchmarks; fi
 if wants tests; then echo "== tests" && whole_model_tests; fi
