@@ -219,6 +219,23 @@ __global__ void misaligned_matrix(float* out) {
     out[threadIdx.x] = float(r[0]);
 }
 
+// A product of a warpgroup that goes wrong in the way that is asked for.
+enum WgmmaBug { kWithoutFence, kWithoutWait, kReadsBeforeWait, kBesideItsTile };
+
+__global__ void wgmma_bug(float* out, int bug) {
+    size_t offset = 0;
+    Shared<__nv_bfloat16> s = shared_array<__nv_bfloat16>(offset, 4096);
+    for (unsigned i = threadIdx.x; i < 4096; i += blockDim.x) s[i] = __float2bfloat16(1.0f);
+    __syncthreads();
+    float d[8][4] = {}, early = 0;
+    if (bug != kWithoutFence) wgmma_fence(d);
+    Shared<__nv_bfloat16> tile = s + (bug == kBesideItsTile ? 64 : 0);
+    wgmma_abT(d, shared_matrix(tile, 0, 0), shared_matrix(tile, 0, 0), true);
+    if (bug == kReadsBeforeWait) early = d[0][0];
+    if (bug != kWithoutWait) wgmma_wait(d);
+    out[threadIdx.x] = d[0][0] + early;
+}
+
 // ==== the host ===================================================================================
 
 // Two streams, a pinned and a device buffer.
@@ -321,6 +338,13 @@ inline float on_copy(void (*kernel)(float*, const float*)) {
     });
 }
 
+float on_wgmma(WgmmaBug bug, int threads = 128) {
+    float sum =
+        with_output(threads, [&](float* p) { go(wgmma_bug, 1, threads, 8192, p, int(bug)); });
+    if (std::isnan(sum)) emu::die("computes with the sums of a wgmma before it is done");
+    return sum;
+}
+
 inline const std::vector<Bug> kTable = {
     {"write_far_behind", By::emulator, "write_at|past the end of an allocation of 400 bytes",
      [] { return with_output(100, [](float* p) { go(write_at, 1, 32, 0, p, 1000); }); }},
@@ -379,6 +403,16 @@ inline const std::vector<Bug> kTable = {
      [] { return on_copy(copy_without_barrier); }},
     {"misaligned_matrix", By::emulator, "ldmatrix of 16 bytes .* not aligned to 16",
      [] { return with_output(32, [](float* p) { go(misaligned_matrix, 1, 32, 2048, p); }); }},
+    {"wgmma_without_fence", By::emulator, "calls wgmma without wgmma.fence",
+     [] { return on_wgmma(kWithoutFence); }},
+    {"wgmma_not_waited_for", By::emulator, "ends with 1 wgmma that nobody waited for",
+     [] { return on_wgmma(kWithoutWait); }},
+    {"wgmma_read_too_early", By::emulator, "before it is done",
+     [] { return on_wgmma(kReadsBeforeWait); }},
+    {"wgmma_beside_its_tile", By::emulator, "not aligned to 1024",
+     [] { return on_wgmma(kBesideItsTile); }},
+    {"wgmma_of_two_warps", By::emulator, "in a block of 64 threads, not warpgroups",
+     [] { return on_wgmma(kReadsBeforeWait, 64); }},
     {"early_host_read", By::emulator, "the host touches pinned memory that a copy",
      early_host_read},
     {"host_overwrites_source", By::emulator, "the host writes pinned memory that a copy",

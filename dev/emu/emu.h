@@ -98,6 +98,19 @@ void issue_async_copy(AsyncCopy copy);
 void commit_async_copies();
 bool next_landing(int groups_in_flight, AsyncCopy* copy);  // false: nothing more has to land
 
+// A wgmma: sums of 16 x 64 numbers of this lane's warp, which have no value until the product is
+// waited for; its factors are read then. a_at is null where a is in registers.
+struct WarpgroupProduct {
+    float* sums;
+    uint32_t a[4];
+    const uint16_t *a_at, *b_at;  // the tiles they begin in
+    int a_row, a_column, b_row, b_column;
+    bool adds, transposed;
+};
+void issue_warpgroup_product(const WarpgroupProduct& product);
+bool next_warpgroup_product(WarpgroupProduct* product);  // false: all are done
+void warpgroup_fence();
+
 // The block's dynamic shared memory.
 unsigned char* shared_memory(size_t offset, size_t bytes);
 
@@ -418,6 +431,113 @@ void cp_async_wait() {
         else memset(copy.to, 0, 16);
     }
 }
+
+// ==== products of a warpgroup ====================================================================
+
+// What begins at a row and a column of a tile of rows of 64 numbers, of which the eight that are
+// the c-th of row r lie at place c xor r % 8.
+struct SharedMatrix {
+    Shared<const __nv_bfloat16> tile;
+    int row, column;
+};
+
+inline SharedMatrix shared_matrix(Shared<const __nv_bfloat16> tile, int row, int column) {
+    if (reinterpret_cast<uintptr_t>(tile.at(0, 1)) % 1024 != 0)
+        emu::die(
+            "a tile for wgmma at element %td of a shared array, which is not aligned to 1024 bytes",
+            tile.offset());
+    if (row % 8 != 0 || column % 16 != 0)
+        emu::die("a matrix for wgmma at row %d and column %d of its tile", row, column);
+    return {tile, row, column};
+}
+
+namespace emu {
+
+inline int swizzled(int row, int column) { return row * 64 + (column ^ row % 8 * 8); }
+
+// Every number of `rows` x `columns` there has been written.
+inline const uint16_t* checked_matrix(const SharedMatrix& matrix, int rows, int columns) {
+    for (int row = 0; row < rows; row++) {
+        for (int column = 0; column < columns; column += 8) {
+            auto piece = matrix.tile + swizzled(matrix.row + row, matrix.column + column);
+            check_written<const __nv_bfloat16>(piece.at(0, 8), 16, piece.offset());
+        }
+    }
+    return reinterpret_cast<const uint16_t*>(matrix.tile.at(0, 1));
+}
+
+inline uint32_t pair_at(const uint16_t* tile, int row, int column) {
+    return tile[swizzled(row, column)] | uint32_t(tile[swizzled(row, column + 1)]) << 16;
+}
+
+}  // namespace emu
+
+// wgmma.mma_async m64n64k16, bf16 in and float32 out; the sums are NaN until wgmma_wait.
+inline void wgmma_abT(float (&d)[8][4], const SharedMatrix& a, const SharedMatrix& b, bool adds) {
+    emu::issue_warpgroup_product({&d[0][0],
+                                  {},
+                                  emu::checked_matrix(a, 64, 16),
+                                  emu::checked_matrix(b, 64, 16),
+                                  a.row,
+                                  a.column,
+                                  b.row,
+                                  b.column,
+                                  adds,
+                                  false});
+}
+inline void wgmma_ab(float (&d)[8][4], const uint32_t (&a)[4], const SharedMatrix& b) {
+    emu::issue_warpgroup_product({&d[0][0],
+                                  {a[0], a[1], a[2], a[3]},
+                                  nullptr,
+                                  emu::checked_matrix(b, 16, 64),
+                                  0,
+                                  0,
+                                  b.row,
+                                  b.column,
+                                  true,
+                                  true});
+}
+
+inline void wgmma_fence(float (&)[8][4]) { emu::warpgroup_fence(); }
+template <int n>
+void wgmma_fence(float (&)[8][4], uint32_t (&)[n][4]) {
+    emu::warpgroup_fence();
+}
+
+// Each warp multiplies its 16 rows, eight columns at a time.
+inline void wgmma_wait(float (&)[8][4], EMU_SITE) {
+    emu::WarpgroupProduct p;
+    while (emu::next_warpgroup_product(&p)) {
+        int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+        if (p.a_at != nullptr) {
+            int row = p.a_row + int(threadIdx.x) / 32 % 4 * 16 + g;
+            for (int i = 0; i < 4; i++)
+                p.a[i] = emu::pair_at(p.a_at, row + i % 2 * 8, p.a_column + 2 * t + i / 2 * 8);
+        }
+        for (int n = 0; n < 8; n++) {
+            uint32_t b[2];
+            for (int i = 0; i < 2; i++) {
+                int k = 2 * t + 8 * i, column = 8 * n + g;
+                if (p.transposed) {
+                    const uint16_t* tile = p.b_at;
+                    int at = emu::swizzled(p.b_row + k, p.b_column + column);
+                    int next = emu::swizzled(p.b_row + k + 1, p.b_column + column);
+                    b[i] = tile[at] | uint32_t(tile[next]) << 16;
+                } else {
+                    b[i] = emu::pair_at(p.b_at, p.b_row + column, p.b_column + k);
+                }
+            }
+            float* sums = p.sums + 4 * n;
+            if (!p.adds) sums[0] = sums[1] = sums[2] = sums[3] = 0;
+            emu::mma(sums, p.a, b, {file, line});
+        }
+    }
+}
+
+// Generic writes and the reads of wgmma share one memory here.
+inline void wgmma_sees_shared() {}
+
+inline int code_has_wgmma[] = {1};  // that every card of this kind runs
 
 // ==== atomics ====================================================================================
 

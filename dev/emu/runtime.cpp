@@ -822,6 +822,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     return cudaSuccess;
 }
 
+// A variable of the device is one of the host here.
+cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset,
+                                 cudaMemcpyKind) {
+    memcpy(to, static_cast<const char*>(symbol) + offset, bytes);
+    return cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int* version) {
     *version = driver_version();
     return cudaSuccess;

@@ -129,6 +129,8 @@ struct Copy {
     uint32_t group;
 };
 
+constexpr int kMostProducts = 16;
+
 struct Thread {
     uint3 index;
     uint32_t lane, warp;
@@ -143,6 +145,12 @@ struct Thread {
     Copy* copies;
     int copy_count, copy_capacity;
     uint32_t groups;
+    // Products of its warpgroup that it has not waited for, oldest first, and the sums that they
+    // add to, which have no value until then.
+    WarpgroupProduct products[kMostProducts];
+    float sums_before[kMostProducts][32];
+    int product_count, products_done;
+    bool fenced;  // since it last waited
 
     Context context;
     void* fiber;
@@ -310,12 +318,15 @@ void begin_thread(Thread* me) {
     sanitizer_acquire(&pool->end[(pool->turn + 1) % 2]);
     me->copy_count = 0;
     me->groups = 0;
+    me->product_count = me->products_done = 0;
+    me->fenced = false;
 }
 
 // Leaves the block; when all have, the host goes on.
 void end_thread(Thread* me) {
     if (me->copy_count != 0)
         die("ends with %d cp.async copies that nobody waited for", me->copy_count);
+    if (me->product_count != 0) die("ends with %d wgmma that nobody waited for", me->product_count);
     sanitizer_release(&pool->end[pool->turn % 2]);
     sanitizer_release(&grid_end);
     warps[me->warp].ready &= ~(1u << me->lane);
@@ -725,6 +736,39 @@ bool next_landing(int groups_in_flight, AsyncCopy* copy) {
     *copy = me->copies[0].copy;
     me->copy_count--;
     memmove(me->copies, me->copies + 1, sizeof(Copy) * size_t(me->copy_count));
+    return true;
+}
+
+void warpgroup_fence() { running->fenced = true; }
+
+void issue_warpgroup_product(const WarpgroupProduct& product) {
+    Thread* me = running;
+    if (block_size.x % 128 != 0)
+        die("calls wgmma in a block of %u threads, not warpgroups", block_size.x);
+    if (!me->fenced) die("calls wgmma without wgmma.fence since it last waited");
+    if (me->product_count == kMostProducts)
+        die("calls wgmma %d times without waiting", kMostProducts);
+    bool first = true;
+    for (int i = 0; i < me->product_count; i++) first &= me->products[i].sums != product.sums;
+    if (first) {
+        memcpy(me->sums_before[me->product_count], product.sums, sizeof(me->sums_before[0]));
+        std::fill(product.sums, product.sums + 32, NAN);
+    }
+    me->products[me->product_count++] = product;
+}
+
+bool next_warpgroup_product(WarpgroupProduct* product) {
+    Thread* me = running;
+    if (me->products_done == me->product_count) {
+        me->product_count = me->products_done = 0;
+        me->fenced = false;
+        return false;
+    }
+    int at = me->products_done++;
+    *product = me->products[at];
+    bool first = true;
+    for (int i = 0; i < at; i++) first &= me->products[i].sums != product->sums;
+    if (first) memcpy(product->sums, me->sums_before[at], sizeof(me->sums_before[at]));
     return true;
 }
 

@@ -465,6 +465,65 @@ TEST_P(Orders, LdmatrixFeedsMma) {
     }
 }
 
+// Tiles as wgmma takes them: place of a number in one.
+int swizzled_place(int row, int column) {
+    return row * 64 + (column / 8 ^ row % 8) * 8 + column % 8;
+}
+
+// d = a b^T, twice, then += a b, of tiles (64,64) that lie as wgmma takes them.
+__global__ void wgmma_kernel(float* out, const bf16* a, const bf16* b) {
+    size_t offset = 0;
+    Shared<bf16> sa = shared_array<bf16>(offset, 4096), sb = shared_array<bf16>(offset, 4096);
+    for (int i = int(threadIdx.x); i < 4096; i += 128) sa[i] = a[i], sb[i] = b[i];
+    wgmma_sees_shared();
+    __syncthreads();
+    int warp = int(threadIdx.x) / 32, g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    float d[8][4] = {};
+    wgmma_fence(d);
+    for (int k = 0; k < 64; k += 16)
+        wgmma_abT(d, shared_matrix(sa, 0, k), shared_matrix(sb, 0, k), k > 0);
+    for (int k = 0; k < 64; k += 16)
+        wgmma_abT(d, shared_matrix(sa, 0, k), shared_matrix(sb, 0, k), true);
+    wgmma_wait(d);
+    uint32_t left[4][4];
+    for (int k = 0; k < 4; k++) {
+        for (int i = 0; i < 4; i++) {
+            int row = 16 * warp + g + i % 2 * 8, column = 16 * k + 2 * t + i / 2 * 8;
+            left[k][i] = load_shared<uint32_t>(sa + swizzled_place(row, column));
+        }
+    }
+    wgmma_fence(d, left);
+    for (int k = 0; k < 4; k++) wgmma_ab(d, left[k], shared_matrix(sb, 16 * k, 0));
+    wgmma_wait(d);
+    for (int n = 0; n < 8; n++) {
+        for (int e = 0; e < 4; e++)
+            out[(16 * warp + g + e / 2 * 8) * 64 + 8 * n + 2 * t + e % 2] = d[n][e];
+    }
+}
+
+TEST_P(Orders, WgmmaMultipliesSwizzledTiles) {
+    std::vector<float> a = whole(4096, 6), b = whole(4096, 7), tile_a(4096), tile_b(4096);
+    for (int row = 0; row < 64; row++) {
+        for (int column = 0; column < 64; column++) {
+            auto place = size_t(swizzled_place(row, column)), at = size_t(row * 64 + column);
+            tile_a[place] = a[at], tile_b[place] = b[at];
+        }
+    }
+    Device<bf16> device_a(rounded(tile_a)), device_b(rounded(tile_b));
+    Device<float> out(4096);
+    go(wgmma_kernel, 1, 128, 2 * 8192, out.get(), static_cast<const bf16*>(device_a.get()),
+       static_cast<const bf16*>(device_b.get()));
+    std::vector<float> got = out.host();
+    for (size_t row = 0; row < 64; row++) {
+        for (size_t col = 0; col < 64; col++) {
+            float sum = 0;
+            for (size_t k = 0; k < 64; k++)
+                sum += a[row * 64 + k] * (2 * b[col * 64 + k] + b[k * 64 + col]);
+            ASSERT_EQ(got[row * 64 + col], sum) << row << " " << col;
+        }
+    }
+}
+
 // Two tiles in turn, as a kernel that computes on one while the next is on its way.
 __global__ void double_buffer_kernel(float* out, const float* in, int tiles, int valid) {
     size_t offset = 0;
