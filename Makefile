@@ -311,9 +311,12 @@ fuzz-programs: $(FUZZ_PROGRAMS) $(FUZZ)/make_seeds
 
 # For the cards of these architectures, or for the one that is here (CUDA_ARCH=native).
 CUDA_ARCH ?= 80 90a
-CUDA_CODE = $(if $(filter native,$(CUDA_ARCH)),-arch=native,$(foreach a,$(CUDA_ARCH),\
+CUDA_CODE = $(if $(filter native,$(CUDA_ARCH)),$(CUDA_NATIVE),$(foreach a,$(CUDA_ARCH),\
     -gencode arch=compute_$(a),code=sm_$(a)) $(if $(filter 80,$(CUDA_ARCH)),\
     -gencode arch=compute_80$(comma)code=compute_80))
+# (For a Hopper card nvcc means 9.0 by that, which lacks what 9.0a has.)
+CUDA_NATIVE = $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader)),\
+    -gencode arch=compute_90a$(comma)code=sm_90a,-arch=native)
 comma := ,
 empty :=
 space := $(empty) $(empty)

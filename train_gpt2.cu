@@ -54,7 +54,7 @@ using Shared = T*;
 // moves behind them.
 template <class T>
 __device__ Shared<T> shared_array(size_t& offset, int count) {
-    extern __shared__ __align__(128) unsigned char dynamic_shared[];
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     size_t begin = (offset + 15) / 16 * 16;
     offset = begin + size_t(count) * sizeof(T);
     return reinterpret_cast<T*>(dynamic_shared + begin);
@@ -111,6 +111,86 @@ template <int N>
 __device__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
+
+// Hopper's tensor cores read matrices from shared memory themselves: rows of 64 bf16 that begin at
+// a multiple of 1024 bytes, in which the 16 bytes that are the c-th of row r lie where the
+// (c xor r % 8)-th would (128-byte swizzle). This names what begins at a row, a multiple of 8, and
+// a column of such a tile, as a matrix descriptor [PTX ISA, wgmma]: address, 1024 bytes from eight
+// rows to the next, kind of swizzle.
+using SharedMatrix = uint64_t;
+
+__device__ inline SharedMatrix shared_matrix(const bf16* tile, int row, int column) {
+    uint32_t place = (shared_address(tile) >> 4) + unsigned(row * 64 + column) * 2 / 16;
+    constexpr uint32_t kEightRows = 1024 >> 4, kSwizzle128 = 1u << 30;
+    return uint64_t(kSwizzle128 | kEightRows) << 32 | place | 1u << 16;
+}
+
+// Kernels with wgmma are compiled for every card, and have a body where it exists.
+#    ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#        define WGMMA(...) asm volatile(__VA_ARGS__)
+#    else
+#        define WGMMA(...) __trap()
+#    endif
+#    define WGMMA_SUMS                                                                    \
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+        "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#    define WGMMA_SUM(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#    define WGMMA_ALL(d)                                                                     \
+        WGMMA_SUM(d, 0), WGMMA_SUM(d, 1), WGMMA_SUM(d, 2), WGMMA_SUM(d, 3), WGMMA_SUM(d, 4), \
+            WGMMA_SUM(d, 5), WGMMA_SUM(d, 6), WGMMA_SUM(d, 7)
+
+// d (64,64) = a (64,16) b^T, or += where it `adds`, by the four warps of a warpgroup: a warp holds
+// 16 rows of d as mma.sync does. Nothing may touch d or the tiles until wgmma_wait.
+__device__ inline void wgmma_abT(float (&d)[8][4], SharedMatrix a, SharedMatrix b, bool adds) {
+    WGMMA(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_SUMS
+        ", %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : WGMMA_ALL(d)
+        : "l"(a), "l"(b), "r"(int(adds)));
+}
+
+// d (64,64) += a (64,16) b (16,64), with a warp's rows of a in registers as mma.sync takes them.
+// (Not for an a that a loop uses again: ptxas 13.0 gives such registers to others.)
+__device__ inline void wgmma_ab(float (&d)[8][4], const uint32_t (&a)[4], SharedMatrix b) {
+    WGMMA(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_SUMS
+        ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}\n"
+        : WGMMA_ALL(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Before the first wgmma of some: their sums, and what is in registers of their left factors, are
+// settled. (That they are operands keeps the compiler from moving their use over it.)
+__device__ inline void wgmma_fence(float (&d)[8][4]) {
+    WGMMA("wgmma.fence.sync.aligned;\n" : WGMMA_ALL(d)::"memory");
+}
+template <int n>
+__device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
+#    pragma unroll
+    for (int i = 0; i < n; i++)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+    wgmma_fence(d);
+}
+
+// Until all of this warpgroup's products are done, of which d are the last sums.
+__device__ inline void wgmma_wait(float (&d)[8][4]) {
+    WGMMA("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
+          : WGMMA_ALL(d)::"memory");
+}
+
+// What this thread has written to shared memory, and the block's next barrier: then wgmma sees it.
+__device__ inline void wgmma_sees_shared() {
+    WGMMA("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// Whether this card's code has wgmma: that of sm_90a alone does.
+#    ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ int code_has_wgmma[] = {1};
+#    else
+__device__ int code_has_wgmma[] = {0};
+#    endif
 
 #else
 #    include "dev/emu/emu.h"
@@ -216,20 +296,18 @@ __device__ void unpack(float* values, uint4 bits) {
     for (int k = 0; k < kWide<Float>; k++) values[k] = to_float(numbers[k]);
 }
 
-// kStreams: of numbers that nobody needs again before much else has passed through the caches.
-template <class Float, int Width, bool kStreams = false>
+template <class Float, int Width>
 __device__ void load_pack(float* values, const Float* from) {
     if constexpr (Width == 1) {
         values[0] = to_float(*from);
     } else {
         static_assert(Width == kWide<Float>);
-        const auto* bits = reinterpret_cast<const uint4*>(from);
-        unpack<Float>(values, kStreams ? __ldcs(bits) : *bits);
+        unpack<Float>(values, *reinterpret_cast<const uint4*>(from));
     }
 }
 
 // A pack of bf16 may also be half as wide, so that it goes with one of float.
-template <class Float, int Width, bool kStreams = false>
+template <class Float, int Width>
 __device__ void store_pack(Float* to, const float* values) {
     if constexpr (Width == 1) {
         *to = from_float<Float>(values[0]);
@@ -241,8 +319,7 @@ __device__ void store_pack(Float* to, const float* values) {
         for (int k = 0; k < Width; k++) numbers[k] = from_float<Float>(values[k]);
         Bits bits;
         memcpy(&bits, numbers, sizeof(bits));
-        if constexpr (kStreams) __stcs(reinterpret_cast<Bits*>(to), bits);
-        else *reinterpret_cast<Bits*>(to) = bits;
+        *reinterpret_cast<Bits*>(to) = bits;
     }
 }
 
@@ -1011,7 +1088,7 @@ class Products {
         int m = product.m, n = product.n, k = product.k;
         cudaDataType_t type = product.type, type_d = product.type_d;
         cublasLtEpilogue_t epilogue = product.epilogue;
-        constexpr int kProposals = 8;
+        constexpr int kProposals = 16;
         cublasLtMatmulHeuristicResult_t proposals[kProposals];
         int count = propose(proposals, kProposals, product, p);
         if (count < 2) return;
@@ -1245,9 +1322,9 @@ __global__ void __launch_bounds__(kBiasWarps* kWarp, 4)
         int left = first < BT ? divide_up(BT - first, stride) : 0;  // rows
         for (; left > 0; left -= kAtOnce, from += kAtOnce * step) {
             float values[kAtOnce][Width];
+            // Where no row is left, the first again: no load waits for a branch.
 #pragma unroll
-            for (int i = 0; i < kAtOnce;
-                 i++)  // again the first where no row is left: nothing waits
+            for (int i = 0; i < kAtOnce; i++)
                 load_pack<Float, Width>(values[i], i < left ? from + i * step : from);
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
@@ -1415,7 +1492,7 @@ void dropout_forward(Float* out, const Float* inp, const Dropout& dropout, int B
 template <class Number, int head, int tall, int warps, int step, bool hold>
 struct AttentionTiles {
     using Float = Number;
-    static constexpr bool kTensorCores = sizeof(Number) == 2;
+    static constexpr bool kTensorCores = sizeof(Number) == 2, kWarpgroup = false;
     static constexpr int kHead = head, kTall = tall, kWarps = warps, kStep = step;
     static constexpr bool kHold = hold && kTensorCores;
     static constexpr int kRows = 16 * tall;  // that a warp owns
@@ -1431,6 +1508,11 @@ struct AttentionTiles {
     using Sums = float[tall][head / 8][4];
     static_assert(head % 16 == 0 && (step == 16 || step == 32 || step == 64) && kBlocks >= 1);
 
+    // Where column `column` of row `row` of a tile lies.
+    __host__ __device__ static constexpr int place(int row, int column) {
+        return row * kPitch + column;
+    }
+
     // Shared memory of a block of `count` warps that owns rows of `owned` tensors; the other side
     // is two tensors, each twice: one step and the next.
     static size_t shared_bytes(int owned, int count) {
@@ -1439,12 +1521,34 @@ struct AttentionTiles {
     }
 };
 
+// The same for wgmma: a warpgroup of 64 rows, 16 to a warp, and tiles as it reads them. blocks:
+// that share a multiprocessor, so that one computes weights while another multiplies.
+template <int blocks>
+struct AttentionWarpgroup : AttentionTiles<bf16, 64, 1, 4, 64, false> {
+    static constexpr bool kWarpgroup = true;
+    static constexpr int kBlocks = blocks, kPitch = 64;
+
+    __host__ __device__ static constexpr int place(int row, int column) {
+        return row * kPitch + (column ^ row % 8 * 8);
+    }
+    static size_t shared_bytes(int owned, int) {
+        return size_t(owned + 4) * 64 * kPitch * sizeof(bf16);
+    }
+};
+
 struct AttentionShape {
     int T, C, NH, HS;
     int heads;            // B * NH
     int heads_at_a_time;  // see attention_place
     bool packed;          // rows of a head start at, and are, multiples of 16 bytes
+    float scale, scale2;  // 1 / sqrt(HS), and log2(e) times that
 };
+
+template <class Tiles>
+__device__ int warps_of_block() {
+    if constexpr (Tiles::kWarpgroup) return Tiles::kWarps;
+    else return int(blockDim.x) / kWarp;
+}
 
 // What a block works on.
 struct AttentionPlace {
@@ -1470,7 +1574,9 @@ AttentionShape attention_shape(int B, int T, int C, int NH) {
     size_t head_bytes = 2 * size_t(T) * size_t(HS) * sizeof(Float);
     int at_a_time = int(std::clamp<size_t>(kCacheBytes / head_bytes, 1, size_t(heads)));
     assert(HS <= Tiles::kHead && size_t(heads) * size_t(T) < size_t(INT32_MAX));
-    return {T, C, NH, HS, heads, at_a_time, HS % kWide<Float> == 0};
+    float scale = float(1 / std::sqrt(double(HS)));
+    bool packed = HS % kWide<Float> == 0;
+    return {T, C, NH, HS, heads, at_a_time, packed, scale, kLog2e * scale};
 }
 
 // Rows [first, first + count) of a tensor of T rows that lie `stride` numbers apart, HS numbers of
@@ -1478,16 +1584,28 @@ AttentionShape attention_shape(int B, int T, int C, int NH) {
 // is there after cp_async_wait and a barrier.
 template <class Tiles>
 __device__ void load_tile(Shared<typename Tiles::Float> tile, const typename Tiles::Float* rows,
-                          size_t stride, int first, int count, const AttentionShape& shape) {
+                          int stride, int first, int count, const AttentionShape& shape) {
     using Float = typename Tiles::Float;
     if (shape.packed) {
         constexpr int kWidth = kWide<Float>, kPacks = Tiles::kHead / kWidth;
+        int row = int(threadIdx.x) / kPacks, column = int(threadIdx.x) % kPacks * kWidth;
+        int threads = warps_of_block<Tiles>() * kWarp, down = threads / kPacks;
+        if constexpr (kWarp % kPacks == 0) {  // a thread copies the same columns of its rows
+            int valid = column < shape.HS ? shape.T - first : 0;
+            const Float* from = rows + int64_t(first + row) * stride + column;
+            Shared<Float> to = tile + Tiles::place(row, column);
+            int times = Tiles::kWarpgroup ? count / down : divide_up(count - row, down);
 #pragma unroll 4
-        for (int i = int(threadIdx.x); i < count * kPacks; i += int(blockDim.x)) {
-            int row = i / kPacks, column = i % kPacks * kWidth;
-            bool valid = first + row < shape.T && column < shape.HS;
-            const Float* from = valid ? rows + size_t(first + row) * stride + column : rows;
-            cp_async16(tile + (row * Tiles::kPitch + column), from, valid);
+            for (int i = 0; i < times; i++, from += down * stride)
+                cp_async16(to + i * down * Tiles::kPitch, from, row + i * down < valid);
+        } else {
+#pragma unroll 4
+            for (int i = int(threadIdx.x); i < count * kPacks; i += threads) {
+                row = i / kPacks, column = i % kPacks * kWidth;
+                cp_async16(tile + Tiles::place(row, column),
+                           rows + int64_t(first + row) * stride + column,
+                           first + row < shape.T && column < shape.HS);
+            }
         }
         return;
     }
@@ -1495,9 +1613,16 @@ __device__ void load_tile(Shared<typename Tiles::Float> tile, const typename Til
     for (int i = int(threadIdx.x); i < count * Tiles::kHead; i += int(blockDim.x)) {
         int row = i / Tiles::kHead, column = i % Tiles::kHead;
         bool valid = first + row < shape.T && column < shape.HS;
-        tile[row * Tiles::kPitch + column] =
-            valid ? rows[size_t(first + row) * stride + column] : from_float<Float>(0.f);
+        tile[Tiles::place(row, column)] =
+            valid ? rows[int64_t(first + row) * stride + column] : from_float<Float>(0.f);
     }
+}
+
+// Until what load_tile copied is there for this thread and, behind a barrier, for the block.
+template <class Tiles>
+__device__ void wait_for_tiles() {
+    cp_async_wait<0>();
+    if constexpr (Tiles::kWarpgroup) wgmma_sees_shared();
 }
 
 __device__ inline uint32_t pack_bf16(float low, float high) {
@@ -1523,14 +1648,16 @@ __device__ void store_rows(typename Tiles::Float* rows, size_t stride, int first
     using Float = typename Tiles::Float;
     constexpr int kWidth = kWide<Float>, kPacks = Tiles::kHead / kWidth;
     int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-    __syncwarp();  // every lane has read what the tile held
+    // Every lane, or a warpgroup's products, have read what the tile held.
+    if constexpr (Tiles::kWarpgroup) __syncthreads();
+    else __syncwarp();
 #pragma unroll
     for (int m = 0; m < Tiles::kTall; m++) {
 #pragma unroll
         for (int n = 0; n < Tiles::kHead / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                store_pair(tile + ((16 * m + 8 * i + g) * Tiles::kPitch + 8 * n + 2 * t),
+                store_pair(tile + Tiles::place(16 * m + 8 * i + g, 8 * n + 2 * t),
                            sums[m][n][2 * i] * factor[m][i], sums[m][n][2 * i + 1] * factor[m][i]);
         }
     }
@@ -1539,7 +1666,7 @@ __device__ void store_rows(typename Tiles::Float* rows, size_t stride, int first
         for (int i = lane; i < Tiles::kRows * kPacks; i += kWarp) {
             int row = i / kPacks, column = i % kPacks * kWidth;
             if (first + row >= shape.T || column >= shape.HS) continue;
-            uint4 pack = load_shared<uint4>(tile + (row * Tiles::kPitch + column));
+            uint4 pack = load_shared<uint4>(tile + Tiles::place(row, column));
             *reinterpret_cast<uint4*>(rows + size_t(first + row) * stride + column) = pack;
         }
         return;
@@ -1548,7 +1675,7 @@ __device__ void store_rows(typename Tiles::Float* rows, size_t stride, int first
     for (int i = lane; i < Tiles::kRows * Tiles::kHead; i += kWarp) {
         int row = i / Tiles::kHead, column = i % Tiles::kHead;
         if (first + row < shape.T && column < shape.HS)
-            rows[size_t(first + row) * stride + column] = tile[row * Tiles::kPitch + column];
+            rows[size_t(first + row) * stride + column] = tile[Tiles::place(row, column)];
     }
 }
 
@@ -1560,11 +1687,14 @@ class LeftRows {
   public:
     using Float = typename Tiles::Float;
 
-    __device__ explicit LeftRows(Shared<const Float> rows) : rows_(rows + start()) {}
+    // Of a tile that the block owns.
+    __device__ explicit LeftRows(Shared<const Float> tile) : rows_(tile + start()) {}
 
-    // After the tile has arrived.
+    // The whole block calls it, once the tile is on its way.
     __device__ void hold() {
         if constexpr (kHold) {
+            wait_for_tiles<Tiles>();
+            __syncthreads();  // what other threads copied is there too
 #pragma unroll
             for (int m = 0; m < Tiles::kTall; m++) {
 #pragma unroll
@@ -1573,6 +1703,9 @@ class LeftRows {
             }
         }
     }
+
+    // Columns k to k + 15 of the warpgroup's rows, as wgmma takes them.
+    __device__ SharedMatrix of_warpgroup(int k) const { return shared_matrix(rows_, 0, k); }
 
     // Rows 16m to 16m + 15, columns k to k + 15, as mma.sync takes them.
     __device__ void read(uint32_t (&a)[4], int m, int k) const {
@@ -1592,21 +1725,26 @@ class LeftRows {
   private:
     static __device__ int start() {
         int lane = int(threadIdx.x) % kWarp;
-        if constexpr (Tiles::kTensorCores) return lane % 16 * Tiles::kPitch + lane / 16 * 8;
-        else return lane / 4 * Tiles::kPitch;
+        int rows = int(threadIdx.x) / kWarp * Tiles::kRows * Tiles::kPitch;
+        if constexpr (Tiles::kWarpgroup) return 0;  // the tensor cores find a warp's own
+        else if constexpr (Tiles::kTensorCores)
+            return rows + lane % 16 * Tiles::kPitch + lane / 16 * 8;
+        else return rows + lane / 4 * Tiles::kPitch;
     }
 
     Shared<const Float> rows_;
     uint32_t held_[kHold ? Tiles::kTall : 1][kHold ? Tiles::kHead / 16 : 1][4];
 };
 
-// acc (kRows,kStep) += a (kRows,kHead) b^T, b a tile (kStep,kHead)
-// These two are what an instruction set of another card would replace.
+// acc (kRows,kStep) = a (kRows,kHead) b^T, b a tile (kStep,kHead)
+// These two are what the instructions of another card replace.
 template <class Tiles, bool kHold>
-__device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
-                             Shared<const bf16> b) {
+requires(!Tiles::kWarpgroup) __device__
+    void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
+                      Shared<const bf16> b) {
     int lane = int(threadIdx.x) % kWarp;
     Shared<const bf16> from = b + ((lane % 8 + lane / 16 * 8) * Tiles::kPitch + lane / 8 % 2 * 8);
+    memset(acc, 0, sizeof(acc));
 #pragma unroll
     for (int k = 0; k < Tiles::kHead; k += 16) {
         uint32_t left[Tiles::kTall][4];
@@ -1627,9 +1765,21 @@ __device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, 
 }
 
 template <class Tiles, bool kHold>
+requires(Tiles::kWarpgroup) __device__
+    void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
+                      Shared<const bf16> b) {
+    wgmma_fence(acc[0]);
+#pragma unroll
+    for (int k = 0; k < Tiles::kHead; k += 16)
+        wgmma_abT(acc[0], a.of_warpgroup(k), shared_matrix(b, 0, k), k > 0);
+    wgmma_wait(acc[0]);
+}
+
+template <class Tiles, bool kHold>
 __device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, kHold>& a,
                              Shared<const float> b) {
     Shared<const float> from = b + int(threadIdx.x) % 4 * 2 * Tiles::kPitch;
+    memset(acc, 0, sizeof(acc));
 #pragma unroll 1
     for (int k = 0; k < Tiles::kHead; k += 4) {
         float4 left[Tiles::kTall][2];
@@ -1659,24 +1809,52 @@ __device__ void multiply_abT(typename Tiles::Scores& acc, const LeftRows<Tiles, 
     }
 }
 
-// acc (kRows,kHead) += p (kRows,kStep) b, b a tile (kStep,kHead)
-// On tensor cores p is rounded to bf16; the sums of a 16 x 16 piece lie as its left factor does.
+// Two such products, which a warpgroup waits for together.
+template <class Tiles, bool kHold1, bool kHold2>
+__device__ void multiply_two_abT(typename Tiles::Scores& acc1, const LeftRows<Tiles, kHold1>& a1,
+                                 Shared<const typename Tiles::Float> b1,
+                                 typename Tiles::Scores& acc2, const LeftRows<Tiles, kHold2>& a2,
+                                 Shared<const typename Tiles::Float> b2) {
+    if constexpr (Tiles::kWarpgroup) {
+        wgmma_fence(acc1[0]);
+        wgmma_fence(acc2[0]);
+#pragma unroll
+        for (int k = 0; k < Tiles::kHead; k += 16)
+            wgmma_abT(acc1[0], a1.of_warpgroup(k), shared_matrix(b1, 0, k), k > 0);
+#pragma unroll
+        for (int k = 0; k < Tiles::kHead; k += 16)
+            wgmma_abT(acc2[0], a2.of_warpgroup(k), shared_matrix(b2, 0, k), k > 0);
+        wgmma_wait(acc1[0]);
+        wgmma_wait(acc2[0]);
+    } else {
+        multiply_abT<Tiles>(acc1, a1, b1);
+        multiply_abT<Tiles>(acc2, a2, b2);
+    }
+}
+
+// Rows 16m to 16m + 15, columns k to k + 15 of p, rounded to bf16: the sums of a 16 x 16 piece lie
+// as its left factor does.
 template <class Tiles>
-__device__ void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Scores& p,
-                            Shared<const bf16> b, Shared<float>) {
+__device__ void round_left(uint32_t (&a)[4], const typename Tiles::Scores& p, int m, int k) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float(&piece)[4] = p[m][k / 8 + i / 2];
+        a[i] = pack_bf16(piece[i % 2 * 2], piece[i % 2 * 2 + 1]);
+    }
+}
+
+// acc (kRows,kHead) += p (kRows,kStep) b, b a tile (kStep,kHead)
+template <class Tiles>
+requires(!Tiles::kWarpgroup) __device__
+    void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Scores& p,
+                     Shared<const bf16> b, Shared<float>) {
     int lane = int(threadIdx.x) % kWarp;
     Shared<const bf16> from = b + (lane % 16 * Tiles::kPitch + lane / 16 * 8);
 #pragma unroll
     for (int k = 0; k < Tiles::kStep; k += 16) {
         uint32_t left[Tiles::kTall][4];
 #pragma unroll
-        for (int m = 0; m < Tiles::kTall; m++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float(&piece)[4] = p[m][k / 8 + i / 2];
-                left[m][i] = pack_bf16(piece[i % 2 * 2], piece[i % 2 * 2 + 1]);
-            }
-        }
+        for (int m = 0; m < Tiles::kTall; m++) round_left<Tiles>(left[m], p, m, k);
 #pragma unroll
         for (int n = 0; n < Tiles::kHead; n += 16) {
             uint32_t r[4];
@@ -1689,6 +1867,20 @@ __device__ void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Sco
             }
         }
     }
+}
+
+template <class Tiles>
+requires(Tiles::kWarpgroup) __device__
+    void multiply_pb(typename Tiles::Sums& acc, const typename Tiles::Scores& p,
+                     Shared<const bf16> b, Shared<float>) {
+    uint32_t left[Tiles::kStep / 16][4];
+#pragma unroll
+    for (int k = 0; k < Tiles::kStep; k += 16) round_left<Tiles>(left[k / 16], p, 0, k);
+    wgmma_fence(acc[0], left);
+#pragma unroll
+    for (int k = 0; k < Tiles::kStep; k += 16)
+        wgmma_ab(acc[0], left[k / 16], shared_matrix(b, k, 0));
+    wgmma_wait(acc[0]);
 }
 
 // The float form passes p from the lanes that hold it to those that multiply through the warp's
@@ -1906,9 +2098,8 @@ __device__ void drop_weights(typename Tiles::Scores& weights, const KeptWeights<
 // A block owns queries and goes through the keys that they see. A warp leaves out steps whose keys
 // all come after its queries, and masks only those that straddle the diagonal. Moves 4 BTC numbers
 // (keys and values again for each tile of queries, but those come from the level-2 cache), and
-// multiplies 4 B NH HS T^2 / 2 times: bound by tensor cores, of which mma.sync reaches about 60% on
-// an H100; expected 40 to 50% of its dense roof at a head size of 64, where the special function
-// unit needs nearly as long for the exponentials.
+// multiplies 4 B NH HS T^2 / 2 times: bound by tensor cores and, at a head size of 64, as much by
+// exponentials. Measured on an H200: 35% of the rate of a large product by wgmma, 28% by mma.sync.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     attention_forward_kernel(typename Tiles::Float* __restrict__ out, float* __restrict__ logsumexp,
@@ -1916,12 +2107,12 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
                              AttentionDropout dropout, AttentionShape shape) {
     using Float = typename Tiles::Float;
     constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch;
-    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+    int warps = warps_of_block<Tiles>(), warp = int(threadIdx.x) / kWarp;
     int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
     AttentionPlace place = attention_place(shape, tiles);
     int first = (tiles - 1 - place.tile) * rows, own = first + warp * Tiles::kRows;
     int steps = divide_up(min(first + rows, T), kStep);
-    size_t stride = size_t(3 * C);
+    int stride = 3 * C;
     const Float* q = qkv + size_t(place.b) * T * stride + place.h * shape.HS;
     const Float *k = q + C, *v = k + C;
 
@@ -1931,20 +2122,20 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     Shared<Float> values = shared_array<Float>(offset, 2 * kTile);
     Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
     Shared<Float> own_queries = queries + warp * Tiles::kRows * Tiles::kPitch;
-    LeftRows<Tiles, Tiles::kHold> left(own_queries);
+    LeftRows<Tiles, Tiles::kHold> left(queries);
     load_tile<Tiles>(queries, q, stride, first, rows, shape);
     load_tile<Tiles>(keys, k, stride, 0, kStep, shape);
     load_tile<Tiles>(values, v, stride, 0, kStep, shape);
     cp_async_commit();
 
+    left.hold();
     typename Tiles::Sums sums = {};
     float largest[Tiles::kTall][2], total[Tiles::kTall][2] = {};
 #pragma unroll
     for (int m = 0; m < Tiles::kTall; m++) largest[m][0] = largest[m][1] = -INFINITY;
-    const float scale = kLog2e / sqrtf(float(shape.HS));
     for (int step = 0; step < steps; step++) {
         int key = step * kStep, current = step % 2 * kTile, next = kTile - current;
-        cp_async_wait<0>();
+        wait_for_tiles<Tiles>();
         // This step's tiles are there for every thread, and every warp is done with those of the
         // step before, whose place the next ones take.
         __syncthreads();
@@ -1953,14 +2144,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             load_tile<Tiles>(values + next, v, stride, key + kStep, kStep, shape);
             cp_async_commit();
         }
-        if (step == 0) left.hold();
         if (key >= own + Tiles::kRows) continue;
         KeptWeights<Tiles> kept;
         if (dropout.drops) kept = kept_weights<Tiles, false>(dropout, place, own, key, T);
-        typename Tiles::Scores scores = {};
+        typename Tiles::Scores scores;
         multiply_abT<Tiles>(scores, left, keys + current);
         if (key + kStep - 1 > own) mask_later_keys<Tiles, false>(scores, own, key, -INFINITY);
-        softmax_step<Tiles>(scores, sums, largest, total, scale);
+        softmax_step<Tiles>(scores, sums, largest, total, shape.scale2);
         if (dropout.drops) drop_weights(scores, kept);
         multiply_pb<Tiles>(sums, scores, values + current, patch);
     }
@@ -1978,7 +2168,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             int t = own + 16 * m + 8 * i + lane / 4;
             if (lane % 4 == 0 && t < T)
                 logsumexp[(size_t(place.b) * shape.NH + place.h) * T + t] =
-                    fmaf(largest[m][i], 1 / sqrtf(float(shape.HS)), logf(sum));
+                    fmaf(largest[m][i], shape.scale, logf(sum));
         }
     }
     store_rows<Tiles>(out + size_t(place.b) * T * C + place.h * shape.HS, size_t(C), own,
@@ -2025,7 +2215,7 @@ void with_head_size(int HS, F f) {
 // Warps of a block: fewer than the tiles allow where T is short.
 template <class Tiles>
 int attention_warps(int T) {
-    return std::min(Tiles::kWarps, divide_up(T, Tiles::kRows));
+    return Tiles::kWarpgroup ? Tiles::kWarps : std::min(Tiles::kWarps, divide_up(T, Tiles::kRows));
 }
 
 template <class Tiles>
@@ -2050,6 +2240,31 @@ using AttentionForwardTiles =
     std::conditional_t<sizeof(Float) == 2,
                        AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
                        AttentionTiles<Float, HSP, 2, 4, 32, false>>;
+using AttentionForwardWarpgroup = AttentionWarpgroup<5>;
+
+// Whether the card and this program's code for it have wgmma. (Code of an earlier architecture,
+// which the driver translates, has not.)
+static bool has_wgmma() {
+    static const bool has = [] {
+        int device = 0, major = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "wgmma");
+        if (major != 9) return false;
+        int in_code = 0;
+        check(cudaMemcpyFromSymbol(&in_code, code_has_wgmma, sizeof(in_code)), "wgmma");
+        return in_code != 0;
+    }();
+    return has;
+}
+
+// Calls f.template operator()<Warpgroup>() where that is how this card does a head of HSP numbers,
+// else with Tiles.
+template <class Warpgroup, class Tiles, class F>
+void with_tiles(F f) {
+    if constexpr (Tiles::kTensorCores && Tiles::kHead == Warpgroup::kHead)
+        if (has_wgmma()) return f.template operator()<Warpgroup>();
+    f.template operator()<Tiles>();
+}
 
 // out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time  [Vaswani et al. 2017,
 // arXiv:1706.03762]
@@ -2059,8 +2274,10 @@ template <class Float>
 void attention_forward(Float* out, float* logsumexp, const Float* qkv, const Dropout& dropout,
                        int B, int T, int C, int NH, cudaStream_t stream) {
     with_head_size<Float>(C / NH, [&]<int HSP>() {
-        attention_forward_tiled<AttentionForwardTiles<Float, HSP>>(out, logsumexp, qkv, dropout, B,
-                                                                   T, C, NH, stream);
+        with_tiles<AttentionForwardWarpgroup, AttentionForwardTiles<Float, HSP>>(
+            [&]<class Tiles>() {
+                attention_forward_tiled<Tiles>(out, logsumexp, qkv, dropout, B, T, C, NH, stream);
+            });
     });
 }
 
@@ -2130,8 +2347,8 @@ __device__ void score_gradient(typename Tiles::Scores& weights, typename Tiles::
 
 // A block owns keys and goes through the queries that see them, in order, so that the sums dk and
 // dv have one owner. It works on transposed scores: what a lane holds of p^T and ds^T is then a
-// left factor. 4 of backward's 7 products; moves 6 BTC numbers. Expected: 35 to 45% of the dense
-// roof of an H100, counting what it executes.
+// left factor. 4 of backward's 7 products; moves 6 BTC numbers. Measured on an H200, both kernels:
+// 42% of the rate of a large product by wgmma, counting what they execute, 31% by mma.sync.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     attention_backward_keys_kernel(typename Tiles::Float* __restrict__ dqkv,
@@ -2142,32 +2359,35 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
                                    AttentionShape shape) {
     using Float = typename Tiles::Float;
     constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch;
-    static_assert(kStep <= kWarp, "a thread of the first warp fetches a query's two numbers");
-    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp, tid = int(threadIdx.x);
+    static_assert(kStep <= (Tiles::kWarpgroup ? 4 : 1) * kWarp,
+                  "a thread fetches a query's numbers");
+    int warps = warps_of_block<Tiles>(), warp = int(threadIdx.x) / kWarp, tid = int(threadIdx.x);
     int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
     AttentionPlace place = attention_place(shape, tiles);
     int first = place.tile * rows, own = first + warp * Tiles::kRows;
     int first_query = first / kStep * kStep;
-    size_t stride = size_t(3 * C), head = size_t(place.b) * T * stride + place.h * shape.HS;
+    int stride = 3 * C;
+    size_t head = size_t(place.b) * T * stride + place.h * shape.HS;
     const Float *q = qkv + head, *k = q + C, *v = k + C;
     const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;
-    size_t vectors = (size_t(place.b) * shape.NH + place.h) * T;
+    int vectors = (place.b * shape.NH + place.h) * T;
 
     size_t offset = 0;
-    Shared<Float> keys = shared_array<Float>(offset, rows * Tiles::kPitch);
-    Shared<Float> values = shared_array<Float>(offset, rows * Tiles::kPitch);
+    // What has the same size in every block first: its places need no registers.
     Shared<Float> queries = shared_array<Float>(offset, 2 * kTile);
     Shared<Float> douts = shared_array<Float>(offset, 2 * kTile);
     Shared<float> query_numbers = shared_array<float>(offset, 2 * 2 * kStep);
+    Shared<Float> keys = shared_array<Float>(offset, rows * Tiles::kPitch);
+    Shared<Float> values = shared_array<Float>(offset, rows * Tiles::kPitch);
     Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
     Shared<Float> own_keys = keys + warp * Tiles::kRows * Tiles::kPitch;
     Shared<Float> own_values = values + warp * Tiles::kRows * Tiles::kPitch;
-    LeftRows<Tiles, Tiles::kHold> left_keys(own_keys), left_values(own_values);
+    LeftRows<Tiles, Tiles::kHold> left_keys(keys), left_values(values);
     load_tile<Tiles>(keys, k, stride, first, rows, shape);
     load_tile<Tiles>(values, v, stride, first, rows, shape);
     int start = first_query / kStep % 2 * kTile;
     load_tile<Tiles>(queries + start, q, stride, first_query, kStep, shape);
-    load_tile<Tiles>(douts + start, d, size_t(C), first_query, kStep, shape);
+    load_tile<Tiles>(douts + start, d, C, first_query, kStep, shape);
     cp_async_commit();
 
     float next_shift = 0, next_delta = 0;  // on their way for this thread's query of the next step
@@ -2178,8 +2398,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         next_delta = valid ? delta[vectors + query + tid] : 0.f;
     };
     fetch(first_query);
+    left_keys.hold(), left_values.hold();
     typename Tiles::Sums dk = {}, dv = {};
-    const float scale = kLog2e / sqrtf(float(shape.HS));
     for (int query = first_query; query < T; query += kStep) {
         int current = query / kStep % 2, next = 1 - current;
         Shared<float> numbers = query_numbers + current * 2 * kStep;
@@ -2187,28 +2407,26 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             numbers[tid] = next_shift;
             numbers[kStep + tid] = next_delta;
         }
-        cp_async_wait<0>();
+        wait_for_tiles<Tiles>();
         // This step's tiles and numbers are there for every thread, and every warp is done with
         // those of the step before, whose place the next ones take.
         __syncthreads();
         if (query + kStep < T) {
             load_tile<Tiles>(queries + next * kTile, q, stride, query + kStep, kStep, shape);
-            load_tile<Tiles>(douts + next * kTile, d, size_t(C), query + kStep, kStep, shape);
+            load_tile<Tiles>(douts + next * kTile, d, C, query + kStep, kStep, shape);
             cp_async_commit();
             fetch(query + kStep);
         }
-        if (query == first_query) left_keys.hold(), left_values.hold();
         if (own > query + kStep - 1) continue;
         Shared<const Float> query_tile = queries + current * kTile;
         Shared<const Float> dout_tile = douts + current * kTile;
         KeptWeights<Tiles> kept;
         if (dropout.drops) kept = kept_weights<Tiles, true>(dropout, place, query, own, T);
-        typename Tiles::Scores weights = {}, slopes = {};
-        multiply_abT<Tiles>(weights, left_keys, query_tile);
-        multiply_abT<Tiles>(slopes, left_values, dout_tile);
+        typename Tiles::Scores weights, slopes;
+        multiply_two_abT<Tiles>(weights, left_keys, query_tile, slopes, left_values, dout_tile);
         bool straddles = own + Tiles::kRows - 1 > query;
-        score_gradient<Tiles, true>(weights, slopes, dropout, kept, query, own, straddles, scale,
-                                    [&](int, int n, int e, int x) -> float {
+        score_gradient<Tiles, true>(weights, slopes, dropout, kept, query, own, straddles,
+                                    shape.scale2, [&](int, int n, int e, int x) -> float {
                                         return numbers[x * kStep + 8 * n + tid % 4 * 2 + e % 2];
                                     });
         multiply_pb<Tiles>(dv, weights, dout_tile, patch);
@@ -2218,15 +2436,16 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     float key_factor[Tiles::kTall][2], value_factor[Tiles::kTall][2];
 #pragma unroll
     for (int m = 0; m < Tiles::kTall; m++) {
-        key_factor[m][0] = key_factor[m][1] = rsqrtf(float(shape.HS));
+        key_factor[m][0] = key_factor[m][1] = shape.scale;
         value_factor[m][0] = value_factor[m][1] = dropout.scale;
     }
-    store_rows<Tiles>(dqkv + head + C, stride, own, own_keys, dk, key_factor, shape);
-    store_rows<Tiles>(dqkv + head + 2 * C, stride, own, own_values, dv, value_factor, shape);
+    Float* dq = dqkv + (q - qkv);  // from what is in registers
+    store_rows<Tiles>(dq + C, stride, own, own_keys, dk, key_factor, shape);
+    store_rows<Tiles>(dq + 2 * C, stride, own, own_values, dv, value_factor, shape);
 }
 
 // A block owns queries and goes through the keys that they see, as in forward. 3 of backward's 7
-// products; moves 5 BTC numbers. Expected: as the kernel of keys.
+// products; moves 5 BTC numbers.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     attention_backward_queries_kernel(typename Tiles::Float* __restrict__ dqkv,
@@ -2237,12 +2456,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
                                       AttentionShape shape) {
     using Float = typename Tiles::Float;
     constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch, kTall = Tiles::kTall;
-    int warps = int(blockDim.x) / kWarp, warp = int(threadIdx.x) / kWarp;
+    int warps = warps_of_block<Tiles>(), warp = int(threadIdx.x) / kWarp;
     int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
     AttentionPlace place = attention_place(shape, tiles);
     int first = (tiles - 1 - place.tile) * rows, own = first + warp * Tiles::kRows;
     int steps = divide_up(min(first + rows, T), kStep);
-    size_t stride = size_t(3 * C), head = size_t(place.b) * T * stride + place.h * shape.HS;
+    int stride = 3 * C;
+    size_t head = size_t(place.b) * T * stride + place.h * shape.HS;
     const Float *q = qkv + head, *k = q + C, *v = k + C;
     const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;
 
@@ -2253,15 +2473,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     Shared<Float> values = shared_array<Float>(offset, 2 * kTile);
     Shared<float> patch = shared_array<float>(offset, warps * Tiles::kPatch) + warp * Tiles::kPatch;
     Shared<Float> own_queries = queries + warp * Tiles::kRows * Tiles::kPitch;
-    LeftRows<Tiles, Tiles::kHold> left_queries(own_queries);
-    LeftRows<Tiles, false> left_douts(douts + warp * Tiles::kRows * Tiles::kPitch);
+    LeftRows<Tiles, Tiles::kHold> left_queries(queries);
+    LeftRows<Tiles, false> left_douts(douts);
     load_tile<Tiles>(queries, q, stride, first, rows, shape);
-    load_tile<Tiles>(douts, d, size_t(C), first, rows, shape);
+    load_tile<Tiles>(douts, d, C, first, rows, shape);
     load_tile<Tiles>(keys, k, stride, 0, kStep, shape);
     load_tile<Tiles>(values, v, stride, 0, kStep, shape);
     cp_async_commit();
 
-    float numbers[2][kTall][2], factor[kTall][2];
+    float numbers[2][kTall][2];
 #pragma unroll
     for (int m = 0; m < kTall; m++) {
 #pragma unroll
@@ -2270,14 +2490,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             size_t place_t = (size_t(place.b) * shape.NH + place.h) * T + t;
             numbers[0][m][i] = t < T ? logsumexp[place_t] * kLog2e : INFINITY;
             numbers[1][m][i] = t < T ? delta[place_t] : 0.f;
-            factor[m][i] = rsqrtf(float(shape.HS));
         }
     }
+    left_queries.hold();
     typename Tiles::Sums dq = {};
-    const float scale = kLog2e / sqrtf(float(shape.HS));
     for (int step = 0; step < steps; step++) {
         int key = step * kStep, current = step % 2 * kTile, next = kTile - current;
-        cp_async_wait<0>();
+        wait_for_tiles<Tiles>();
         // This step's tiles are there for every thread, and every warp is done with those of the
         // step before, whose place the next ones take.
         __syncthreads();
@@ -2286,19 +2505,21 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             load_tile<Tiles>(values + next, v, stride, key + kStep, kStep, shape);
             cp_async_commit();
         }
-        if (step == 0) left_queries.hold();
         if (key >= own + Tiles::kRows) continue;
         KeptWeights<Tiles> kept;
         if (dropout.drops) kept = kept_weights<Tiles, false>(dropout, place, own, key, T);
-        typename Tiles::Scores weights = {}, slopes = {};
-        multiply_abT<Tiles>(weights, left_queries, keys + current);
-        multiply_abT<Tiles>(slopes, left_douts, values + current);
+        typename Tiles::Scores weights, slopes;
+        multiply_two_abT<Tiles>(weights, left_queries, keys + current, slopes, left_douts,
+                                values + current);
         bool straddles = key + kStep - 1 > own;
         score_gradient<Tiles, false>(
-            weights, slopes, dropout, kept, own, key, straddles, scale,
+            weights, slopes, dropout, kept, own, key, straddles, shape.scale2,
             [&](int m, int, int e, int x) { return numbers[x][m][e / 2]; });
         multiply_pb<Tiles>(dq, slopes, keys + current, patch);
     }
+    float factor[kTall][2];
+#pragma unroll
+    for (int m = 0; m < kTall; m++) factor[m][0] = factor[m][1] = shape.scale;
     store_rows<Tiles>(dqkv + head, stride, own, own_queries, dq, factor, shape);
 }
 
@@ -2346,6 +2567,9 @@ using AttentionQueryTiles = std::conditional_t<
     AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, HSP <= 64>,
     AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, 32, false>>;
 
+using AttentionKeyWarpgroup = AttentionWarpgroup<3>;
+using AttentionQueryWarpgroup = AttentionWarpgroup<4>;
+
 // forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
 // dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - sum(dout * out)) / sqrt(HS);  dq = ds k;
 // dk = ds^T q            [Dao et al. 2022, arXiv:2205.14135, appendix B]
@@ -2358,8 +2582,12 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
                         const float* logsumexp, float* scratch, const Dropout& dropout, int B,
                         int T, int C, int NH, cudaStream_t stream) {
     with_head_size<Float>(C / NH, [&]<int HSP>() {
-        attention_backward_tiled<AttentionKeyTiles<Float, HSP>, AttentionQueryTiles<Float, HSP>>(
-            dqkv, dout, qkv, out, logsumexp, scratch, dropout, B, T, C, NH, stream);
+        with_tiles<AttentionKeyWarpgroup, AttentionKeyTiles<Float, HSP>>([&]<class Keys>() {
+            using Queries = std::conditional_t<Keys::kWarpgroup, AttentionQueryWarpgroup,
+                                               AttentionQueryTiles<Float, HSP>>;
+            attention_backward_tiled<Keys, Queries>(dqkv, dout, qkv, out, logsumexp, scratch,
+                                                    dropout, B, T, C, NH, stream);
+        });
     });
 }
 
@@ -2647,17 +2875,16 @@ __device__ void add_numbers(SoftmaxSum& sum, const float (&values)[N]) {
     sum.largest = largest;
 }
 
-// A block a row. The logits are read once for the softmax's sum, which keeps the first `kept` packs
-// in shared memory; with `gradient` they are replaced, from there or, past that, read once more
-// from cache. Moves BT*Vp numbers, and with the gradient 2 BT*Vp.
+// A block a row. The logits are read once for the softmax's sum and, with `gradient`, once more,
+// from cache, when they are replaced. (Kept in shared memory instead, they would gain 3%.) Moves
+// BT*Vp numbers, and with the gradient 2 BT*Vp.
 template <class Float>
 __global__ void __launch_bounds__(kMostThreads)
     classifier_forward_kernel(float* losses, Float* logits, const int* targets, float loss_scale,
-                              bool gradient, int V, int Vp, int kept) {
+                              bool gradient, int V, int Vp) {
     constexpr int Width = kWide<Float>, kAtOnce = 4;  // packs that are on their way together
     size_t offset = 0;
     Shared<float> partial = shared_array<float>(offset, 2 * kWarp);
-    Shared<Float> copy = shared_array<Float>(offset, kept * Width);
     Float* row = logits + size_t(blockIdx.x) * Vp;
     int target = targets[blockIdx.x], threads = int(blockDim.x), first = int(threadIdx.x);
     if (target == kIgnore) {
@@ -2677,17 +2904,12 @@ __global__ void __launch_bounds__(kMostThreads)
         for (int i = 0; i < kAtOnce; i++)
             bits[i] = *reinterpret_cast<const uint4*>(row + (p + i * threads) * Width);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-            if (p + i * threads < kept) store_shared(copy + (p + i * threads) * Width, bits[i]);
-            unpack<Float>(&values[i * Width], bits[i]);
-        }
+        for (int i = 0; i < kAtOnce; i++) unpack<Float>(&values[i * Width], bits[i]);
         add_numbers<Float>(mine, values);
     }
     for (; p * Width < V; p += threads) {  // what is left, of which the last pack may be a part
         float values[Width];
-        bits[0] = *reinterpret_cast<const uint4*>(row + p * Width);
-        if (p < kept) store_shared(copy + p * Width, bits[0]);
-        unpack<Float>(values, bits[0]);
+        load_pack<Float, Width>(values, row + p * Width);
 #pragma unroll
         for (int k = 0; k < Width; k++)
             if (p * Width + k >= V) values[k] = -INFINITY;
@@ -2703,9 +2925,8 @@ __global__ void __launch_bounds__(kMostThreads)
     for (p = first; p * Width < Vp; p += kAtOnce * threads) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
-            int at = p + i * threads;  // each thread reads what it has kept itself
-            if (at < kept) bits[i] = load_shared<uint4>(copy + at * Width);
-            else if (at * Width < Vp) bits[i] = *reinterpret_cast<uint4*>(row + at * Width);
+            int at = (p + i * threads) * Width;
+            if (at < Vp) bits[i] = *reinterpret_cast<uint4*>(row + at);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
@@ -2728,22 +2949,6 @@ __global__ void __launch_bounds__(kMostThreads)
     }
 }
 
-// Packs of a row that a block keeps: all, or as many as leave room for two blocks, so that one of
-// them computes while the other waits for memory.
-template <class Float>
-int classifier_packs_kept(int V) {
-    static const int bytes = [] {
-        int device = 0, all = 0, reserved = 0;
-        check(cudaGetDevice(&device), "cudaGetDevice");
-        check(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-              "shared memory");
-        check(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
-              "shared memory");
-        return all / 2 - reserved - int(2 * kWarp * sizeof(float));
-    }();
-    return std::min(divide_up(V, kWide<Float>), bytes / 16);
-}
-
 // loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
 // loss_scale. losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
 // with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1.
@@ -2753,10 +2958,9 @@ void classifier_forward(float* losses, Float* logits, const int* targets, double
     constexpr int kPacks = 4;  // of a thread, before a row takes more threads
     int threads = round_up(divide_up(Vp, kPacks * kWide<Float>), kWarp);
     threads = std::min(threads, 512);
-    int kept = gradient ? classifier_packs_kept<Float>(V) : 0;
     launch("classifier_forward", classifier_forward_kernel<Float>, unsigned(BT), unsigned(threads),
-           2 * kWarp * sizeof(float) + size_t(kept) * 16, stream, losses, logits, targets,
-           float(loss_scale), gradient, V, Vp, kept);
+           2 * kWarp * sizeof(float), stream, losses, logits, targets, float(loss_scale), gradient,
+           V, Vp);
 }
 
 // The sum of N numbers over a block of one warp or more, in double, to the first thread.
@@ -2867,7 +3071,7 @@ struct AdamWFactors {
 // A pack a thread, of four arrays, all on their way before the first is needed; lanes that lie side
 // by side fill whole lines. Reads 16 N bytes and writes 12 N, and 2 N more where there is a bf16
 // copy.
-template <class Float, bool kStreams>
+template <class Float>
 __global__ void adamw_update_kernel(float* params, Float* narrow, float* m, float* v,
                                     const float* grads, size_t N, AdamWFactors f,
                                     const UpdateGate* gate) {
@@ -2875,10 +3079,10 @@ __global__ void adamw_update_kernel(float* params, Float* narrow, float* m, floa
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
     if (i >= N) return;
     float g[Width], m_new[Width], v_new[Width], p[Width];
-    load_pack<float, Width, kStreams>(g, grads + i);
-    load_pack<float, Width, kStreams>(m_new, m + i);
-    load_pack<float, Width, kStreams>(v_new, v + i);
-    load_pack<float, Width, kStreams>(p, params + i);
+    load_pack<float, Width>(g, grads + i);
+    load_pack<float, Width>(m_new, m + i);
+    load_pack<float, Width>(v_new, v + i);
+    load_pack<float, Width>(p, params + i);
     float scale = gate->grad_scale;
     if (!gate->apply) return;
 #pragma unroll
@@ -2888,10 +3092,10 @@ __global__ void adamw_update_kernel(float* params, Float* narrow, float* m, floa
         v_new[k] = f.beta2 * v_new[k] + f.rest2 * g[k] * g[k];
         p[k] = f.keep * p[k] - f.rate * m_new[k] / (sqrtf(v_new[k]) * f.inverse_root + f.epsilon);
     }
-    store_pack<float, Width, kStreams>(m + i, m_new);
-    store_pack<float, Width, kStreams>(v + i, v_new);
-    store_pack<float, Width, kStreams>(params + i, p);
-    if constexpr (sizeof(Float) == 2) store_pack<Float, Width, kStreams>(narrow + i, p);
+    store_pack<float, Width>(m + i, m_new);
+    store_pack<float, Width>(v + i, v_new);
+    store_pack<float, Width>(params + i, p);
+    if constexpr (sizeof(Float) == 2) store_pack<Float, Width>(narrow + i, p);
 }
 
 // m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  with g scaled by the gate
@@ -2915,7 +3119,7 @@ void adamw_update(float* params, Float* narrow, float* m, float* v, const float*
                             float(adamw.learning_rate / correction1),
                             float(1 / std::sqrt(correction2)),
                             float(adamw.epsilon)};
-    launch("adamw_update", adamw_update_kernel<Float, true>,
+    launch("adamw_update", adamw_update_kernel<Float>,
            pack_blocks<float, kWide<float>>(N, kPackThreads), kPackThreads, 0, stream, params,
            narrow, m, v, grads, N, factors, gate);
 }

@@ -268,7 +268,7 @@ emulated() {
 }
 
 # kernel_checks FOLDER ORDER [WORD...]: the kernels, one layer at a time against the CPU twin, in a
-# thread order of the emulator's.
+# thread order of the emulator's; attention also as a Hopper card computes it.
 kernel_checks() {
     checks=$1 order=$2
     shift 2
@@ -277,6 +277,8 @@ kernel_checks() {
         emulated "$check, thread order $order" EMU_ORDER="$order" OMP_NUM_THREADS=1 \
             "$check" check "$@"
     done
+    emulated "$checks/check_attention, thread order $order, with wgmma" EMU_CAPABILITY=9.0 \
+        EMU_ORDER="$order" OMP_NUM_THREADS=1 "$checks/check_attention" check --wgmma "$@"
 }
 
 # build_emulated COMPILER VARIANT: sets $folder; fails where there are no headers, or no program.

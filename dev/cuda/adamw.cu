@@ -130,7 +130,6 @@ static void bench_type(size_t millions) {
 
 // The same kernel in blocks of other sizes, with and without hints that what it moves is not
 // needed again soon; kPackThreads and the choice in adamw_update should be the best of them.
-template <bool kStreams>
 static void bench_blocks() {
     size_t N = bench_options.tiny ? kRowAlignment : size_t(124) * 1000000;
     Device<float> params(N), m(N), v(N), grads(N);
@@ -141,14 +140,14 @@ static void bench_blocks() {
     AdamWFactors factors = {0.9f, 0.1f, 0.95f, 0.05f, 1.f, 1e-3f, 1.f, 1e-8f};
     for (int threads : {64, 128, 256, 512, 1024}) {
         double ms = time_ms([&] {
-            launch("adamw_update", adamw_update_kernel<bf16, kStreams>,
+            launch("adamw_update", adamw_update_kernel<bf16>,
                    pack_blocks<float, kWide<float>>(N, threads), unsigned(threads), 0, stream(),
                    static_cast<float*>(params), static_cast<bf16*>(narrow), static_cast<float*>(m),
                    static_cast<float*>(v), static_cast<const float*>(grads), N, factors,
                    static_cast<const UpdateGate*>(gate));
         });
-        table_bytes(format("adamw_update, blocks of %d%s", threads, kStreams ? "" : ", no hints"),
-                    "bf16", "124M", 30. * double(N), ms);
+        table_bytes(format("adamw_update, blocks of %d", threads), "bf16", "124M", 30. * double(N),
+                    ms);
     }
 }
 
@@ -157,8 +156,7 @@ static void run_bench() {
         bench_type<bf16>(millions);
         bench_type<float>(millions);
     }
-    bench_blocks<true>();
-    bench_blocks<false>();
+    bench_blocks();
 }
 
 int main(int argc, char** argv) { return bench_main(argc, argv, run_checks, run_bench); }

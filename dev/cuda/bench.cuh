@@ -128,8 +128,9 @@ Real* or_null(std::vector<Real>& values) {
 struct Checks {
     int passed = 0, failed = 0, skipped = 0;
     bool verbose = false;
-    double factor = 2;  // how many times the twin's error a kernel's may be
-    std::string label;  // of the case that runs
+    double factor = 2;   // how many times the twin's error a kernel's may be
+    std::string label;   // of the case that runs
+    bool wgmma = false;  // what a card computes by wgmma, alone
 
     void count(bool good, const std::string& what) {
         (good ? passed : failed)++;
@@ -418,7 +419,7 @@ inline void table_operations(const std::string& kernel, const char* type, const 
 
 inline int usage(const char* program) {
     fprintf(stderr,
-            "usage: %s check [-v] [--factor N]\n"
+            "usage: %s check [-v] [--factor N] [--wgmma]\n"
             "       %s bench [--tokens N] [--tiny]\n",
             program, program);
     return kExitInput;
@@ -452,6 +453,7 @@ inline int bench_main(int argc, char** argv, void (*run_checks)(), void (*run_be
     for (int i = 2; i < argc; i++) {
         std::string word = argv[i];
         if (word == "-v") checks.verbose = true;
+        else if (word == "--wgmma") checks.wgmma = true;
         else if (word == "--factor" && i + 1 < argc) checks.factor = atof(argv[++i]);
         else if (word == "--tiny") bench_options.tiny = true, bench_options.tokens = 64;
         else if (word == "--tokens" && i + 1 < argc) bench_options.tokens = atoi(argv[++i]);

@@ -42,30 +42,8 @@ static void check_classifier(int BT, int V, double spread, bool gradient) {
     else expect_equal("logits, not written", changed, logits);
 }
 
-// What a block keeps of its row in shared memory, all of it, a part or nothing, changes no bit.
-template <class Float>
-static void check_kept(int BT, int V) {
-    int Vp = (V + 127) / 128 * 128, packs = divide_up(V, kWide<Float>);
-    checks.label = format("classifier_forward %s BT=%d V=%d", type_name<Float>(), BT, V);
-    Numbers logits = random_numbers<Float>(size_t(BT) * Vp, 2, 5), losses[3], changed[3];
-    Device<int> targets(random_ids(size_t(BT), 1, V));
-    for (int i = 0; i < 3; i++) {
-        Device<Float> device_logits(logits);
-        Device<float> device_losses{size_t(BT)};
-        int kept = i * packs / 2;
-        launch("classifier_forward", classifier_forward_kernel<Float>, unsigned(BT), 64u,
-               2 * kWarp * sizeof(float) + size_t(kept) * 16, stream(),
-               static_cast<float*>(device_losses), static_cast<Float*>(device_logits),
-               static_cast<const int*>(targets), 0.25f, true, V, Vp, kept);
-        losses[i] = device_losses.download(), changed[i] = device_logits.download();
-        expect_equal("losses, with other parts of rows kept", losses[i], losses[0]);
-        expect_equal("logits, with other parts of rows kept", changed[i], changed[0]);
-    }
-}
-
 template <class Float>
 static void check_type() {
-    check_kept<Float>(3, 2500);
     for (int V : {97, 251, 1031, 128, 1, 2500})
         for (double spread : {1., 20.})
             for (bool gradient : {true, false})
@@ -119,17 +97,16 @@ static void bench_blocks(const BenchModel& model) {
     Device<float> losses{size_t(BT)};
     Device<int> targets(random_ids(size_t(BT), 1, V));
     fill_random(logits, 2);
-    for (int kept : {classifier_packs_kept<bf16>(V), 0})
-        for (int threads : {128, 256, 512, 1024}) {
-            double ms = time_ms([&] {
-                launch("classifier_forward", classifier_forward_kernel<bf16>, unsigned(BT),
-                       unsigned(threads), 2 * kWarp * sizeof(float) + size_t(kept) * 16, stream(),
-                       static_cast<float*>(losses), static_cast<bf16*>(logits),
-                       static_cast<const int*>(targets), 1.f / float(BT), true, V, Vp, kept);
-            });
-            table_bytes(format("classifier_forward, blocks of %d, %d packs kept", threads, kept),
-                        "bf16", format("%d x %d", BT, V), 2. * double(BT) * (V + Vp), ms);
-        }
+    for (int threads : {128, 256, 512, 1024}) {
+        double ms = time_ms([&] {
+            launch("classifier_forward", classifier_forward_kernel<bf16>, unsigned(BT),
+                   unsigned(threads), 2 * kWarp * sizeof(float), stream(),
+                   static_cast<float*>(losses), static_cast<bf16*>(logits),
+                   static_cast<const int*>(targets), 1.f / float(BT), true, V, Vp);
+        });
+        table_bytes(format("classifier_forward, blocks of %d", threads), "bf16",
+                    format("%d x %d", BT, V), 2. * double(BT) * (V + Vp), ms);
+    }
 }
 
 static void run_bench() {
