@@ -371,7 +371,8 @@ TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
 
 // Both multiply the same bf16 numbers and sum in float32, whose order alone differs: n sums of
 // numbers near 1 are within n eps of theirs, and of rounding at random within a few sqrt(n). M from
-// 1 to 4 has loops of its own; lengths are odd, and longer than a piece of the plain loops.
+// 1 to 4 has loops of its own; lengths are odd, and longer than a piece of the plain loops, or than
+// what a thread has in its caches at a time.
 TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
     if (kDouble) return;                       // it has no bf16
     auto bits_of = [](const Buffer& values) {  // cut off, so that each is a bf16 exactly
@@ -380,8 +381,8 @@ TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
             bits.push_back(uint16_t(std::bit_cast<uint32_t>(float(value)) >> 16));
         return bits;
     };
-    constexpr int kShapes[][3] = {
-        {1, 70, 33}, {4, 7, 129}, {5, 300, 64}, {64, 65, 33}, {129, 1, 40}};
+    constexpr int kShapes[][3] = {{1, 70, 33},  {4, 7, 129},   {5, 300, 64},    {64, 65, 33},
+                                  {129, 1, 40}, {96, 64, 128}, {34, 560, 1040}, {1060, 40, 33}};
     for (const int* shape : kShapes) {
         int M = shape[0], N = shape[1], K = shape[2];
         for (int mode = 0; mode < 8; mode++) {

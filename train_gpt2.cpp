@@ -13,10 +13,12 @@
 #include <omp.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#ifdef __AVX2__
+#ifdef __x86_64__
 #    include <immintrin.h>
+#    include <sys/syscall.h>
 #endif
 
+#include <atomic>
 #include <bit>
 #include <cassert>
 #include <chrono>
@@ -623,9 +625,260 @@ static void product_few_rows(const Product<In, Out, Weight>& p) {
                                       p.bias);
 }
 
-// The same product by oneDNN, which picks the kernel for the processor when the program runs. In
-// float32 its BLAS interface was measured to be as fast as its primitives or faster, except where a
-// weight is transposed and a bias added, which a primitive does on the way.
+#if defined(GPT2_ONEDNN) && defined(__x86_64__)
+
+// Products in bf16 on AMX, without the library, whose kernels lay weights out again in every call
+// and transpose slowly: gradients of weights take half the time here. A tile register holds 16 rows
+// of 64 bytes; one instruction adds to 16x16 sums in float32 the products of 16 rows of A' and 16
+// columns of B' (`lines` below), of 32 numbers each. Every thread makes a rectangle of C, of what
+// it packed itself: some columns, which stay in its second-level cache, then 32 rows at a time.
+#    define GPT2_AMX __attribute__((target("avx512f,avx512bw,amx-tile,amx-bf16")))
+
+constexpr int kTileLines = 16, kTileDepth = 32, kTileNumbers = kTileLines * kTileDepth;
+constexpr int kPanelLines = 2 * kTileLines;  // of A' or B', whose tiles follow each other along K
+constexpr int kDeepest = 1024;               // numbers of a line that are packed at a time
+constexpr int kKept = 1 << 19;               // numbers of B' that a thread keeps packed: 1 MiB
+constexpr int kSummedRows = 1024;            // of C, where sums wait for more than kDeepest numbers
+// What a thread holds of all that, at most.
+constexpr size_t kAmxBytes = (kKept + kPanelLines * kDeepest) * sizeof(bf16) +
+                             size_t(kSummedRows) * (kKept / kDeepest) * sizeof(float);
+
+// Whether the processor has AMX, oneDNN is not told to do without, and Linux lets us use it.
+static bool has_amx() {
+    static const bool has = [] {
+        constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+        constexpr auto kAmx = unsigned(dnnl::cpu_isa::avx512_core_amx);
+        return (unsigned(dnnl::get_effective_cpu_isa()) & kAmx) == kAmx &&
+               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return has;
+}
+
+// One side of a product: number k of a line is at line * ld + k, or, where rows in memory run
+// `across` lines, at k * ld + line.
+struct AmxSide {
+    const bf16* numbers;
+    size_t ld;
+    bool across;
+    int lines, depth;
+};
+
+typedef uint32_t TileWords __attribute__((vector_size(64)));  // a row of a tile: pairs of numbers
+
+// Halves, quarters ... of words (16,16) change places across the diagonal, Distance words at a
+// time: all four steps transpose.
+template <int Distance, int... Lane>
+GPT2_AMX static inline void swap_across(TileWords* words, std::integer_sequence<int, Lane...>) {
+    for (int i = 0; i < kTileLines; i++) {
+        if (i & Distance) continue;
+        TileWords a = words[i], b = words[i + Distance];
+        words[i] =
+            __builtin_shufflevector(a, b, (Lane & Distance ? 16 + Lane - Distance : Lane)...);
+        words[i + Distance] =
+            __builtin_shufflevector(a, b, (Lane & Distance ? 16 + Lane : Lane + Distance)...);
+    }
+}
+GPT2_AMX static inline void transpose_words(TileWords* words) {
+    constexpr auto kWords = std::make_integer_sequence<int, 16>();
+    swap_across<8>(words, kWords), swap_across<4>(words, kWords);
+    swap_across<2>(words, kWords), swap_across<1>(words, kWords);
+}
+
+// The tile of 16 lines from `line` on and 32 numbers from k on, zeros beyond the side's end: of A'
+// a row of it is a line, of B' the same two numbers of every line. What comes next is asked for
+// early, for each row in memory is another page.
+template <bool kOfB>
+GPT2_AMX static inline void pack_tile(bf16* tile, const AmxSide& side, int line, int k) {
+    const bf16* from =
+        side.numbers + (side.across ? size_t(k) * side.ld + line : size_t(line) * side.ld + k);
+    if (line + kTileLines > side.lines || k + kTileDepth > side.depth) {
+        for (int l = 0; l < kTileLines; l++)
+            for (int i = 0; i < kTileDepth; i++) {
+                bool inside = line + l < side.lines && k + i < side.depth;
+                bf16* to = tile + (kOfB ? i / 2 * 32 + 2 * l + i % 2 : l * kTileDepth + i);
+                *to = inside ? from[side.across ? i * side.ld + l : l * side.ld + i] : bf16(0.f);
+            }
+        return;
+    }
+    TileWords words[kTileLines];
+    if (side.across) {
+        typedef uint16_t Halves __attribute__((vector_size(32)));
+        for (int i = 0; i < kTileLines; i++) {
+            const bf16 *even = from + 2 * i * side.ld, *odd = even + side.ld;
+            Halves low, high;
+            memcpy(&low, even, sizeof(low)), memcpy(&high, odd, sizeof(high));
+            words[i] = __builtin_convertvector(low, TileWords) |
+                       __builtin_convertvector(high, TileWords) << 16;
+            __builtin_prefetch(even + kTileDepth * side.ld, 0, 2);
+            __builtin_prefetch(odd + kTileDepth * side.ld, 0, 2);
+        }
+    } else {
+        for (int i = 0; i < kTileLines; i++) {
+            memcpy(&words[i], from + i * side.ld, sizeof(words[i]));
+            __builtin_prefetch(from + i * side.ld + 4 * kTileDepth, 0, 2);
+        }
+    }
+    if (side.across != kOfB) transpose_words(words);
+    memcpy(tile, words, sizeof(words));
+}
+
+// The panel of lines from `line` on: both tiles of each 32 of `depth` numbers from k on.
+template <bool kOfB>
+GPT2_AMX static void pack_panel(bf16* panel, const AmxSide& side, int line, int k, int depth) {
+    for (int last = k + depth; k < last; k += kTileDepth, panel += 2 * kTileNumbers) {
+        pack_tile<kOfB>(panel, side, line, k);
+        pack_tile<kOfB>(panel + kTileNumbers, side, line + kTileLines, k);
+    }
+}
+
+// sums (32,32) = start + A' B' of two panels; start is null or, like sums, of rows `ld` apart. (To
+// compilers of GCC's kind these instructions read no memory: hence the fences.)
+GPT2_AMX static inline void multiply_panels(float* sums, size_t sums_ld, const float* start,
+                                            size_t start_ld, const bf16* a, const bf16* b,
+                                            int depth) {
+    constexpr size_t kRow = 64;
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    if (start != nullptr) {
+        const float* lower = start + kTileLines * start_ld;
+        _tile_loadd(0, start, start_ld * sizeof(float));
+        _tile_loadd(1, start + kTileLines, start_ld * sizeof(float));
+        _tile_loadd(2, lower, start_ld * sizeof(float));
+        _tile_loadd(3, lower + kTileLines, start_ld * sizeof(float));
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int k = 0; k < depth; k += kTileDepth, a += 2 * kTileNumbers, b += 2 * kTileNumbers) {
+        _tile_loadd(4, a, kRow);
+        _tile_loadd(6, b, kRow);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + kTileNumbers, kRow);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + kTileNumbers, kRow);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    float* lower = sums + kTileLines * sums_ld;
+    _tile_stored(0, sums, sums_ld * sizeof(float));
+    _tile_stored(1, sums + kTileLines, sums_ld * sizeof(float));
+    _tile_stored(2, lower, sums_ld * sizeof(float));
+    _tile_stored(3, lower + kTileLines, sums_ld * sizeof(float));
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+}
+
+// The numbers of C from (m,n) on, up to 32x32 of them, from two panels and the sums of those
+// before.
+template <class Out>
+GPT2_AMX static void product_amx_block(const Product<bf16, Out>& p, int m, int n, const float* sums,
+                                       const bf16* a, const bf16* b, int depth) {
+    int rows = std::min(kPanelLines, p.M - m), columns = std::min(kPanelLines, p.N - n);
+    Out* c = p.C + size_t(m) * p.ldc + n;
+    for (int r = 0; r < rows; r++) {  // written soon, by instructions that no processor foresees
+        __builtin_prefetch(c + size_t(r) * p.ldc, 1);
+        __builtin_prefetch(c + size_t(r) * p.ldc + columns - 1, 1);
+    }
+    if constexpr (std::is_same_v<Out, float>) {
+        bool whole = rows == kPanelLines && columns == kPanelLines;
+        if (whole && p.bias == nullptr && (p.beta == 0 || sums == nullptr)) {
+            const float* start = p.beta == 0 ? sums : c;
+            size_t start_ld = p.beta == 0 ? kPanelLines : size_t(p.ldc);
+            return multiply_panels(c, size_t(p.ldc), start, start_ld, a, b, depth);
+        }
+    }
+    alignas(64) float last[kPanelLines * kPanelLines];
+    multiply_panels(last, kPanelLines, sums, kPanelLines, a, b, depth);
+    for (int r = 0; r < rows; r++, c += p.ldc) {
+        float* sum = last + r * kPanelLines;
+        if (p.bias != nullptr)
+            for (int i = 0; i < columns; i++) sum[i] += float(p.bias[n + i]);
+        if (p.beta != 0)
+            for (int i = 0; i < columns; i++) sum[i] += float(c[i]);
+#    pragma omp simd
+        for (int i = 0; i < columns; i++) c[i] = sum[i];
+    }
+}
+
+// Rows [m0, m1) and columns [n0, n1) of C. Where lines are longer than kDeepest, sums of blocks
+// wait in memory of the thread's own for the rest of K.
+template <class Out>
+GPT2_AMX static void product_amx_rectangle(const Product<bf16, Out>& p, int m0, int m1, int n0,
+                                           int n1) {
+    struct alignas(64) TileConfig {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static const TileConfig config;
+    struct alignas(64) Line {
+        bf16 numbers[32];
+    };
+    static thread_local std::vector<Line> kept(kKept / 32), panel(kPanelLines * kDeepest / 32);
+    static thread_local std::vector<float> sums;
+    AmxSide A = {p.A, size_t(p.lda), p.trans_a, p.M, p.K};
+    AmxSide B = {p.B, size_t(p.ldb), !p.trans_b, p.N, p.K};
+    auto whole_tiles = [](int depth) { return (depth + kTileDepth - 1) / kTileDepth * kTileDepth; };
+    int deepest = std::min(whole_tiles(p.K), kDeepest);
+    int columns = kKept / deepest / kPanelLines * kPanelLines;  // at a time
+    if (p.K > deepest) sums.resize(size_t(kSummedRows) * size_t(columns));
+    _tile_loadconfig(&config);
+    for (int row = m0; row < m1; row += kSummedRows) {
+        int last_row = std::min(row + kSummedRows, m1);
+        for (int column = n0; column < n1; column += columns) {
+            int last_column = std::min(column + columns, n1);
+            for (int k = 0; k < p.K; k += deepest) {
+                int depth = std::min(whole_tiles(p.K - k), deepest);
+                for (int n = column; n < last_column; n += kPanelLines)
+                    pack_panel<true>(kept[0].numbers + size_t(n - column) * size_t(depth), B, n, k,
+                                     depth);
+                for (int m = row; m < last_row; m += kPanelLines) {
+                    pack_panel<false>(panel[0].numbers, A, m, k, depth);
+                    for (int n = column; n < last_column; n += kPanelLines) {
+                        const bf16* b = kept[0].numbers + size_t(n - column) * size_t(depth);
+                        float* sum = sums.data() + size_t(m - row) * size_t(columns) +
+                                     size_t(n - column) * kPanelLines;
+                        const float* start = k > 0 ? sum : nullptr;
+                        if (k + depth < p.K)
+                            multiply_panels(sum, kPanelLines, start, kPanelLines, panel[0].numbers,
+                                            b, depth);
+                        else product_amx_block(p, m, n, start, panel[0].numbers, b, depth);
+                    }
+                }
+            }
+        }
+    }
+    _tile_release();
+}
+
+// The rectangles are those that ask the least of a thread: products, and packing its two sides.
+template <class Out>
+static void product_amx(const Product<bf16, Out>& p) {
+    auto panels = [](int lines) { return (lines + kPanelLines - 1) / kPanelLines; };
+    int threads = omp_get_max_threads(), down = 1;  // rectangles one below the other
+    auto cost = [&](int down) {
+        int across = threads / down;
+        return (panels(p.M) / double(down) + 2) * (panels(p.N) / double(across) + 2);
+    };
+    for (int i = 2; i <= threads; i++)
+        if (threads % i == 0 && cost(i) < cost(down)) down = i;
+    int across = threads / down;
+#    pragma omp parallel for schedule(static, 1)
+    for (int i = 0; i < threads; i++) {
+        auto first = [&](int piece, int pieces, int lines) {
+            int64_t panel = int64_t(panels(lines)) * piece / pieces;
+            return int(std::min(panel * kPanelLines, int64_t(lines)));
+        };
+        product_amx_rectangle(p, first(i / across, down, p.M), first(i / across + 1, down, p.M),
+                              first(i % across, across, p.N), first(i % across + 1, across, p.N));
+    }
+}
+
+#endif
+
+// The same product by oneDNN, which picks the kernel for the processor when the program runs, but
+// for bf16 on AMX. In float32 its BLAS interface was measured to be as fast as its primitives or
+// faster, except where a weight is transposed and a bias added, which a primitive does on the way.
 template <class In, class Out>
 static void product(const Product<In, Out>& p) {
 #ifndef GPT2_IN_ORDER  // the yardstick of the CUDA kernels adds up in order: see the Makefile
@@ -641,6 +894,10 @@ static void product(const Product<In, Out>& p) {
             return;
         }
     }
+#    ifdef GPT2_AMX
+    if constexpr (std::is_same_v<In, bf16> && !std::is_same_v<Out, double>)
+        if (has_amx()) return product_amx(p);
+#    endif
     if (!product_plans()(p)) product_plain(p);
 #else
     product_plain(p);
@@ -1557,11 +1814,14 @@ static size_t copies_bytes(const GPT2Config& config, const GPT2Shape& shape) {
 }
 
 std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
-    constexpr size_t kProgramBytes = size_t(40) << 20;  // oneDNN's products among them
+    size_t program_bytes = size_t(40) << 20;  // oneDNN's products among them
+#ifdef GPT2_AMX
+    if (shape.dtype == Dtype::bf16 && has_amx()) program_bytes += size_t(shape.threads) * kAmxBytes;
+#endif
     std::vector<MemoryRow> rows = tensor_memory(config, shape);
     if (shape.snapshot) rows.push_back({"snapshot", snapshot_bytes(allocated_parameters(config))});
     rows.push_back({"copies of a tensor", copies_bytes(config, shape)});
-    rows.push_back({"program, libraries", kProgramBytes});
+    rows.push_back({"program, libraries", program_bytes});
     return rows;
 }
 
