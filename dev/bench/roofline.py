@@ -1,6 +1,6 @@
 """What a training step of GPT-2 must take on a card, kernel by kernel, from first principles.
 
-  roofline.py [--layers N --channels N --batch-size N --sequence-length N]
+  roofline.py [--layers N --channels N --batch-size N --sequence-length N] [--measured layers.log]
 
 A kernel cannot take less than its bytes need at the card's memory bandwidth, nor less than its
 operations need at the rate of the tensor cores: the larger of the two is its floor. Bytes are what
@@ -89,17 +89,70 @@ def kernels(L, C, T, B, V=50257):
     return rows
 
 
-def print_table(rows, tokens):
+def read_times(path):
+    """Microseconds by (kernel, size), of the lines in bf16 or of those without a product."""
+    times = {}
+    with open(path, encoding="utf-8") as log:
+        for line in log:
+            cells = [cell.strip() for cell in line.split("|")]
+            if len(cells) > 5 and cells[1].startswith("`") and cells[2] in ("bf16", "fp32"):
+                times.setdefault((cells[1].strip("`"), cells[2], cells[3]), float(cells[5]))
+    return times
+
+
+def measured(name, times, options):
+    """What was measured of a row of the table: its time, or that of several rows together."""
+    L, C, B, T = options.layers, options.channels, options.batch_size, options.sequence_length
+    model = {(12, 768): "124M", (48, 1600): "1558M"}.get((L, C), "")
+    BT, F, Vp = B * T, 4 * C, 50304
+    sizes = {
+        "qkv": f"{BT} x {C} x {3 * C}",
+        "attproj": f"{BT} x {C} x {C}",
+        "fc": f"{BT} x {C} x {F}",
+        "fcproj": f"{BT} x {F} x {C}",
+        "classifier": f"{min(BT, CLASSIFIER_ROWS)} x {C} x {Vp}",
+    }
+
+    def us(kernel, size, dtype="bf16"):
+        return times.get((kernel, dtype, size))
+
+    kernel, _, rest = name.partition(", ")
+    layer = rest.partition(":")[0]
+    batch = f"{model}, B={B}, T={T}"
+    if name.startswith("bias_backward"):
+        parts = [us("bias_backward", f"{model}, {BT} x {n}") for n in (3 * C, C, F, C)]
+        time = None if None in parts else sum(parts)
+    elif layer in sizes:
+        if rest.endswith("dweight"):
+            return "with the row above"
+        time = us(kernel, f"{model}, {sizes[layer]}")
+        if kernel == "gelu_matmul_backward" and time is not None:  # that was timed with its bias
+            time -= us("bias_backward", f"{model}, {BT} x {C}") or 0
+    elif kernel.startswith("attention"):
+        time = us(kernel, f"{batch}, NH={C // 64}, HS=64")
+    elif kernel == "residual_layernorm_forward":
+        time = us(kernel, f"{batch}, dropout 0")
+    elif kernel == "classifier_forward":
+        time = us("classifier_forward, gradient", f"{min(BT, CLASSIFIER_ROWS)} x 50257")
+    elif kernel in ("adamw_update", "global_norm"):
+        time = us(kernel, model, "fp32" if kernel == "global_norm" else "bf16")
+    else:
+        time = us(kernel, batch)
+    return "not measured" if time is None else f"{time:,.0f}"
+
+
+def print_table(rows, tokens, options):
+    times = read_times(options.measured) if options.measured else {}
     cards = list(CARDS)
-    times = " | ".join(f"{card}, us" for card in cards)
-    print(f"| kernel | calls a step | GB | GFLOP | bound by | {times} | measured |")
+    floors = " | ".join(f"{card}, us" for card in cards)
+    print(f"| kernel | calls a step | GB | GFLOP | bound by | {floors} | measured, us |")
     print("| --- " * (6 + len(cards)) + "|")
     for row in rows:
-        times = " | ".join(f"{row.floor_s(CARDS[card]) * 1e6:,.0f}" for card in cards)
+        floors = " | ".join(f"{row.floor_s(CARDS[card]) * 1e6:,.0f}" for card in cards)
         operations = f"{row.operations / 1e9:,.0f}" if row.operations else ""
         print(
             f"| `{row.name}` | {row.calls} | {row.bytes / 1e9:.3f} | {operations} "
-            f"| {row.bound(CARDS[cards[0]])} | {times} | not measured: no card yet |"
+            f"| {row.bound(CARDS[cards[0]])} | {floors} | {measured(row.name, times, options)} |"
         )
     print()
     for card in cards:
@@ -118,9 +171,10 @@ def main():
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--measured", help="what the layers' benchmarks printed")
     options = parser.parse_args()
     B, T = options.batch_size, options.sequence_length
-    print_table(kernels(options.layers, options.channels, T, B), B * T)
+    print_table(kernels(options.layers, options.channels, T, B), B * T, options)
 
 
 if __name__ == "__main__":
