@@ -315,7 +315,8 @@ CUDA_CODE = $(if $(filter native,$(CUDA_ARCH)),$(CUDA_NATIVE),$(foreach a,$(CUDA
     -gencode arch=compute_$(a),code=sm_$(a)) $(if $(filter 80,$(CUDA_ARCH)),\
     -gencode arch=compute_80$(comma)code=compute_80))
 # (For a Hopper card nvcc means 9.0 by that, which lacks what 9.0a has.)
-CUDA_NATIVE = $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader)),\
+CUDA_NATIVE = $(if $(filter 9.0,$(shell \
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)),\
     -gencode arch=compute_90a$(comma)code=sm_90a,-arch=native)
 comma := ,
 empty :=

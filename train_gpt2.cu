@@ -2257,7 +2257,7 @@ static bool has_wgmma() {
     return has;
 }
 
-// Calls f.template operator()<Warpgroup>() where that is how this card does a head of HSP numbers,
+// Calls f.template operator()<Warpgroup>() where this card has wgmma and heads are of its size,
 // else with Tiles.
 template <class Warpgroup, class Tiles, class F>
 void with_tiles(F f) {
@@ -2359,14 +2359,12 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
                                    AttentionShape shape) {
     using Float = typename Tiles::Float;
     constexpr int kStep = Tiles::kStep, kTile = kStep * Tiles::kPitch;
-    static_assert(kStep <= (Tiles::kWarpgroup ? 4 : 1) * kWarp,
-                  "a thread fetches a query's numbers");
+    static_assert(kStep <= (Tiles::kWarpgroup ? 4 : 1) * kWarp, "a thread fetches a query");
     int warps = warps_of_block<Tiles>(), warp = int(threadIdx.x) / kWarp, tid = int(threadIdx.x);
     int T = shape.T, C = shape.C, rows = warps * Tiles::kRows, tiles = divide_up(T, rows);
     AttentionPlace place = attention_place(shape, tiles);
     int first = place.tile * rows, own = first + warp * Tiles::kRows;
-    int first_query = first / kStep * kStep;
-    int stride = 3 * C;
+    int first_query = first / kStep * kStep, stride = 3 * C;
     size_t head = size_t(place.b) * T * stride + place.h * shape.HS;
     const Float *q = qkv + head, *k = q + C, *v = k + C;
     const Float* d = dout + size_t(place.b) * T * C + place.h * shape.HS;

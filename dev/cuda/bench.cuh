@@ -1,7 +1,8 @@
 // The harness of this folder. Each source here is a program about one layer of train_gpt2.cu:
 //
-//   LAYER check [-v] [--factor N]        holds its kernels against the CPU twin
-//   LAYER bench [--tokens N] [--tiny]    times them at the sizes of GPT-2 124M and 1558M
+//   LAYER check [-v] [--factor N] [--wgmma]    holds its kernels against the CPU twin; attention's
+//                                              for Hopper alone
+//   LAYER bench [--tokens N] [--tiny]          times them at the sizes of GPT-2 124M and 1558M
 //
 // The yardstick of `check`: the reference is the CPU twin in double, on inputs rounded to the type
 // of the kernel. A kernel may be at most twice as far from it as the twin in float is, whose
