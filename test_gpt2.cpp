@@ -369,10 +369,9 @@ TEST(Layer, GemmAgreesWithPlainLoopsForAllTransposes) {
     }
 }
 
-// Both multiply the same bf16 numbers and sum in float32, whose order alone differs: n sums of
-// numbers near 1 are within n eps of theirs, and of rounding at random within a few sqrt(n). M from
-// 1 to 4 has loops of its own; lengths are odd, and longer than a piece of the plain loops, or than
-// what a thread has in its caches at a time.
+// Both multiply the same bf16 numbers and sum in float32, whose order alone differs: the bound is
+// that of products in int8 below. M of a few has loops of its own; lengths are odd, and longer than
+// a piece of the plain loops, or than what a thread has in its caches at a time.
 TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
     if (kDouble) return;                       // it has no bf16
     auto bits_of = [](const Buffer& values) {  // cut off, so that each is a bf16 exactly
@@ -381,7 +380,7 @@ TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
             bits.push_back(uint16_t(std::bit_cast<uint32_t>(float(value)) >> 16));
         return bits;
     };
-    constexpr int kShapes[][3] = {{1, 70, 33},  {4, 7, 129},   {5, 300, 64},    {64, 65, 33},
+    constexpr int kShapes[][3] = {{1, 70, 33},  {4, 7, 129},   {13, 300, 64},   {64, 65, 33},
                                   {129, 1, 40}, {96, 64, 128}, {34, 560, 1040}, {1060, 40, 33}};
     for (const int* shape : kShapes) {
         int M = shape[0], N = shape[1], K = shape[2];
@@ -401,7 +400,7 @@ TEST(Layer, Bf16ProductsAgreeWithPlainLoops) {
             multiply(false, C), multiply(true, D);
             for (int m = 0; m < M; m++) {
                 EXPECT_AT_MOST(largest_difference(C + m * ldc, D + m * ldc, size_t(N)),
-                               8 * kEps * std::sqrt(double(K) + 1) * 4);
+                               4 * kEps * (K + 16));
                 EXPECT_EQ(std::isnan(C[m * ldc + N]), beta == 0) << "written between the rows";
             }
         }
@@ -451,7 +450,7 @@ TEST(Layer, Int8ProductsAgreeWithPlainLoops) {
     GPT2Shape shape = test_shape(1, 1);
     shape.int8 = true;
     Buffer expanded(gpt2_sizes(odd_config(), shape).expanded);
-    constexpr int kShapes[][3] = {{1, 70, 33}, {4, 7, 129},   {6, 9, 64},     {16, 31, 100},
+    constexpr int kShapes[][3] = {{1, 70, 33}, {4, 7, 129},   {13, 9, 64},    {16, 31, 100},
                                   {17, 13, 5}, {40, 65, 192}, {17, 300, 4097}};
     for (const int* sizes : kShapes) {
         int M = sizes[0], N = sizes[1], K = sizes[2];

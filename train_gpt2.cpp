@@ -506,13 +506,34 @@ static ProductPlans& product_plans() {
 
 #endif
 
-// Up to kLanes numbers of any type, and zeros behind them.
-template <class Number>
-static inline Vector load_some(const Number* from, int count) {
-    Number numbers[kLanes] = {};
-    std::copy_n(from, count, numbers);
-    return load_vector(numbers);
-}
+// What a vector of sums takes from two rows at a time: kLanes numbers of each, as `real`; or pairs,
+// both for the same sum, where the processor multiplies those in bf16. (A weight in int8 loses no
+// digit in bf16.)
+struct Numbers {
+    static constexpr int kCount = kLanes;
+    template <class Number>
+    static Vector load(const Number* from) {
+        return load_vector(from);
+    }
+    static void add_products(Vector& sums, Vector a, Vector b) { sums += a * b; }
+};
+#ifdef __AVX512BF16__
+struct Pairs {
+    static constexpr int kCount = 2 * kLanes;
+    static __m512bh load(const bf16* from) { return load_lanes<__m512bh>(from); }
+    static __m512bh load(const int8_t* from) {
+        return _mm512_cvtne2ps_pbh(__m512(load_vector(from + kLanes)), __m512(load_vector(from)));
+    }
+    static void add_products(Vector& sums, __m512bh a, __m512bh b) {
+        sums = Vector(_mm512_dpbf16_ps(__m512(sums), a, b));
+    }
+};
+template <class In>
+using Factors = std::conditional_t<std::is_same_v<In, bf16> && sizeof(real) == 4, Pairs, Numbers>;
+#else
+template <class In>
+using Factors = Numbers;
+#endif
 
 // The sum of a vector's lanes: to each is added the one `Distance` away, for half of the lanes, a
 // quarter of them, and so on.
@@ -531,46 +552,63 @@ static inline real sum_of_lanes(Vector v) {
 
 // Rows of B that are read side by side: several give a processor more to do at a time than one
 // whose numbers are added up in order, and are used while numbers of A are in registers, of which
-// AVX-512 has twice as many.
+// AVX-512 has twice as many. Where many rows of A share what is read, fewer do.
 constexpr int kFewColumns = sizeof(Vector) == 64 ? 4 : 2;
+constexpr int kManyRows = sizeof(Vector) == 64 ? 8 : 4, kManyRowsColumns = 2;
+template <int N>
+using Count = std::integral_constant<int, N>;
 
 // sums[c * kFewRows + r] = a_r . b_c for `Rows` rows of a and `Columns` rows of b, of K numbers:
 // lanes add up the same numbers in the same order whatever Rows and Columns are, and only vectors
 // are added to: the rounding of a scalar sum depends on what a compiler makes of its loop. What is
-// read next is asked for early: processors foresee that a row goes on, and not that several do.
-template <int Rows, int Columns, class Weight>
-static inline void few_rows_block(real* sums, const real* a, int lda, const Weight* b, int ldb,
+// read next is asked for early, for processors foresee that a row goes on, and not that several do:
+// into the second-level cache, because Zen 4 waits at half the speed for lines of the first.
+template <int Rows, int Columns, class In, class Weight>
+static inline void few_rows_block(real* sums, const In* a, int lda, const Weight* b, int ldb,
                                   int K) {
-    constexpr int kAhead = std::max(Columns, int(8 / sizeof(Weight)));  // rows of b
+    using Some = Factors<In>;
+    constexpr int kCacheLine = 64 / sizeof(Weight), kAhead = Columns * 3072 / sizeof(Weight);
+    size_t ahead = Columns == 1 ? kAhead : std::max(size_t(kAhead), size_t(Columns) * ldb);
     Vector partial[Columns][Rows] = {};
     int k = 0;
-    for (; k + kLanes <= K; k += kLanes) {
-        Vector a_k[Rows];
-        for (int r = 0; r < Rows; r++) a_k[r] = load_vector(a + size_t(r) * lda + k);
+    for (; k + Some::kCount <= K; k += Some::kCount) {
+        decltype(Some::load(a)) a_k[Rows];
+        for (int r = 0; r < Rows; r++) a_k[r] = Some::load(a + size_t(r) * lda + k);
         for (int c = 0; c < Columns; c++) {
             const Weight* b_k = b + size_t(c) * ldb + k;
-            __builtin_prefetch(b_k + size_t(kAhead) * ldb);
-            for (int r = 0; r < Rows; r++) partial[c][r] += a_k[r] * load_vector(b_k);
+            if (k % kCacheLine == 0) __builtin_prefetch(b_k + ahead, 0, 2);
+            for (int r = 0; r < Rows; r++)
+                Some::add_products(partial[c][r], a_k[r], Some::load(b_k));
         }
     }
+    auto rest = [&]<class Number>(const Number* from) {
+        Number numbers[Some::kCount] = {};
+        std::copy_n(from + k, K - k, numbers);
+        return Some::load(numbers);
+    };
     for (int c = 0; k < K && c < Columns; c++) {
-        Vector b_k = load_some(b + size_t(c) * ldb + k, K - k);
+        auto b_k = rest(b + size_t(c) * ldb);
         for (int r = 0; r < Rows; r++)
-            partial[c][r] += load_some(a + size_t(r) * lda + k, K - k) * b_k;
+            Some::add_products(partial[c][r], rest(a + size_t(r) * lda), b_k);
     }
     for (int c = 0; c < Columns; c++)
         for (int r = 0; r < Rows; r++) sums[c * kFewRows + r] = sum_of_lanes(partial[c][r]);
 }
 
 // All rows of C, `Columns` columns from n on.
-template <int Columns, class Bias, class Out, class Weight>
-static inline void few_rows_columns(const Product<real, Out, Weight>& p, const Bias* bias, int n) {
+template <int Columns, class In, class Bias, class Out, class Weight>
+static inline void few_rows_columns(const Product<In, Out, Weight>& p, const Bias* bias, int n) {
     const Weight* b = p.B + size_t(n) * p.ldb;
     real sums[Columns * kFewRows];
     for (int m = 0; m < p.M;) {
-        const real* a = p.A + size_t(m) * p.lda;
-        if (m + 4 <= p.M) few_rows_block<4, Columns>(sums + m, a, p.lda, b, p.ldb, p.K), m += 4;
-        else few_rows_block<1, Columns>(sums + m, a, p.lda, b, p.ldb, p.K), m++;
+        const In* a = p.A + size_t(m) * p.lda;
+        auto block = [&](auto rows) {
+            few_rows_block<rows(), Columns>(sums + m, a, p.lda, b, p.ldb, p.K);
+            m += rows();
+        };
+        if (Columns <= kManyRowsColumns && m + kManyRows <= p.M) block(Count<kManyRows>());
+        else if (m + 4 <= p.M) block(Count<4>());
+        else block(Count<1>());
     }
     for (int c = 0; c < Columns; c++) {
         for (int m = 0; m < p.M; m++) {
@@ -587,42 +625,45 @@ static inline void few_rows_columns(const Product<real, Out, Weight>& p, const B
 // The same with B transposed and so few rows of A that reading B is all that takes time, as where a
 // token is generated: each thread reads its rows of B once, from first to last. A row of C has the
 // same bits whatever M is. bias is null or of numbers of any type. A row or two of A ask so little
-// that float32 comes fastest a row of B at a time.
-template <class Bias, class Out, class Weight>
-static void product_few_rows(const Product<real, Out, Weight>& p, const Bias* bias) {
+// that weights which need no conversion come fastest a row of B at a time.
+template <class In, class Bias, class Out, class Weight>
+static void product_few_rows(const Product<In, Out, Weight>& p, const Bias* bias) {
     assert(p.M <= kFewRows && p.trans_b && !p.trans_a);
-    bool singly = p.M < 4 && std::is_same_v<Weight, real>;
+    auto side_by_side = [&](auto columns) {
 #pragma omp parallel for schedule(static)
-    for (int first = 0; first < p.N; first += kFewColumns) {
-        int last = std::min(first + kFewColumns, p.N);
-        if (last == first + kFewColumns && !singly) few_rows_columns<kFewColumns>(p, bias, first);
-        else
-            for (int n = first; n < last; n++) few_rows_columns<1>(p, bias, n);
-    }
+        for (int first = 0; first < p.N; first += columns()) {
+            int last = std::min(first + columns(), p.N);
+            if (last == first + columns()) few_rows_columns<columns()>(p, bias, first);
+            else
+                for (int n = first; n < last; n++) few_rows_columns<1>(p, bias, n);
+        }
+    };
+    if (p.M < 4 && std::is_same_v<In, Weight>) side_by_side(Count<1>());
+    else if (p.M < kManyRows) side_by_side(Count<kFewColumns>());
+    else side_by_side(Count<kManyRowsColumns>());
 }
 
-// Rows of A in another type than `real` are converted first, once, into memory of the thread's own
-// that lies as vectors do: one that ends in another cache line is two to read.
+// Rows of A in a type that is not multiplied as it is are converted first, once, into memory of the
+// thread's own that lies as vectors do: one that ends in another cache line is two to read.
 template <class In, class Out, class Weight>
 static void product_few_rows(const Product<In, Out, Weight>& p) {
-    struct alignas(sizeof(Vector)) Line {
-        real numbers[kLanes];
-    };
-    const real* A = nullptr;
-    int lda = p.lda;
-    if constexpr (std::is_same_v<In, real>) {
-        A = p.A;
+    constexpr bool kAsItIs = std::is_same_v<In, real> || Factors<In>::kCount != kLanes;
+    if constexpr (kAsItIs) {
+        product_few_rows<In, In, Out, Weight>(p, p.bias);
     } else {
+        struct alignas(sizeof(Vector)) Line {
+            real numbers[kLanes];
+        };
         static thread_local std::vector<Line> converted;
         size_t row = (size_t(p.K) + kLanes - 1) / kLanes;  // lines of it
         converted.resize(std::max(converted.size(), kFewRows * row));
         for (int m = 0; m < p.M; m++)
             std::copy_n(p.A + size_t(m) * p.lda, p.K, converted[size_t(m) * row].numbers);
-        A = converted[0].numbers, lda = int(row) * kLanes;
+        product_few_rows<real, In, Out, Weight>(
+            {p.trans_a, p.trans_b, p.M, p.N, p.K, converted[0].numbers, int(row) * kLanes, p.B,
+             p.ldb, nullptr, p.beta, p.C, p.ldc, p.scales},
+            p.bias);
     }
-    product_few_rows<In, Out, Weight>({p.trans_a, p.trans_b, p.M, p.N, p.K, A, lda, p.B, p.ldb,
-                                       nullptr, p.beta, p.C, p.ldc, p.scales},
-                                      p.bias);
 }
 
 #if defined(GPT2_ONEDNN) && defined(__x86_64__)
