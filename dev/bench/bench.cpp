@@ -3,17 +3,22 @@
 // precision, and generation, each as a share of what the machine was just measured to do at best,
 // and beside PyTorch, where $PYTHON has it.
 //
-// Times drift by the hour on a shared machine, ratios within one run do not: the two steps take
-// turns (A B A B ...), and what counts is the ratio of their medians. Google Benchmark times the
-// layers, and its options choose them, for example
+// Times drift by the minute on a shared machine, ratios of what takes turns (A B A B ...) do not:
+// steps take turns with the plain ones and with PyTorch's, and what counts is the ratio of their
+// medians. Layers do not: Google Benchmark times them, and its options choose them, for example
 //   make bench BENCH="--benchmark_filter=matmul"      BENCH="--benchmark_filter=none": no layers
 // --json=FILE keeps the table; --no-plain leaves the plain step out, --no-steps all but layers.
 #include <benchmark/benchmark.h>
+#include <fcntl.h>
 #include <omp.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "../../gpt2.h"
@@ -396,12 +401,12 @@ double memory_bandwidth() {
 }
 
 // Bytes that all threads read in a second, of more than a cache holds: what a generated token does.
-double read_bandwidth() {
+double read_bandwidth(int tries) {
     constexpr size_t kParts = 1 << 14, kPart = 1 << 13, kSums = 64;
     constexpr size_t kBytes = kParts * kPart * sizeof(real);
-    Numbers values(kParts * kPart, 1);
+    static const Numbers values(kParts * kPart, 1);
     double best = 0;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < tries; i++) {
         float total = 0;
         double seconds = seconds_of([&] {
 #pragma omp parallel for schedule(static) reduction(+ : total)
@@ -429,7 +434,7 @@ Floors measure_floors() {
         floors.bf16_flops = std::max(floors.bf16_flops, gpt2_peak(shape).flops);
     }
     floors.bytes_per_s = memory_bandwidth();
-    floors.read_bytes_per_s = read_bandwidth();
+    floors.read_bytes_per_s = read_bandwidth(6);
     return floors;
 }
 
@@ -469,23 +474,103 @@ class LayerRows : public benchmark::BenchmarkReporter {
     const Floors& floors_;
 };
 
+// PyTorch, where the Python that $PYTHON names (python3) has it, at its best: with jemalloc, where
+// that is, and huge pages. A shell command, or nothing, which is said once.
+const std::string& torch_command() {
+    static const std::string command = [] {
+        std::string python = getenv("PYTHON") != nullptr ? getenv("PYTHON") : "python3";
+        if (system((python + " -c 'import torch' 2>/dev/null").c_str()) != 0) {
+            printf("(no PyTorch for %s: nothing to put beside; PYTHON names another)\n",
+                   python.c_str());
+            return std::string();
+        }
+        return "LD_PRELOAD=$(ls /usr/lib/*/libjemalloc.so.2 2>/dev/null | head -n 1) "
+               "MALLOC_CONF=thp:always,metadata_thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1 "
+               "exec " +
+               python + " dev/bench/torch_step.py ";
+    }();
+    return command;
+}
+
+// Steps or tokens of PyTorch's: `torch_step.py --turns WORK`, which is told how many, and answers
+// with their milliseconds.
+class TorchTurns {
+  public:
+    explicit TorchTurns(const std::string& work) {
+        int to[2], from[2];
+        if (work.empty() || torch_command().empty() || pipe2(to, O_CLOEXEC) != 0 ||
+            pipe2(from, O_CLOEXEC) != 0)
+            return;
+        std::string command = torch_command() + "--turns " + work + " 2>/dev/null";
+        fflush(nullptr);
+        child_ = fork();
+        if (child_ == 0) {
+            dup2(to[0], STDIN_FILENO), dup2(from[1], STDOUT_FILENO);
+            execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+            _exit(1);
+        }
+        close(to[0]), close(from[1]);
+        to_ = fdopen(to[1], "w"), from_ = fdopen(from[0], "r");
+        char line[64];
+        ready_ = fgets(line, sizeof(line), from_) != nullptr;
+        if (!ready_) printf("(no answer of PyTorch to %s)\n", work.c_str());
+    }
+    ~TorchTurns() {
+        if (to_ != nullptr) fclose(to_), fclose(from_);
+        if (child_ > 0) waitpid(child_, nullptr, 0);
+    }
+    TorchTurns(const TorchTurns&) = delete;
+
+    // Adds the milliseconds of `calls` calls, by the clock and of all threads, if it gets them.
+    void operator()(int calls, std::vector<double>& ms, std::vector<double>& processor_ms) {
+        char line[64];
+        double numbers[2];
+        ready_ = ready_ && fprintf(to_, "%d\n", calls) > 0 && fflush(to_) == 0 &&
+                 fgets(line, sizeof(line), from_) != nullptr &&
+                 sscanf(line, "%lf %lf", &numbers[0], &numbers[1]) == 2;
+        if (ready_) ms.push_back(numbers[0]), processor_ms.push_back(numbers[1]);
+    }
+
+  private:
+    pid_t child_ = -1;
+    FILE *to_ = nullptr, *from_ = nullptr;
+    bool ready_ = false;
+};
+
 double processor_s() {
     timespec time;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
     return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
 }
 
-// The medians of a few calls of `work`, after one that is not counted.
-template <typename F>
-Row timed_row(const std::string& name, Dtype dtype, int tries, double floor_s, F work) {
-    std::vector<double> wall, processor;
-    for (int i = 0; i <= tries; i++) {
-        double before = processor_s(), seconds = seconds_of(work);
-        if (i == 0) continue;
-        wall.push_back(seconds), processor.push_back(processor_s() - before);
+// Medians of `turns` turns of `calls` calls of `work`, taken with PyTorch's `torch_work`, and of
+// the floor, floor_s(), at each. Calls that come before are not counted: those of a first turn, and
+// one in each of several. Threads that have worked spin for some milliseconds before they sleep:
+// each turn begins after that.
+template <typename Floor, typename F>
+Row timed_row(const std::string& name, Dtype dtype, int turns, int calls, Floor floor_s,
+              const std::string& torch_work, F work) {
+    constexpr auto kSpinning = std::chrono::milliseconds(20);
+    std::vector<double> wall, processor, floor, torch_wall, torch_processor;
+    TorchTurns torch(torch_work);
+    for (int turn = 0; turn <= turns; turn++) {
+        std::this_thread::sleep_for(kSpinning);
+        floor.push_back(floor_s() * 1e3);
+        for (int call = calls > 1 ? -1 : 0; call < calls; call++) {
+            double before = processor_s(), seconds = seconds_of(work);
+            if (turn == 0 || call < 0) continue;
+            wall.push_back(seconds * 1e3), processor.push_back((processor_s() - before) * 1e3);
+        }
+        std::this_thread::sleep_for(kSpinning);
+        if (turn > 0) torch(calls, torch_wall, torch_processor);
     }
-    return {name, dtype, median(wall) * 1e3, median(processor) * 1e3, floor_s * 1e3};
+    Row row = {name, dtype, median(wall), median(processor), median(floor)};
+    if (int(torch_wall.size()) == turns)
+        row.torch_ms = median(torch_wall), row.torch_cpu_ms = median(torch_processor);
+    return row;
 }
+
+const char* torch_way(Dtype dtype) { return dtype == Dtype::bf16 ? "autocast" : "fp32"; }
 
 // A step cannot overlap its products with what only moves memory: AdamW reads parameters, gradients
 // and moments and writes all but gradients, and bf16 parameters too; the norm reads the gradients,
@@ -504,20 +589,19 @@ Row step_row(int batch, int length, Dtype dtype, const Floors& floors) {
                      bytes / floors.bytes_per_s;
     AdamW adamw;
     adamw.learning_rate = 1e-4, adamw.step = 0;
-    return timed_row(format("step %dx%d", batch, length), dtype, tokens > 256 ? 5 : 9, floor_s,
-                     [&] {
-                         adamw.step++;
-                         own_step(model.get(), ids.data(), ids.data() + 1, adamw);
-                     });
-}
-
-std::string tokens_name(int together) {
-    return together > 1 ? format("%d generated tokens", together) : "generated token";
+    return timed_row(
+        format("step %dx%d", batch, length), dtype, tokens > 256 ? 5 : 9, 1,
+        [&] { return floor_s; }, format("step %s %dx%d", torch_way(dtype), batch, length),
+        [&] {
+            adamw.step++;
+            own_step(model.get(), ids.data(), ids.data() + 1, adamw);
+        });
 }
 
 // One token after another, of as many sequences as are made together: every weight of a product is
-// read once.
-Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
+// read once. Its floor is measured with it, for memory that others use too has another speed every
+// few seconds.
+Row generation_row(Dtype dtype, bool int8, int together) {
     GPT2Config config;
     GPT2Shape shape;
     shape.T = 64, shape.generate = together, shape.threads = threads(), shape.dtype = dtype;
@@ -530,47 +614,27 @@ Row generation_row(Dtype dtype, bool int8, int together, const Floors& floors) {
     Numbers logits(size_t(together) * V);
     std::vector<int> tokens(size_t(together), 0);
     int position = 0;
-    return timed_row(tokens_name(together) + (int8 ? ", int8" : ""), dtype, 48,
-                     bytes / floors.read_bytes_per_s, [&] {
-                         for (int b = 0; b < together; b++)
-                             tokens[size_t(b)] = (position * 7919 + b) % V;
-                         gpt2_generate(model.get(), tokens.data(), together, 1, position++,
-                                       logits.data());
-                     });
+    std::string name = together > 1 ? format("%d generated tokens", together) : "generated token";
+    return timed_row(
+        name + (int8 ? ", int8" : ""), dtype, 6, 8, [&] { return bytes / read_bandwidth(1); },
+        int8 ? "" : format("token %s %d", torch_way(dtype), together),
+        [&] {
+            for (int b = 0; b < together; b++) tokens[size_t(b)] = (position * 7919 + b) % V;
+            gpt2_generate(model.get(), tokens.data(), together, 1, position++, logits.data());
+        });
 }
 
-// The same steps by PyTorch, where the Python that $PYTHON names (python3) has it, and at its best:
-// with jemalloc, where that is, and huge pages. torch_step.py prints `step WAY B T ms tokens/s
-// processor-ms`, `token WAY SEQUENCES ms processor-ms` and `layer WAY NAME ms processor-ms`.
-void add_torch(std::vector<Row>& rows, const char* what) {
-    const char* python = getenv("PYTHON");
-    std::string command = python != nullptr ? python : "python3";
-    if (system((command + " -c 'import torch' 2>/dev/null").c_str()) != 0) {
-        printf("(no PyTorch for %s: nothing to put beside; PYTHON names another)\n",
-               command.c_str());
-        return;
-    }
-    std::string best =
-        "LD_PRELOAD=$(ls /usr/lib/*/libjemalloc.so.2 2>/dev/null | head -n 1) "
-        "MALLOC_CONF=thp:always,metadata_thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1 ";
-    command = best + command + " dev/bench/torch_step.py --cpu " + what + " 2>/dev/null";
-    FILE* pipe = popen(command.c_str(), "r");
+// Layers by PyTorch, of which torch_step.py prints `layer WAY NAME ms processor-ms`.
+void add_torch_layers(std::vector<Row>& rows) {
+    if (rows.empty() || torch_command().empty()) return;
+    FILE* pipe = popen((torch_command() + "--cpu 2>/dev/null").c_str(), "r");
     if (pipe == nullptr) return;
     char line[256], way[32], layer[64];
-    int batch, length;
-    double ms, rate, cpu_ms;
+    double ms, cpu_ms;
     while (fgets(line, sizeof(line), pipe) != nullptr) {
-        std::string name;
-        if (sscanf(line, "step %31s %d %d %lf %lf %lf", way, &batch, &length, &ms, &rate,
-                   &cpu_ms) == 6)
-            name = format("step %dx%d", batch, length);
-        else if (sscanf(line, "token %31s %d %lf %lf", way, &batch, &ms, &cpu_ms) == 4)
-            name = tokens_name(batch);
-        else if (sscanf(line, "layer %31s %63s %lf %lf", way, layer, &ms, &cpu_ms) == 4)
-            name = layer;
-        Dtype dtype = strcmp(way, "fp32") == 0 ? Dtype::fp32 : Dtype::bf16;
+        if (sscanf(line, "layer %31s %63s %lf %lf", way, layer, &ms, &cpu_ms) != 4) continue;
         for (Row& row : rows)
-            if (row.name == name && row.dtype == dtype)
+            if (row.name == layer && strcmp(way, torch_way(row.dtype)) == 0)
                 row.torch_ms = ms, row.torch_cpu_ms = cpu_ms;
     }
     pclose(pipe);
@@ -612,17 +676,15 @@ void compare_with_floors(bool steps, const std::string& json_path) {
     LayerRows layers(rows, floors);
     register_layers();
     benchmark::RunSpecifiedBenchmarks(&layers);
-    bool has_layers = !rows.empty();
+    add_torch_layers(rows);
     for (Dtype dtype : {Dtype::fp32, Dtype::bf16}) {
         bool made_for_it = dtype == Dtype::fp32 || gpt2_dtype("auto") == Dtype::bf16;
         if (!steps || !made_for_it) continue;
         for (auto [batch, length] : {std::pair(4, 64), {4, 256}, {1, 1024}})
             rows.push_back(step_row(batch, length, dtype, floors));
         for (int together : {1, 8})
-            for (bool int8 : {false, true})
-                rows.push_back(generation_row(dtype, int8, together, floors));
+            for (bool int8 : {false, true}) rows.push_back(generation_row(dtype, int8, together));
     }
-    add_torch(rows, !has_layers ? "--no-layers" : !steps ? "--layers" : "");
     print_rows(rows, floors, json_path);
 }
 
@@ -643,6 +705,7 @@ int main(int argc, char** argv) {
     argc = kept;
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return kExitInput;
+    signal(SIGPIPE, SIG_IGN);  // a PyTorch that died has no answer
     try {
         bool agree = !plain || compare_steps();
         compare_with_floors(steps, json_path);

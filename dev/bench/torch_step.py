@@ -1,7 +1,8 @@
 """Times PyTorch at the work that dev/bench/gpu.sh times of train_gpt2cu: GPT-2 124M and attention.
 
   torch_step.py --data IDS.npy [--batch-sizes 4,16,64] [--time-limit SECONDS] [--tiny]
-  torch_step.py --cpu [--layers | --no-layers] [--sizes 4x64,4x256,1x1024] [--ways fp32,autocast]
+  torch_step.py --cpu [--ways fp32,autocast]
+  torch_step.py --turns step|token WAY SIZE        step fp32 4x64, token autocast 8
 
 A step is forward, backward, clipping and AdamW, of a GPT-2 in plain torch.nn modules: compiled
 (torch.compile), attention by F.scaled_dot_product_attention, AdamW(fused=True), vocabulary padded
@@ -14,11 +15,13 @@ Prints a line a result, for gpu.sh to read:
   step WAY B T ms tokens/s        attention BACKEND forward|backward B T NH HS us
 A size that does not fit, or a backend that is not there, is said on a line of its own. With --tiny
 it runs on the CPU at a size that exercises the flow, uncompiled; its times mean nothing. With --cpu
-it times layers, whole steps and generated tokens, on the processors that OMP_NUM_THREADS says, of
-random tokens: what `make bench` puts beside the CPU program. A layer is PyTorch's own function,
-compiled where it is several; its backward pass alone is timed from a graph that is kept. A token is
-one compiled pass with a cache of keys and values, all in float32 or, for `autocast`, in bf16:
-  layer WAY NAME ms processor-ms     token WAY SEQUENCES ms processor-ms
+it times layers on the CPU, on the processors that OMP_NUM_THREADS says: PyTorch's own functions,
+compiled where they are several; a backward pass alone is timed from a graph that is kept:
+  layer WAY NAME ms processor-ms
+With --turns it reads how many steps of B x T random tokens to make on the CPU, or tokens of some
+sequences, and prints the medians of those, `ms processor-ms`, again and again; the first calls,
+which compile, come before a line `ready`. So `make bench` takes turns with it. A token is one
+compiled pass with a cache of keys and values, all in float32 or, for `autocast`, in bf16.
 """
 
 import argparse
@@ -251,42 +254,36 @@ def time_cpu_layers(options):
     torch.compiler.reset()
 
 
-def time_cpu_tokens(options):
-    """One token after another, of one sequence and of eight together."""
-    config = Config()
-    for way, name in {"fp32": "float32", "autocast": "bfloat16"}.items():
-        dtype = getattr(torch, name)
-        if way not in options.ways.split(","):
-            continue
-        for B in (1, 8):
-            torch.manual_seed(1)
-            model = Model(config).to(dtype).eval()
-            head = (B, config.heads, 64, config.channels // config.heads)
-            caches = [torch.zeros(2, *head, dtype=dtype) for _ in range(config.layers)]
-            generate, place = torch.compile(model.generate, dynamic=False), 0
+def make_token(way, B):
+    """A token of B sequences, to be called again and again."""
+    config, dtype = Config(), torch.float32 if way == "fp32" else torch.bfloat16
+    torch.manual_seed(1)
+    model = Model(config).to(dtype).eval()
+    head = (B, config.heads, 64, config.channels // config.heads)
+    caches = [torch.zeros(2, *head, dtype=dtype) for _ in range(config.layers)]
+    generate, place = torch.compile(model.generate, dynamic=False), 0
 
-            def token():
-                nonlocal place
-                tokens = torch.randint(0, 50257, (B,))
-                generate(tokens, caches, torch.tensor([place % 64]))
-                place += 1
+    @torch.inference_mode()
+    def token():
+        nonlocal place
+        tokens = torch.randint(0, 50257, (B,))
+        generate(tokens, caches, torch.tensor([place % 64]))
+        place += 1
 
-            with torch.inference_mode():
-                ms, cpu_ms = medians(token, 4, 48)
-            print(f"token {way} {B} {ms:.3f} {cpu_ms:.3f}", flush=True)
-            torch.compiler.reset()
+    return token
 
 
-def time_cpu_steps(options):
-    """Whole steps on the CPU; a line more than those above: processor time of all threads, in ms."""
-    for size in options.sizes.split(","):
+def take_turns(what, way, size, options):
+    if what == "token":
+        work = make_token(way, int(size))
+    else:
         B, T = map(int, size.split("x"))
         ids = numpy.random.default_rng(1).integers(0, 50257, B * T + 1)
-        for way in options.ways.split(","):
-            step = make_step(way, B, ids, Config(T=T), options)
-            ms, cpu_ms = medians(step, 3, 9 if B * T <= 256 else 5)
-            print(f"step {way} {B} {T} {ms:.3f} {B * T / ms * 1e3:.0f} {cpu_ms:.3f}", flush=True)
-            torch.compiler.reset()
+        work = make_step(way, B, ids, Config(T=T), options)
+    medians(work, 0, 4)
+    print("ready", flush=True)
+    for calls in sys.stdin:
+        print(*medians(work, int(calls) > 1, int(calls)), flush=True)
 
 
 def time_steps(config, options, deadline):
@@ -352,29 +349,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--layers", action="store_true", help="with --cpu: nothing but the layers")
-    parser.add_argument("--no-layers", action="store_true", help="with --cpu: all but the layers")
-    parser.add_argument("--sizes", default="4x64,4x256,1x1024")
+    parser.add_argument("--turns", nargs=3)
     parser.add_argument("--ways", default="fp32,autocast")
     parser.add_argument("--batch-sizes", default="64,16,4")
     parser.add_argument("--time-limit", type=float, default=150)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_limit
-    options.device = "cpu" if options.tiny or options.cpu else "cuda"
-    if options.data is None and not options.cpu:
+    options.device = "cpu" if options.tiny or options.cpu or options.turns else "cuda"
+    if options.data is None and not (options.cpu or options.turns):
         sys.exit("torch_step.py: error: --data IDS.npy is missing")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch_step.py: error: this PyTorch sees no GPU")
     torch.set_float32_matmul_precision("high")
+    if options.turns:
+        return take_turns(*options.turns, options)
     print(f"PyTorch {torch.__version__}", flush=True)
     if options.cpu:
-        if not options.no_layers:
-            time_cpu_layers(options)
-        if not options.layers:
-            time_cpu_tokens(options)
-            time_cpu_steps(options)
-        return
+        return time_cpu_layers(options)
     time_attentions(options)  # first: it is quick
     tiny = Config(layers=1, heads=2, channels=32, padded_vocab=50304, T=32)
     time_steps(tiny if options.tiny else Config(), options, deadline)
