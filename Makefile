@@ -146,6 +146,12 @@ $(FOLDER)/test_gpt2: $(FOLDER)/$(if $(filter double,$(VARIANT)),twin_double,trai
     $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
 	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
 
+# With the products of AMX, which is emulated in plain C++: dev/emu/amx.h.
+$(FOLDER)/emulated_amx.o: train_gpt2.cpp $(FOLDER)/flags
+	$(CXX) $(FLAGS) -DGPT2_EMULATED_AMX -MMD -MP -c $< -o $@
+$(FOLDER)/test_gpt2_amx: $(FOLDER)/emulated_amx.o $(FOLDER)/test_gpt2.o $(FOLDER)/version.o
+	$(CXX) $(FLAGS) $^ -o $@ $(LDFLAGS) -lgtest $(LIBRARIES)
+
 # What is made of a model: files, runs, and commands.
 RUN_TESTS := $(addprefix dev/test/test_,runs checkpoint convert cli jobs plan)
 RUN_TEST_OBJECTS := $(RUN_TESTS:%=$(FOLDER)/%.o)

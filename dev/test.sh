@@ -146,6 +146,24 @@ narrow_tests() {
     done
 }
 
+# The products that train_gpt2.cpp makes itself on a processor with AMX, on any that can pack for
+# them.
+amx_tests() {
+    folder=build/$(basename "$CXX")
+    if ! grep -qs avx512bw /proc/cpuinfo; then
+        skip "products on an emulated AMX: this processor has no AVX-512, which packs for them"
+        return
+    fi
+    built amx
+    if ! build "$CXX" "" "$folder/test_gpt2_amx"; then
+        echo "-- FAILED: $folder/test_gpt2_amx does not build"
+        failed=$((failed + 1))
+        return
+    fi
+    part "$folder/test_gpt2_amx, bf16" env GPT2_TEST_DTYPE=bf16 "$folder/test_gpt2_amx" \
+        --gtest_filter='Layer.*Products*:Layer.AFewRows*:Model.*:Golden.Loss*:Golden.Grad*'
+}
+
 # The compiler beside $CXX that the project supports, if it and its OpenMP can be used.
 case $CXX in
 *clang*) other=g++ ;;
@@ -466,6 +484,7 @@ test)
     build_ahead <<EOF
 $(basename "$CXX") $CXX - programs
 $(basename "$CXX")-double $CXX double programs
+amx $CXX - build/$(basename "$CXX")/test_gpt2_amx
 $other $other - programs
 $other-double $other double programs
 faults $CXX - faults
@@ -476,6 +495,7 @@ EOF
     program_tests "$CXX" ""
     narrow_tests
     program_tests "$CXX" double
+    amx_tests
     other_compiler_tests
     live_comparison
     part "scripts that fetch data" dev/test/test_scripts.sh
