@@ -565,7 +565,8 @@ using Count = std::integral_constant<int, N>;
 // lanes add up the same numbers in the same order whatever Rows and Columns are, and only vectors
 // are added to: the rounding of a scalar sum depends on what a compiler makes of its loop. What is
 // read next is asked for early, for processors foresee that a row goes on, and not that several do:
-// into the second-level cache, because Zen 4 waits at half the speed for lines of the first.
+// 3 KiB for each row that is read side by side, or what is behind those rows, if they are longer;
+// and into the second-level cache, because Zen 4 waits at half the speed for lines of the first.
 template <int Rows, int Columns, class In, class Weight>
 static inline void few_rows_block(real* sums, const In* a, int lda, const Weight* b, int ldb,
                                   int K) {
