@@ -367,7 +367,8 @@ inline ActivationTable activation_table(const GPT2Config& config, const GPT2Shap
     size_t generate = size_t(shape.generate), widest = std::max(3 * C, F);
     TwinSizes twin = gpt2_sizes(config, shape);
     bool stream = twin.exact_stream ? exact : narrow;
-    size_t classifier_rows = std::min(std::max(B * T, generate), twin.classifier_rows);
+    // of two in bf16 the CPU twin makes one of `real`
+    size_t classifier_rows = std::min(std::max({B * T, generate, size_t(2)}), twin.classifier_rows);
     size_t attention_scratch = twin.attention_scratch, reduce_rows = twin.reduce_rows;
     size_t expanded = twin.expanded, int8 = shape.int8 ? 1 : 0;
     auto kept = [&](int below) { return shape.training && shape.recompute < below ? L : 1; };

@@ -386,7 +386,7 @@ TEST(Layer, Bf16ProductsAreTheSumsOfExactProducts) {
         return bits;
     };
     constexpr int kShapes[][3] = {{1, 70, 33},  {4, 7, 129},   {13, 300, 64},   {64, 65, 33},
-                                  {129, 1, 40}, {96, 64, 128}, {34, 560, 1040}, {1060, 40, 33}};
+                                  {129, 1, 40}, {96, 64, 128}, {34, 560, 1040}, {1060, 40, 1040}};
     for (const int* shape : kShapes) {
         int M = shape[0], N = shape[1], K = shape[2];
         for (int mode = 0; mode < 8; mode++) {
@@ -601,18 +601,47 @@ TEST(Layer, SoftmaxOfExtremeLogitsIsFinite) {
     }
 }
 
+// Whatever bits it has: all that arithmetic leaves of a NaN, and those of memory gone bad.
 TEST(Layer, NaNGoesThroughEveryLayer) {
-    Buffer inp(4), out(4), mean(1), rstd(1), weight(4), logits(128), losses(1);
-    weight.fill(1), inp.fill(1), logits.fill(0);
-    inp[2] = kNaN, logits[2] = kNaN;
-    gelu_forward(out, inp, 4);
-    EXPECT_TRUE(std::isnan(out[2]));
-    layernorm_forward(out, mean, rstd, inp, weight, nullptr, 1e-5, 1, 1, 4);
-    EXPECT_TRUE(std::isnan(out[0]));
-    int target = 1;
-    classifier_forward(losses, logits, &target, 1, false, 1, 100, 128);
-    EXPECT_TRUE(std::isnan(losses[0]));
-    EXPECT_TRUE(std::isnan(global_norm(inp, 4)));
+    constexpr int T = 9, C = 16;
+    for (uint32_t bits : {0x7FC00000u, 0x7FC00001u, 0x7FFFFFFFu, 0xFFFFFFFFu}) {
+        real nan = std::bit_cast<float>(bits);
+        Buffer inp(4), out(T * C), mean(1), rstd(1), weight(4), logits(128), losses(1);
+        weight.fill(1), inp.fill(1), logits.fill(0);
+        inp[2] = nan, logits[2] = nan;
+        gelu_forward(out, inp, 4);
+        EXPECT_TRUE(std::isnan(out[2])) << bits;
+        layernorm_forward(out, mean, rstd, inp, weight, nullptr, 1e-5, 1, 1, 4);
+        EXPECT_TRUE(std::isnan(out[0])) << bits;
+        int target = 1;
+        classifier_forward(losses, logits, &target, 1, false, 1, 100, 128);
+        EXPECT_TRUE(std::isnan(losses[0])) << bits;
+        EXPECT_TRUE(std::isnan(global_norm(inp, 4))) << bits;
+
+        Buffer qkv(T * 3 * C), logsumexp(T), scratch = attention_scratch(T);
+        qkv.normal(1);
+        qkv[5 * 3 * C + C] = nan;  // of the key at position 5
+        attention_forward(out, logsumexp, qkv, scratch, Dropout{}, 1, T, C, 1);
+        for (int t = 0; t < T; t++)
+            EXPECT_EQ(std::isnan(out[t * C]), t >= 5) << "position " << t << " of " << bits;
+    }
+}
+
+// Where all logits lie far from 0, a loss is the difference of two large numbers.
+TEST(Layer, LossKeepsItsDigitsFarFromZero) {
+    constexpr int V = 1000, Vp = 1024;
+    for (double shift : {0.0, -100.0, -3000.0}) {
+        for (int target = 0; target < 20; target++) {
+            Buffer logits(Vp), losses(1);
+            logits.normal(unsigned(target));
+            double sum = 0;
+            for (real& logit : logits) logit = real(double(logit) + shift);
+            for (int j = 0; j < V; j++) sum += std::exp(double(logits[j] - logits[target]));
+            classifier_forward(losses, logits, &target, 1, false, 1, V, Vp);
+            // V numbers are added up in at most 16 lanes; exponentials are 3 eps off
+            EXPECT_AT_MOST(std::abs(double(losses[0]) - std::log(sum)), 16 * kEps);
+        }
+    }
 }
 
 // Dropout keeps 1 - p of the elements and their mean, and decides by place alone: the same for a
@@ -1267,21 +1296,96 @@ TEST(Model, ACopiedCacheGoesOnAsTheOriginal) {
                        tolerance(20, 2) * largest_magnitude(logits, V));
 }
 
-// Sampling between a forward and a backward pass of other steps must not disturb training.
+// Sampling between the passes of a step, and between steps, must not disturb training.
 TEST(Model, GenerationLeavesTrainingAlone) {
     GPT2Config config = odd_config();
-    std::vector<real> gradients[2];
+    std::vector<real> results[2][2];
     for (int generates : {0, 1}) {
         GPT2Ptr model = random_model(config, training_shape(2, 9, 1));
-        Batch batch(2, 9, config.vocab_size, 1);
         Buffer logits(size_t(config.vocab_size));
         std::vector<int> prompt = random_ids(12, config.vocab_size, 4);
-        if (generates) gpt2_generate(model.get(), prompt.data(), 1, 12, 0, logits);
-        forward_loss(model.get(), batch, 2, 9, GPT2Pass{true, 0, 0, 0, 0, nullptr});
-        gpt2_backward(model.get());
-        gradients[generates] = all_of_group(model.get(), Group::gradients);
+        auto sample = [&] {
+            if (generates) gpt2_generate(model.get(), prompt.data(), 1, 12, 0, logits);
+        };
+        for (int step = 1; step <= 2; step++) {
+            gpt2_zero_gradients(model.get());
+            for (unsigned pass = 0; pass < 2; pass++) {
+                Batch batch(2, 9, config.vocab_size, unsigned(step) * 2 + pass);
+                sample();
+                gpt2_forward(model.get(), batch.inputs.data(), batch.targets.data(), 2, 9,
+                             GPT2Pass{true, batch.scale / 2, 0, 0, 0, nullptr});
+                gpt2_backward(model.get());
+            }
+            sample();
+            results[generates][0] = all_of_group(model.get(), Group::gradients);
+            gpt2_update(model.get(), AdamW{0.01, 0.9, 0.95, 1e-8, 0.1, 1, uint64_t(step)});
+        }
+        results[generates][1] = all_of_group(model.get(), Group::parameters);
     }
+    EXPECT_EQ(results[0][0], results[1][0]);
+    EXPECT_EQ(results[0][1], results[1][1]);
+}
+
+// Another model's number of threads is not this one's, whose scratch memory is for its own.
+TEST(Model, ModelsOfDifferentThreadsLiveSideBySide) {
+    GPT2Config config = odd_config();
+    GPT2Shape shape = training_shape(3, 17), larger = shape;
+    shape.threads = 1, larger.threads = 4;
+    int before = omp_get_max_threads();
+    std::vector<real> gradients[2];
+    for (bool beside : {false, true}) {
+        GPT2Ptr model = random_model(config, shape), other;
+        if (beside) other = random_model(config, larger);
+        Batch batch(3, 17, config.vocab_size, 1);
+        forward_loss(model.get(), batch, 3, 17, GPT2Pass{true, 0, 0, 0, 0, nullptr});
+        gpt2_backward(model.get());
+        gradients[beside] = all_of_group(model.get(), Group::gradients);
+    }
+    omp_set_num_threads(before);
     EXPECT_EQ(gradients[0], gradients[1]);
+}
+
+// In bf16 a logit near -100 would be rounded to halves: those that are sampled from, or whose loss
+// is all that is asked for, keep the digits of their sums.
+TEST(Model, LogitsInBf16KeepTheDigitsOfTheirSums) {
+    if (kDouble || !is_cpu_twin()) return;
+    GPT2Config config = odd_config();
+    config.tied = false;
+    GPT2Shape shape = test_shape(2, 9, false, 1);
+    shape.dtype = Dtype::bf16;
+    GPT2Ptr model = random_model(config, shape);
+    size_t C = size_t(config.channels), V = size_t(config.vocab_size);
+    Buffer bias(C), head(V * C), logits(18 * V);
+    bias.fill(1), head.normal(3);
+    for (real& weight : head) weight = real(double(weight) * 0.1 - 100.0 / double(C));
+    gpt2_copy_in(model.get(), Group::parameters, k_lnfb, 0, bias);
+    gpt2_copy_in(model.get(), Group::parameters, k_headw, 0, head);
+    auto short_ones = [&](size_t rows) {
+        int count = 0;
+        for (size_t i = 0; i < rows * V; i++)
+            count += (std::bit_cast<uint32_t>(float(logits[i])) & 0xFFFF) == 0;
+        return count;
+    };
+    Batch batch(2, 9, config.vocab_size, 3);
+    GPT2Pass pass;
+    pass.logits = logits;
+    double loss = forward_loss(model.get(), batch, 2, 9, pass), expected = 0;
+    EXPECT_LT(double(logits[0]), -50);
+    EXPECT_LE(short_ones(18), 1);
+    for (size_t bt = 0; bt < 18; bt++) {
+        double sum = 0, target = double(logits[bt * V + size_t(batch.targets[bt])]);
+        for (size_t j = 0; j < V; j++) sum += std::exp(double(logits[bt * V + j]) - target);
+        expected += std::log(sum) / 18;
+    }
+    EXPECT_AT_MOST(std::abs(loss - expected), 16 * kEps);
+    for (bool int8 : {false, true}) {
+        shape.int8 = int8;
+        GPT2Ptr generating = random_model(config, shape);
+        gpt2_copy_in(generating.get(), Group::parameters, k_lnfb, 0, bias);
+        gpt2_copy_in(generating.get(), Group::parameters, k_headw, 0, head);
+        gpt2_generate(generating.get(), batch.inputs.data(), 1, 9, 0, logits);
+        EXPECT_LE(short_ones(1), 1) << "int8: " << int8;
+    }
 }
 
 TEST(Model, OverfitsOneBatch) {

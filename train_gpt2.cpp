@@ -159,8 +159,9 @@ inline float vector_exp(float x) {
     e = e * r + 1.f / 6;
     e = e * r + 0.5f;
     e = e * (r * r) + r + 1.f;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(e) +
-                                (std::bit_cast<uint32_t>(shifted) << 23));
+    float power = std::bit_cast<float>(std::bit_cast<uint32_t>(e) +
+                                       (std::bit_cast<uint32_t>(shifted) << 23));
+    return x == x ? power : x;  // of a NaN, the low bits too went into the exponent
 }
 
 // Of the residual stream products read nothing: in bf16 it stays in float32, so that what blocks
@@ -418,6 +419,7 @@ static void product_plain(const Product<In, Out>& p) {
 #ifdef GPT2_ONEDNN
 
 [[noreturn]] static void fail_product(int M, int N, int K, int status) {
+    if (status == dnnl_out_of_memory) throw std::bad_alloc();
     fail_machine("oneDNN: product of (%d,%d) and (%d,%d): status %d", M, K, K, N, status);
 }
 
@@ -433,6 +435,7 @@ class ProductPlans {
                    p.ldb,     p.bias != nullptr, p.beta, p.ldc, sizeof(In), sizeof(Out)};
         auto place = plans_.find(key);
         try {
+            if (place == plans_.end() && plans_.size() >= kMostPlans) plans_.clear();
             if (place == plans_.end()) place = plans_.emplace(key, make(p)).first;
             Plan& plan = place->second;
             if (!plan.primitive) return false;
@@ -452,6 +455,7 @@ class ProductPlans {
     }
 
   private:
+    static constexpr size_t kMostPlans = 256;  // training has about 30; prompts are of any length
     using Key = std::tuple<bool, bool, int, int, int, int, int, bool, real, int, size_t, size_t>;
     struct Plan {
         dnnl::matmul primitive;
@@ -924,6 +928,23 @@ static void product_amx(const Product<bf16, Out>& p) {
 
 #endif
 
+// The same by the loops above: a few rows of A at a time, where rows of B are what they multiply.
+template <class In, class Out>
+static void product_without_library(const Product<In, Out>& p) {
+#ifndef GPT2_IN_ORDER
+    if (p.trans_b && !p.trans_a) {
+        for (int m = 0; m < p.M; m += kFewRows) {
+            Product<In, Out> some = p;
+            some.A += size_t(m) * p.lda, some.C += size_t(m) * p.ldc;
+            some.M = std::min(kFewRows, p.M - m);
+            product_few_rows(some);
+        }
+        return;
+    }
+#endif
+    product_plain(p);
+}
+
 // The same product by oneDNN, which picks the kernel for the processor when the program runs, but
 // for bf16 on AMX. In float32 its BLAS interface was measured to be as fast as its primitives or
 // faster, except where a weight is transposed and a bias added, which a primitive does on the way.
@@ -946,9 +967,9 @@ static void product(const Product<In, Out>& p) {
     if constexpr (std::is_same_v<In, bf16> && !std::is_same_v<Out, double>)
         if (has_amx()) return product_amx(p);
 #    endif
-    if (!product_plans()(p)) product_plain(p);
+    if (!product_plans()(p)) product_without_library(p);
 #else
-    product_plain(p);
+    product_without_library(p);
 #endif
 }
 
@@ -1009,8 +1030,8 @@ struct Weights {
 // out = (inp q^T) * scale + bias, q expanded a few rows at a time: any q is a bf16 exactly, so that
 // the weights are those that few rows read.
 // out (BT,OC) is written; inp (BT,C), q (OC,C), scales (OC), bias (OC) or null
-template <class Float>
-static void matmul_expanded(Float* out, const Float* inp, const Weights<Float>& weight,
+template <class Float, class Out>
+static void matmul_expanded(Out* out, const Float* inp, const Weights<Float>& weight,
                             const Float* bias, int BT, int C, int OC) {
     int most = std::max(1, int(kExpanded / size_t(C)));
     for (int first = 0; first < OC; first += most) {
@@ -1018,12 +1039,12 @@ static void matmul_expanded(Float* out, const Float* inp, const Weights<Float>& 
         const int8_t* q = weight.q + size_t(first) * C;
 #pragma omp parallel for simd schedule(static)
         for (size_t i = 0; i < size_t(rows) * C; i++) weight.expanded[i] = real(q[i]);
-        product<Float, Float>(
+        product<Float, Out>(
             {false, true, BT, rows, C, inp, C, weight.expanded, C, nullptr, 0, out + first, OC});
     }
 #pragma omp parallel for schedule(static)
     for (int bt = 0; bt < BT; bt++) {
-        Float* out_bt = out + size_t(bt) * OC;
+        Out* out_bt = out + size_t(bt) * OC;
 #pragma omp simd
         for (int o = 0; o < OC; o++)
             out_bt[o] = real(out_bt[o]) * weight.scales[o] + (bias != nullptr ? real(bias[o]) : 0);
@@ -1032,19 +1053,19 @@ static void matmul_expanded(Float* out, const Float* inp, const Weights<Float>& 
 
 // out = inp weight^T + bias
 // out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
-template <class Float>
-void matmul_forward(Float* out, const Float* inp, const Float* weight, const Float* bias, int BT,
+template <class Float, class Out>
+void matmul_forward(Out* out, const Float* inp, const Float* weight, const Float* bias, int BT,
                     int C, int OC) {
-    product<Float, Float>({false, true, BT, OC, C, inp, C, weight, C, bias, 0, out, OC});
+    product<Float, Out>({false, true, BT, OC, C, inp, C, weight, C, bias, 0, out, OC});
 }
 
 // The same by weights as they are held.
-template <class Float>
-void matmul_forward(Float* out, const Float* inp, const Weights<Float>& weight, const Float* bias,
+template <class Float, class Out>
+void matmul_forward(Out* out, const Float* inp, const Weights<Float>& weight, const Float* bias,
                     int BT, int C, int OC) {
-    if (weight.q == nullptr) return matmul_forward(out, inp, weight.numbers, bias, BT, C, OC);
+    if (weight.q == nullptr) return matmul_forward<Float>(out, inp, weight.numbers, bias, BT, C, OC);
     if (BT > kFewRows) return matmul_expanded(out, inp, weight, bias, BT, C, OC);
-    product_few_rows<Float, Float, int8_t>(
+    product_few_rows<Float, Out, int8_t>(
         {false, true, BT, OC, C, inp, C, weight.q, C, bias, 0, out, OC, weight.scales});
 }
 
@@ -1576,7 +1597,7 @@ void classifier_forward(real* losses, Float* logits, const int* targets, double 
         real largest = largest_of(row, V), sum = 0, at_target = row[target];
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < V; j++) sum += vector_exp(real(row[j]) - largest);
-        losses[bt] = largest + std::log(sum) - at_target;
+        losses[bt] = std::log(sum) + (largest - at_target);  // both may be far from 0
         if (!gradient) continue;
         real factor = real(loss_scale) / sum;
 #pragma omp simd
@@ -1847,9 +1868,6 @@ static void with_type(Dtype dtype, F f) {
 
 size_t gpt2_memory_free() { return machine_memory_free(); }
 
-// What the whole process will take: the tables; the copies of one tensor at a time, of which
-// initialisation, files and the library's packing hold at most two; and the program with its
-// libraries, as measured.
 // Making, reading and saving a model take a copy of a tensor, and one more of those that a file
 // holds the other way round: in a save of both moments, of each.
 static size_t copies_bytes(const GPT2Config& config, const GPT2Shape& shape) {
@@ -1861,6 +1879,8 @@ static size_t copies_bytes(const GPT2Config& config, const GPT2Shape& shape) {
     return (largest + (shape.training ? 2 : 1) * turned) * sizeof(real);
 }
 
+// What the whole process will take: the tables, the copies of a tensor, and the program with its
+// libraries, as measured.
 std::vector<MemoryRow> gpt2_memory(const GPT2Config& config, const GPT2Shape& shape) {
     size_t program_bytes = size_t(40) << 20;  // oneDNN's products among them
 #ifdef GPT2_AMX
@@ -2102,10 +2122,12 @@ static void block_end_forward(const GPT2* model, int l, int B, int T) {
                                model->dropout(RandomUse::mlp_projection, l), B, T, C);
 }
 
-// The classifier over kClassifierRows rows of logits at a time, so that (B,T,Vp) is never whole.
-// Training also takes its gradient: dnorm, that of lnf, is written; that of the classifier's weight
-// accumulates.
-template <class Float>
+// The classifier over as many rows of logits at a time as there is memory for, so that (B,T,Vp) is
+// never whole. Training also takes its gradient: dnorm, that of lnf, is written; that of the
+// classifier's weight accumulates, but the first rows after gpt2_zero_gradients write it. Other
+// passes are after losses and logits alone, and have them in all digits of `real`: those of a
+// trained model may all lie near -100, where numbers in bf16 are 0.5 apart.
+template <class Float, class Logit>
 static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) {
     const GPT2Config& config = model->config;
     ParameterPointers<const Float> p = model->parameters_of<Float>(0);
@@ -2115,16 +2137,19 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
         BT = model->B * model->T;
     const Float* weight = config.tied ? p.wte : p.headw;
     real* dweight = config.tied ? d.wte : d.headw;
-    for (int first = 0; first < BT; first += kClassifierRows) {
-        int rows = std::min(kClassifierRows, BT - first);
+    auto* logits = reinterpret_cast<Logit*>(a.logits);
+    size_t bytes = model->activation_rows[a_logits].bytes(model->shape.dtype);
+    int held = int(bytes / (sizeof(Logit) * size_t(Vp)));
+    for (int first = 0; first < BT; first += held) {
+        int rows = std::min(held, BT - first);
         const Float* lnf = a.lnf + size_t(first) * C;
-        matmul_forward<Float>(a.logits, lnf, model->head_weights<Float>(), nullptr, rows, C, Vp);
+        matmul_forward<Float>(logits, lnf, model->head_weights<Float>(), nullptr, rows, C, Vp);
         if (pass.logits != nullptr)
             for (int bt = 0; bt < rows; bt++)
-                std::copy(a.logits + size_t(bt) * Vp, a.logits + size_t(bt) * Vp + V,
+                std::copy(logits + size_t(bt) * Vp, logits + size_t(bt) * Vp + V,
                           pass.logits + size_t(first + bt) * V);
         if (targets == nullptr) continue;
-        classifier_forward(a.losses + first, a.logits, targets + first, pass.loss_scale,
+        classifier_forward(a.losses + first, logits, targets + first, pass.loss_scale,
                            pass.training, rows, V, Vp);
         if (pass.training)
             matmul_backward<Float>(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf,
@@ -2136,6 +2161,10 @@ static void head_forward(GPT2* model, const int* targets, const GPT2Pass& pass) 
     for (int bt = 0; bt < BT; bt++) sum += double(a.losses[bt]);
     model->loss += sum * pass.loss_scale;
 }
+
+// Scratch memory is there for as many threads as the model has; OpenMP's setting, which belongs to
+// the calling thread, may by now be another model's.
+static void use_threads(const GPT2* model) { omp_set_num_threads(model->shape.threads); }
 
 template <class Float>
 static void model_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
@@ -2154,13 +2183,15 @@ static void model_forward(GPT2* model, const int* inputs, const int* targets, in
         block_forward<Float>(model, model->block_input<Float>(l), l, B, T);
         block_end_forward<Float>(model, l, B, T);
     }
-    head_forward<Float>(model, targets, pass);
+    if (pass.training) head_forward<Float, Float>(model, targets, pass);
+    else head_forward<Float, real>(model, targets, pass);
 }
 
 void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
                   const GPT2Pass& pass) {
     assert(B >= 1 && B <= model->shape.B && T >= 1 && T <= model->shape.T);
     assert(!pass.training || (model->shape.training && targets != nullptr));
+    use_threads(model);
     with_type(model->shape.dtype,
               [&]<class Float>() { model_forward<Float>(model, inputs, targets, B, T, pass); });
 }
@@ -2223,7 +2254,7 @@ static void model_generate(GPT2* model, const int* tokens, int B, int n, int pos
                            real* logits) {
     const GPT2Config& config = model->config;
     Activations<Float> a = model->activations_of<Float>(0);
-    int C = config.channels, V = config.vocab_size, Vp = config.padded_vocab();
+    int C = config.channels, V = config.vocab_size;
     model->pass = GPT2Pass{};
     int together = n == 1 ? std::min(B, kClassifierRows) : 1;
     for (int first = 0; first < B; first += together) {
@@ -2232,17 +2263,15 @@ static void model_generate(GPT2* model, const int* tokens, int B, int n, int pos
             NewTokens now = {first, rows, std::min(model->shape.T, n - done), position + done};
             tokens_generate<Float>(model, tokens + size_t(first) * n + done, n, now);
         }
-        matmul_forward<Float>(a.logits, a.branch, model->head_weights<Float>(), nullptr, rows, C,
-                              Vp);
-        for (int b = 0; b < rows; b++)
-            std::copy(a.logits + size_t(b) * Vp, a.logits + size_t(b) * Vp + V,
-                      logits + size_t(first + b) * V);
+        matmul_forward<Float>(logits + size_t(first) * V, a.branch, model->head_weights<Float>(),
+                              nullptr, rows, C, V);
     }
 }
 
 void gpt2_generate(GPT2* model, const int* tokens, int B, int n, int position, real* logits) {
     assert(B >= 1 && B <= model->shape.generate && B <= model->shape.B * model->shape.T);
     assert(n >= 1 && position >= 0 && position + n <= model->config.context);
+    use_threads(model);
     with_type(model->shape.dtype,
               [&]<class Float>() { model_generate<Float>(model, tokens, B, n, position, logits); });
 }
@@ -2357,6 +2386,7 @@ static void model_backward(GPT2* model) {
 
 void gpt2_backward(GPT2* model) {
     assert(model->pass.training);
+    use_threads(model);
     with_type(model->shape.dtype, [&]<class Float>() { model_backward<Float>(model); });
 }
 
@@ -2406,12 +2436,21 @@ GPT2Stats gpt2_previous_stats(GPT2* model) { return model->before_last; }
 
 const char* gpt2_program() { return "train_gpt2"; }
 
-static std::string processor_name() {
+// What Linux says of a `property` of the processor, "" where it does not.
+static std::string processor_property(const std::string& property) {
     std::string line;
     std::ifstream file("/proc/cpuinfo");
-    while (std::getline(file, line))
-        if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-    return "CPU";
+    while (std::getline(file, line)) {
+        size_t colon = line.find(':'), end = line.find_last_not_of(" \t", colon - 1);
+        if (colon + 2 < line.size() && line.substr(0, end + 1) == property)
+            return line.substr(colon + 2);
+    }
+    return "";
+}
+
+static std::string processor_name() {
+    std::string name = processor_property("model name");
+    return name.empty() ? "CPU" : name;
 }
 
 #ifdef GPT2_ONEDNN
@@ -2455,6 +2494,10 @@ static Dtype fastest_dtype() {
     if (sizeof(real) != 4 || !has(dnnl::cpu_isa::avx512_core_bf16)) return Dtype::fp32;
     if (has(dnnl::cpu_isa::avx512_core_amx)) return Dtype::bf16;
     std::string folder = user_cache_folder(), name = processor_name();
+    for (const char* property : {"cpu family", "model"})  // a virtual machine's name may be any's
+        name += " " + processor_property(property);
+    const dnnl_version_t* library = dnnl_version();
+    name += format(", oneDNN %d.%d.%d", library->major, library->minor, library->patch);
     std::replace(name.begin(), name.end(), '/', '_');
     std::string path = folder + "/dtype of " + name;
     std::string kept = folder.empty() ? "" : first_line(path);
