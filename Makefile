@@ -26,11 +26,12 @@ ifeq ($(shell uname),Darwin)
 endif
 export CXX CPPFLAGS
 
-# libgomp's threads wait for each other by spinning, for milliseconds unless told otherwise. On a
+# OpenMP's threads wait for each other by spinning, for milliseconds unless told otherwise. On a
 # machine that does other work too they then burn the time that the thread they wait for needs: on
 # two busy cores a training step took seven times as long. 3,000 turns cost nothing where the cores
-# are free.
+# are free; clang++'s library counts in milliseconds.
 export GOMP_SPINCOUNT ?= 3000
+export KMP_BLOCKTIME ?= 1
 
 # Words such as run:utf8proc.h, for the headers that the compiler does not find.
 MISSING := $(shell scripts/install_deps.sh missing)

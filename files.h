@@ -118,14 +118,62 @@ inline std::string one_line(std::string_view text) {
     fail_machine("%s: cannot %s: %s", path.c_str(), action, strerror(code));
 }
 
-// The bytes of memory that this machine could still give; 0 when it does not say.
-inline size_t machine_memory_free() {
-    std::ifstream file("/proc/meminfo");
+inline std::string first_line(const std::string& path) {
+    std::string line;
+    std::ifstream file(path);
+    std::getline(file, line);
+    return line;
+}
+
+// The number behind a word in a file of words and numbers; 0 where there is none.
+inline size_t number_behind(const std::string& path, const std::string& wanted) {
+    std::ifstream file(path);
     std::string word;
-    size_t kib = 0;
+    size_t number = 0;
     while (file >> word)
-        if (word == "MemAvailable:" && file >> kib) break;
-    return kib * 1024;
+        if (word == wanted && file >> number) return number;
+    return 0;
+}
+
+// The folders of the control groups whose limits of `controller` hold for this process: its own and
+// those above. `system` stands before /proc and /sys, for tests.
+inline std::vector<std::string> control_groups(const std::string& controller,
+                                               const std::string& system = "") {
+    std::vector<std::string> folders;
+    std::ifstream file(system + "/proc/self/cgroup");  // "0::/path", or "3:cpu,cpuacct:/path"
+    std::string line;
+    while (std::getline(file, line)) {
+        size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (second == std::string::npos) continue;
+        std::string names = line.substr(first + 1, second - first - 1);
+        if (!names.empty() && ("," + names + ",").find("," + controller + ",") == std::string::npos)
+            continue;
+        std::string root = system + "/sys/fs/cgroup" + (names.empty() ? "" : "/" + controller);
+        std::string path = line.substr(second + 1);
+        for (; path.size() > 1; path.resize(path.rfind('/'))) folders.push_back(root + path);
+        folders.push_back(root);
+    }
+    return folders;
+}
+
+// The bytes of memory that this machine, or the container, could still give; 0 when it does not say.
+inline size_t machine_memory_free(const std::string& system = "") {
+    size_t free = number_behind(system + "/proc/meminfo", "MemAvailable:") * 1024;
+    for (const std::string& folder : control_groups("memory", system)) {
+        auto number = [&](const char* file) {
+            return size_t(strtoull(first_line(folder + file).c_str(), nullptr, 10));
+        };
+        size_t limit = number("/memory.max"), used = number("/memory.current");
+        size_t kept = number_behind(folder + "/memory.stat", "inactive_file");  // given back if asked
+        if (limit == 0) {                                                      // version 1, or "max"
+            limit = number("/memory.limit_in_bytes"), used = number("/memory.usage_in_bytes");
+            kept = number_behind(folder + "/memory.stat", "total_inactive_file");
+        }
+        if (limit == 0) continue;
+        used -= std::min(used, kept);
+        free = std::min(free, std::max(limit - std::min(limit, used), size_t(1)));
+    }
+    return free;
 }
 
 // Threads that a quota of processor time feeds, in the words of a control group ("150000 100000":
@@ -137,11 +185,17 @@ inline int quota_threads(const std::string& words) {
     return int(std::clamp(used_us / period_us, 1.0, 4096.0));
 }
 
-inline std::string first_line(const std::string& path) {
-    std::string line;
-    std::ifstream file(path);
-    std::getline(file, line);
-    return line;
+// The least that the control groups of this process allow it; 0 without a quota.
+inline int group_threads(const std::string& system = "") {
+    int least = 0;
+    for (const std::string& folder : control_groups("cpu", system)) {
+        int quota = quota_threads(first_line(folder + "/cpu.max"));
+        if (quota == 0)  // version 1
+            quota = quota_threads(first_line(folder + "/cpu.cfs_quota_us") + " " +
+                                  first_line(folder + "/cpu.cfs_period_us"));
+        if (quota > 0) least = least > 0 ? std::min(least, quota) : quota;
+    }
+    return least;
 }
 
 // How many threads compute best here: as many as OMP_NUM_THREADS asks for, else one a core (two
@@ -162,10 +216,7 @@ inline int machine_threads() {
         cores.insert(core.empty() ? std::to_string(cpu) + " itself" : package + " " + core);
     }
     int threads = std::max(1, int(cores.size()));
-    int quota = quota_threads(first_line("/sys/fs/cgroup/cpu.max"));
-    if (quota == 0)  // version 1 of control groups
-        quota = quota_threads(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") + " " +
-                              first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us"));
+    int quota = group_threads();
     return quota > 0 ? std::min(threads, quota) : threads;
 #else
     return omp_get_max_threads();

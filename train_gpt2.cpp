@@ -2557,18 +2557,40 @@ PeakRate gpt2_peak(const GPT2Shape& shape) {
 // ==== main =======================================================================================
 
 #ifndef GPT2_MODEL_ONLY
-// libgomp's threads wait for each other by spinning, for milliseconds, unless the environment says
+// OpenMP's threads wait for each other by spinning, for milliseconds, unless the environment says
 // otherwise before the program starts. Where other programs want the cores too, they then burn the
 // time that the thread they wait for needs: steps took seven times as long on two busy cores. So
 // the program starts itself once more with a short spin, which costs nothing where cores are free.
 static void shorten_waits(char** argv) {
     if (getenv("GOMP_SPINCOUNT") != nullptr || getenv("OMP_WAIT_POLICY") != nullptr) return;
     setenv("GOMP_SPINCOUNT", "3000", 0);
+    setenv("KMP_BLOCKTIME", "1", 0);  // milliseconds, of clang++'s OpenMP
     execv("/proc/self/exe", argv);  // where that fails, it goes on as it is
+}
+
+// Whether this processor has the instructions of the one that the program was built for.
+static bool runs_here() {
+    bool runs = true;
+#    ifdef __AVX2__
+    runs = runs && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#    endif
+#    ifdef __AVX512F__
+    runs = runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#    endif
+#    ifdef __AVX512BF16__
+    runs = runs && __builtin_cpu_supports("avx512bf16");
+#    endif
+    return runs;
 }
 
 // Weak: the tests, which are linked with this file, have a main of their own.
 __attribute__((weak)) int main(int argc, char** argv) {
+    if (!runs_here()) {
+        fputs("error: this program was built for another processor, whose instructions this one "
+              "lacks: build it here (make clean, make), or for both with ARCH=-march=x86-64-v3\n",
+              stderr);
+        return kExitMachine;
+    }
     shorten_waits(argv);
     return run(argc, argv);
 }

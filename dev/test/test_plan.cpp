@@ -4,6 +4,55 @@
 #include "../../scaling.h"
 #include "calls.h"
 
+// ==== the machine ================================================================================
+
+namespace {
+
+// What a container may use, by control groups of either version, of its own or of those above.
+TEST(Machine, LimitsOfControlGroupsHold) {
+    std::string system = test_folder(), groups = system + "/sys/fs/cgroup";
+    auto write = [&](const std::string& path, const std::string& text) {
+        fs::create_directories(fs::path(system + path).parent_path());
+        std::ofstream(system + path) << text;
+    };
+    write("/proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nBuffers: 1 kB\n");
+    EXPECT_EQ(machine_memory_free(system), 8000u * 1024) << "no control group";
+    EXPECT_EQ(group_threads(system), 0);
+
+    write("/proc/self/cgroup", "0::/jobs/mine\n");
+    write("/sys/fs/cgroup/jobs/mine/memory.max", "max\n");
+    write("/sys/fs/cgroup/jobs/mine/cpu.max", "max 100000\n");
+    EXPECT_EQ(machine_memory_free(system), 8000u * 1024);
+    EXPECT_EQ(group_threads(system), 0);
+    write("/sys/fs/cgroup/jobs/memory.max", "4000000\n");
+    write("/sys/fs/cgroup/jobs/memory.current", "1000000\n");
+    write("/sys/fs/cgroup/jobs/memory.stat", "active_file 5\ninactive_file 300000\n");
+    write("/sys/fs/cgroup/jobs/cpu.max", "300000 100000\n");
+    EXPECT_EQ(machine_memory_free(system), 4000000u - 1000000 + 300000);
+    EXPECT_EQ(group_threads(system), 3);
+    write("/sys/fs/cgroup/jobs/mine/memory.max", "2000000\n");
+    write("/sys/fs/cgroup/jobs/mine/memory.current", "2000001\n");
+    write("/sys/fs/cgroup/cpu.max", "200000 100000\n");
+    EXPECT_EQ(machine_memory_free(system), 1u) << "nothing is left, which is not unknown";
+    EXPECT_EQ(group_threads(system), 2);
+
+    fs::remove_all(groups);
+    write("/proc/self/cgroup", "7:name=systemd:/\n4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n");
+    write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "6000000\n");  // a container's own root
+    write("/sys/fs/cgroup/memory/memory.usage_in_bytes", "1500000\n");
+    write("/sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 500000\n");
+    write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n");
+    write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n");
+    EXPECT_EQ(machine_memory_free(system), 5000000u);
+    EXPECT_EQ(group_threads(system), 0);
+    write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "250000\n");
+    EXPECT_EQ(group_threads(system), 2);
+    write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+    EXPECT_EQ(machine_memory_free(system), 8000u * 1024);
+}
+
+}  // namespace
+
 // ==== the cost model =============================================================================
 
 namespace {
