@@ -41,6 +41,7 @@ constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
 constexpr int kReduceRows = 1024;      // partial sums of a bias or layer norm gradient
 constexpr int kNormBlocks = 1024;      // partial sums of the global norm, of a bucket
 constexpr size_t kWorkspaceBytes = size_t(32) << 20;  // what NVIDIA advises for cuBLASLt on Hopper
+constexpr size_t kMostShared = size_t(99) << 10;      // of a block: 8.6, 8.9, 12.0 have no more
 
 // What kernels use of the hardware beyond CUDA C++: shared memory, tensor cores and copies that go
 // on while a kernel computes, as PTX [NVIDIA, Parallel Thread Execution ISA]. Off the GPU, the
@@ -1515,7 +1516,7 @@ struct AttentionTiles {
 
     // Shared memory of a block of `count` warps that owns rows of `owned` tensors; the other side
     // is two tensors, each twice: one step and the next.
-    static size_t shared_bytes(int owned, int count) {
+    static constexpr size_t shared_bytes(int owned, int count) {
         return size_t(owned * count * kRows + 4 * step) * kPitch * sizeof(Number) +
                size_t(count) * kPatch * sizeof(float);
     }
@@ -1531,7 +1532,7 @@ struct AttentionWarpgroup : AttentionTiles<bf16, 64, 1, 4, 64, false> {
     __host__ __device__ static constexpr int place(int row, int column) {
         return row * kPitch + (column ^ row % 8 * 8);
     }
-    static size_t shared_bytes(int owned, int) {
+    static constexpr size_t shared_bytes(int owned, int) {
         return size_t(owned + 4) * 64 * kPitch * sizeof(bf16);
     }
 };
@@ -2235,11 +2236,11 @@ void attention_forward_tiled(typename Tiles::Float* out, float* logsumexp,
            shape);
 }
 
+// In float32 the tiles of larger heads are smaller, so that every card has shared memory for them.
 template <class Float, int HSP>
-using AttentionForwardTiles =
-    std::conditional_t<sizeof(Float) == 2,
-                       AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
-                       AttentionTiles<Float, HSP, 2, 4, 32, false>>;
+using AttentionForwardTiles = std::conditional_t<
+    sizeof(Float) == 2, AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
+    AttentionTiles<Float, HSP, HSP <= 96 ? 2 : 1, 4, HSP <= 64 ? 32 : 16, false>>;
 using AttentionForwardWarpgroup = AttentionWarpgroup<5>;
 
 // Whether the card and this program's code for it have wgmma. (Code of an earlier architecture,
@@ -2276,6 +2277,7 @@ void attention_forward(Float* out, float* logsumexp, const Float* qkv, const Dro
     with_head_size<Float>(C / NH, [&]<int HSP>() {
         with_tiles<AttentionForwardWarpgroup, AttentionForwardTiles<Float, HSP>>(
             [&]<class Tiles>() {
+                static_assert(Tiles::shared_bytes(1, Tiles::kWarps) <= kMostShared);
                 attention_forward_tiled<Tiles>(out, logsumexp, qkv, dropout, B, T, C, NH, stream);
             });
     });
@@ -2533,6 +2535,12 @@ void attention_delta(float* delta, const Float* dout, const Float* out, Attentio
            delta, dout, out, shape, share);
 }
 
+// Beside its tiles a block of the keys has two numbers of each query, of this step and the next.
+template <class Tiles>
+constexpr size_t attention_keys_shared_bytes(int warps) {
+    return Tiles::shared_bytes(2, warps) + 4 * Tiles::kStep * sizeof(float);
+}
+
 template <class KeyTiles, class QueryTiles>
 void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename KeyTiles::Float* dout,
                               const typename KeyTiles::Float* qkv,
@@ -2542,10 +2550,9 @@ void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename Key
     AttentionShape shape = attention_shape<KeyTiles>(B, T, C, NH);
     attention_delta(scratch, dout, out, shape, stream);
     int warps = attention_warps<KeyTiles>(T);
-    size_t numbers_bytes = 4 * KeyTiles::kStep * sizeof(float);
     launch("attention_backward_keys", attention_backward_keys_kernel<KeyTiles>,
            attention_blocks<KeyTiles>(shape, warps), unsigned(warps * kWarp),
-           KeyTiles::shared_bytes(2, warps) + numbers_bytes, stream, dqkv, dout, qkv, logsumexp,
+           attention_keys_shared_bytes<KeyTiles>(warps), stream, dqkv, dout, qkv, logsumexp,
            scratch, AttentionDropout(dropout), shape);
     warps = attention_warps<QueryTiles>(T);
     launch("attention_backward_queries", attention_backward_queries_kernel<QueryTiles>,
@@ -2554,16 +2561,22 @@ void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename Key
            AttentionDropout(dropout), shape);
 }
 
-// Beyond a head size of 64 the sums of 32 rows a warp would take all registers there are.
+// Beyond a head size of 64 the sums of 32 rows a warp would take all registers there are. The
+// largest heads leave fewer warps room in shared memory.
+template <int HSP>
+constexpr int kBackwardTall = HSP <= 64 ? 2 : 1;
+template <int HSP>
+constexpr int kBackwardWarps = HSP <= 64 || HSP > 112 ? 4 : 8;  // of bf16
 template <class Float, int HSP>
 using AttentionKeyTiles = std::conditional_t<
-    sizeof(Float) == 2, AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, false>,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, HSP == 64 ? 16 : 32, false>>;
+    sizeof(Float) == 2,
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, kBackwardWarps<HSP>, 32, false>,
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, HSP <= 96 ? 4 : 3, HSP <= 32 ? 32 : 16, false>>;
 template <class Float, int HSP>
 using AttentionQueryTiles = std::conditional_t<
     sizeof(Float) == 2,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, HSP <= 64>,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, 32, false>>;
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, kBackwardWarps<HSP>, 32, HSP <= 64>,
+    AttentionKeyTiles<Float, HSP>>;
 
 using AttentionKeyWarpgroup = AttentionWarpgroup<3>;
 using AttentionQueryWarpgroup = AttentionWarpgroup<4>;
@@ -2583,6 +2596,8 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
         with_tiles<AttentionKeyWarpgroup, AttentionKeyTiles<Float, HSP>>([&]<class Keys>() {
             using Queries = std::conditional_t<Keys::kWarpgroup, AttentionQueryWarpgroup,
                                                AttentionQueryTiles<Float, HSP>>;
+            static_assert(attention_keys_shared_bytes<Keys>(Keys::kWarps) <= kMostShared);
+            static_assert(Queries::shared_bytes(2, Queries::kWarps) <= kMostShared);
             attention_backward_tiled<Keys, Queries>(dqkv, dout, qkv, out, logsumexp, scratch,
                                                     dropout, B, T, C, NH, stream);
         });

@@ -680,8 +680,8 @@ Argument describe(const T& value) {
 }
 
 // Runs kernel(arguments...) for every thread of every block before it returns, unless a collective
-// that it is ordered after is still under way: then once that has ended. A launch that a GPU
-// of compute capability 8.0 would refuse says why on stderr and is found by cudaGetLastError().
+// that it is ordered after is still under way: then once that has ended. A launch that the
+// card would refuse says why on stderr and is found by cudaGetLastError().
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, const A&... arguments) {

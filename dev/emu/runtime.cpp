@@ -89,7 +89,7 @@ struct LateWrite {
 using PastUses = std::map<std::tuple<const char*, size_t, bool>,  // as in Use
                           std::pair<uint64_t, std::string>>;  // number and name of the operation
 
-constexpr int kSharedDefault = 48 << 10, kSharedMost = 163 << 10, kSharedProcessor = 164 << 10;
+constexpr int kSharedDefault = 48 << 10, kSharedReserved = 1 << 10;  // of a block
 constexpr int kThreadsMost = 1024, kThreadsProcessor = 2048, kBlocksProcessor = 32;
 constexpr unsigned kGridMost = 65535;
 
@@ -434,6 +434,16 @@ void capability(int* major, int* minor) {
     if (text != nullptr) sscanf(text, "%d.%d", major, minor);
 }
 
+// Shared memory of a multiprocessor [CUDA C++ Programming Guide, technical specifications per
+// compute capability], and the most that a block of it gets.
+int shared_processor() {
+    int major, minor;
+    capability(&major, &minor);
+    if (major == 8) return (minor == 0 || minor == 7 ? 164 : 100) << 10;
+    return (major == 12 ? 100 : 228) << 10;
+}
+int shared_most() { return shared_processor() - kSharedReserved; }
+
 }  // namespace
 
 cudaError_t card() {
@@ -486,7 +496,7 @@ cudaError_t check_limits(const Launch& launch) {
             launch, cudaErrorInvalidValue,
             "%zu bytes of shared memory; its limit is %zu (cudaFuncSetAttribute raises it "
             "up to %d)",
-            launch.shared_bytes, limit, kSharedMost);
+            launch.shared_bytes, limit, shared_most());
     return cudaSuccess;
 }
 
@@ -743,9 +753,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     properties->totalGlobalMem = card_bytes();
     properties->multiProcessorCount = multiprocessors();
     properties->sharedMemPerBlock = kSharedDefault;
-    properties->sharedMemPerBlockOptin = kSharedMost;
-    properties->sharedMemPerMultiprocessor = kSharedProcessor;
-    properties->reservedSharedMemPerBlock = 1024;
+    properties->sharedMemPerBlockOptin = size_t(shared_most());
+    properties->sharedMemPerMultiprocessor = size_t(shared_processor());
+    properties->reservedSharedMemPerBlock = kSharedReserved;
     properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
     properties->warpSize = 32;
     properties->maxThreadsPerBlock = kThreadsMost;
@@ -774,13 +784,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
             *value = kSharedDefault;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = kSharedMost;
+            *value = shared_most();
             break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            *value = kSharedProcessor;
+            *value = shared_processor();
             break;
         case cudaDevAttrReservedSharedMemoryPerBlock:
-            *value = 1024;
+            *value = kSharedReserved;
             break;
         case cudaDevAttrMaxRegistersPerBlock:
         case cudaDevAttrMaxRegistersPerMultiprocessor:
@@ -1091,7 +1101,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     if (kernel == nullptr) return remember(cudaErrorInvalidDeviceFunction);
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-        value > kSharedMost)
+        value > shared_most())
         return remember(cudaErrorInvalidValue);
     shared_limits[kernel] = std::max(value, kSharedDefault);
     return cudaSuccess;
@@ -1120,7 +1130,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
     if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
     if (kernel == nullptr || threads < 1) return remember(cudaErrorInvalidValue);
     int by_threads = kThreadsProcessor / ((threads + 31) / 32 * 32);
-    int by_shared = int(size_t(kSharedProcessor) / (shared_bytes + 1024));
+    int by_shared = int(size_t(shared_processor()) / (shared_bytes + kSharedReserved));
     *blocks = threads > kThreadsMost ? 0 : std::min({by_threads, by_shared, kBlocksProcessor});
     return cudaSuccess;
 }

@@ -676,6 +676,29 @@ TEST(Launch, KeepsTheLimitsOfTheCard) {
     EXPECT_EQ(try_launch(1, 1, 0), cudaErrorNoKernelImageForDevice);
 }
 
+// Shared memory of a block, as the CUDA C++ Programming Guide lists it by compute capability.
+TEST(Launch, SharedMemoryIsThatOfTheCapability) {
+    const std::pair<const char*, int> kMost_KiB[] = {{"8.0", 163}, {"8.6", 99},  {"8.7", 163},
+                                                     {"8.9", 99},  {"9.0", 227}, {"10.0", 227},
+                                                     {"12.0", 99}};
+    auto kernel = reinterpret_cast<const void*>(nothing_kernel);
+    auto raise = [kernel](int bytes) {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    for (const auto& [name, most_KiB] : kMost_KiB) {
+        Environment capability("EMU_CAPABILITY", name);
+        int most = 0, most_together = 0;
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+        cudaDeviceGetAttribute(&most_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+        EXPECT_EQ(most, most_KiB * 1024) << name;
+        EXPECT_EQ(most_together, (most_KiB + 1) * 1024) << name;
+        EXPECT_EQ(raise(most + 1), cudaErrorInvalidValue) << name;
+        EXPECT_EQ(raise(most), cudaSuccess) << name;
+        cudaGetLastError();
+        EXPECT_EQ(try_launch(1, 1, size_t(most)), cudaSuccess) << name;
+    }
+}
+
 TEST(Memory, FailsWhenAskedTo) {
     for (int n : {1, 3}) {
         Environment fail("EMU_FAIL_MALLOC", std::to_string(n));
