@@ -3713,12 +3713,18 @@ static void copy_part_out(const GPT2* model, Group group, int row, int layer, re
           "gpt2_copy_out");
 }
 
+// On the model's stream: a cudaMemcpy from pageable memory may return before the device has it all,
+// and what the default stream still does no other stream here waits for.
+static void copy_to_device(GPT2* model, void* memory, const void* host, size_t bytes) {
+    check(cudaMemcpyAsync(memory, host, bytes, cudaMemcpyHostToDevice, model->stream),
+          "gpt2_copy_in");
+    check(cudaStreamSynchronize(model->stream), "gpt2_copy_in");  // the host's may go
+}
+
 static void copy_part_in(GPT2* model, Group group, int row, int layer, const real* host) {
     HeldPart held = held_part(model, row, layer);
     float* memory = model->updated(group, bucket_of(model, row, layer)) + held.place;
-    check(cudaMemcpy(memory, host + held.begin, (held.end - held.begin) * sizeof(float),
-                     cudaMemcpyHostToDevice),
-          "gpt2_copy_in");
+    copy_to_device(model, memory, host + held.begin, (held.end - held.begin) * sizeof(float));
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
@@ -3755,15 +3761,12 @@ void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host
         assert(model->snapshot != nullptr);
         std::copy(host, host + N, model->snapshot + model->snapshot_places().place(group) + offset);
     } else if (memory != nullptr) {
-        check(cudaMemcpy(memory + offset, host, N * sizeof(float), cudaMemcpyHostToDevice),
-              "gpt2_copy_in");
+        copy_to_device(model, memory + offset, host, N * sizeof(float));
     }
     if (group != Group::parameters || model->narrow_parameters == nullptr) return;
     std::vector<bf16> narrow(N);
     for (size_t i = 0; i < N; i++) narrow[i] = __float2bfloat16_rn(host[i]);
-    check(cudaMemcpy(model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16),
-                     cudaMemcpyHostToDevice),
-          "gpt2_copy_in");
+    copy_to_device(model, model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16));
 }
 
 void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {

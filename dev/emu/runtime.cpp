@@ -6,7 +6,8 @@
 // come before its next one. A copy between pinned and device memory happens as late as that order
 // allows: it lands when an operation ordered after it begins, or when the host waits for it. Until
 // then the destination holds 0xFF, the host pages are shut, and operations of streams that have not
-// waited for it are refused the memory that it uses.
+// waited for it are refused the memory that it uses. A synchronous copy to the device from pageable
+// memory, which the program may use again at once, lands as late.
 //
 // A collective of nccl.cpp lasts until the other ranks take part, and the host runs on: what is
 // ordered after it waits in a list. The list goes on in every call that waits or asks, and in a
@@ -610,6 +611,17 @@ Step copy_step(void* to, const void* from, size_t bytes, bool in_flight, bool fr
     };
 }
 
+// A synchronous copy to the device from pageable memory returns once the bytes are staged; they are
+// written later, in the order of its stream [CUDA Runtime API, API synchronization behavior].
+Step staged_step(void* to, const void* from, size_t bytes) {
+    const char* begin = static_cast<const char*>(from);
+    return [to, staged = std::vector<char>(begin, begin + bytes)] {
+        memset(to, 0xff, staged.size());
+        write_late(static_cast<char*>(to), staged);
+        return true;
+    };
+}
+
 // One between pinned and device memory stays in flight; every other happens at the call or in its
 // turn, and one to pageable memory makes the host wait, as documented.
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle,
@@ -629,6 +641,12 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     std::vector<Use> uses;
     if (to_device) uses.push_back({static_cast<char*>(to), bytes, true});
     if (from_device) uses.push_back({static_cast<const char*>(from), bytes, false});
+    if (synchronous && to_device && source == Place::host) {
+        Stream* stream = find_stream(handle);
+        catch_up(stream);
+        host_waits(stream->seen);
+        return enqueue(handle, "a copy", uses, false, staged_step(to, from, bytes));
+    }
     bool in_flight = !synchronous && ((to_device && source == Place::pinned) ||
                                       (from_device && target == Place::pinned));
     bool at_once = synchronous || !to_device;  // when it is on the stream, the host goes on

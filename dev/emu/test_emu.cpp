@@ -805,6 +805,29 @@ TEST_F(Streams, WithoutTheEventAKernelSeesNoNumbers) {
     for (size_t i = 0; i < kCount; i++) EXPECT_EQ(in_.host()[i], float(i));
 }
 
+// cudaMemcpy has staged it when it returns; what comes next on other streams does not wait.
+TEST_F(Streams, ACopyOfPageableMemoryLandsLate) {
+    std::vector<float> values(kCount, 3);
+    auto copy = [&] {
+        EXPECT_EQ(cudaMemcpy(in_, values.data(), kBytes, cudaMemcpyHostToDevice), cudaSuccess);
+    };
+    copy();
+    values.assign(kCount, 4);
+    emu::launch("double", double_hidden_kernel, 1u, unsigned(kCount), 0, compute_,
+                Buffers{out_, in_});
+    EXPECT_EQ(cudaStreamSynchronize(compute_), cudaSuccess);
+    for (float x : out_.host()) EXPECT_TRUE(std::isnan(x));
+    for (float x : in_.host()) EXPECT_EQ(x, 3);
+    copy();
+    EXPECT_DEATH(compute(),
+                 "kernel double on stream .* reads memory that a copy on stream 0 still "
+                 "writes");
+    EXPECT_EQ(cudaStreamSynchronize(cudaStreamLegacy), cudaSuccess);
+    compute();
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (float x : out_.host()) EXPECT_EQ(x, 8);
+}
+
 TEST_F(Streams, WhatAKernelReadsThroughAStructureIsNotOverwritten) {
     upload();
     cudaStreamSynchronize(copies_);

@@ -70,6 +70,7 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
     void set(const std::vector<T>& values) {
         cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+        cudaStreamSynchronize(cudaStreamLegacy);  // other streams do not wait for what is staged
     }
     std::vector<T> host() const {
         std::vector<T> values(n);
