@@ -151,8 +151,9 @@ __device__ inline void wgmma_abT(float (&d)[8][4], SharedMatrix a, SharedMatrix 
         : "l"(a), "l"(b), "r"(int(adds)));
 }
 
-// d (64,64) += a (64,16) b (16,64), with a warp's rows of a in registers as mma.sync takes them.
-// (Not for an a that a loop uses again: ptxas 13.0 gives such registers to others.)
+// d (64,64) += a (64,16) b (16,64), with a warp's rows of a in registers as mma.sync takes them,
+// which wgmma_wait must be given too. (Not for an a that a loop uses again: ptxas 13.0 gives such
+// registers to others.)
 __device__ inline void wgmma_ab(float (&d)[8][4], const uint32_t (&a)[4], SharedMatrix b) {
     WGMMA(
         "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
@@ -168,10 +169,14 @@ __device__ inline void wgmma_fence(float (&d)[8][4]) {
     WGMMA("wgmma.fence.sync.aligned;\n" : WGMMA_ALL(d)::"memory");
 }
 template <int n>
-__device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
+__device__ void keep_registers(uint32_t (&a)[n][4]) {
 #    pragma unroll
     for (int i = 0; i < n; i++)
         asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+}
+template <int n>
+__device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
+    keep_registers(a);
     wgmma_fence(d);
 }
 
@@ -179,6 +184,13 @@ __device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
 __device__ inline void wgmma_wait(float (&d)[8][4]) {
     WGMMA("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
           : WGMMA_ALL(d)::"memory");
+}
+
+// The same where their left factors are in registers, which are read until then and no others'.
+template <int n>
+__device__ void wgmma_wait(float (&d)[8][4], uint32_t (&a)[n][4]) {
+    wgmma_wait(d);
+    keep_registers(a);
 }
 
 // What this thread has written to shared memory, and the block's next barrier: then wgmma sees it.
@@ -1881,7 +1893,7 @@ requires(Tiles::kWarpgroup) __device__
 #pragma unroll
     for (int k = 0; k < Tiles::kStep; k += 16)
         wgmma_ab(acc[0], left[k / 16], shared_matrix(b, k, 0));
-    wgmma_wait(acc[0]);
+    wgmma_wait(acc[0], left);
 }
 
 // The float form passes p from the lanes that hold it to those that multiply through the warp's
