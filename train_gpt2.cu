@@ -193,6 +193,10 @@ __device__ void wgmma_wait(float (&d)[8][4], uint32_t (&a)[n][4]) {
     keep_registers(a);
 }
 
+// Sums beside those that wgmma_wait named have their values too: for the compiler, that must not
+// have used them before. (A second wait would cost the tensor cores an empty product.)
+__device__ inline void wgmma_settled(float (&d)[8][4]) { asm volatile("" : WGMMA_ALL(d)); }
+
 // What this thread has written to shared memory, and the block's next barrier: then wgmma sees it.
 __device__ inline void wgmma_sees_shared() {
     WGMMA("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -1838,7 +1842,7 @@ __device__ void multiply_two_abT(typename Tiles::Scores& acc1, const LeftRows<Ti
         for (int k = 0; k < Tiles::kHead; k += 16)
             wgmma_abT(acc2[0], a2.of_warpgroup(k), shared_matrix(b2, 0, k), k > 0);
         wgmma_wait(acc1[0]);
-        wgmma_wait(acc2[0]);
+        wgmma_settled(acc2[0]);
     } else {
         multiply_abT<Tiles>(acc1, a1, b1);
         multiply_abT<Tiles>(acc2, a2, b2);

@@ -109,6 +109,7 @@ struct WarpgroupProduct {
 };
 void issue_warpgroup_product(const WarpgroupProduct& product);
 bool next_warpgroup_product(WarpgroupProduct* product);  // false: all are done
+bool adds_warpgroup_products(const float* sums);         // that are not done
 void warpgroup_fence();
 
 // The block's dynamic shared memory.
@@ -536,6 +537,11 @@ inline void wgmma_wait(float (&)[8][4], EMU_SITE) {
 template <int n>
 void wgmma_wait(float (&)[8][4], uint32_t (&a)[n][4], EMU_SITE) {
     emu::finish_warpgroup_products(&a[0][0], 4 * n, {file, line});
+}
+
+inline void wgmma_settled(float (&d)[8][4]) {
+    if (emu::adds_warpgroup_products(&d[0][0]))
+        emu::die("takes the sums of a wgmma to be settled that it has not waited for");
 }
 
 // Generic writes and the reads of wgmma share one memory here.

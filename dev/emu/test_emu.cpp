@@ -495,6 +495,7 @@ __global__ void wgmma_kernel(float* out, const bf16* a, const bf16* b) {
     wgmma_fence(d, left);
     for (int k = 0; k < 4; k++) wgmma_ab(d, left[k], shared_matrix(sb, 16 * k, 0));
     wgmma_wait(d, left);
+    wgmma_settled(d);
     for (int n = 0; n < 8; n++) {
         for (int e = 0; e < 4; e++)
             out[(16 * warp + g + e / 2 * 8) * 64 + 8 * n + 2 * t + e % 2] = d[n][e];
