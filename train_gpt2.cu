@@ -4313,10 +4313,11 @@ static void end_gradients(GPT2* model, size_t bucket) {
     else sum_over_ranks(model, bucket);
 }
 
-void gpt2_select_device(int local_rank) {
+void gpt2_select_device(int local_rank, bool sees_all) {
     require_device();
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    if (count == 1 && !sees_all) return;  // where it is another rank's too, NCCL says so
     if (local_rank >= count)
         fail_machine("rank %d of this machine has no GPU: there are %d here", local_rank, count);
     check(cudaSetDevice(local_rank), "cudaSetDevice");
