@@ -3993,6 +3993,27 @@ static void check(ncclResult_t status, const char* what) {
                      ncclGetLastError(nullptr));
 }
 
+// Calls of NCCL that go together. Where one of them fails the group is closed as well: the
+// communicator is aborted next, and inside of a group that would wait for its end.
+class CallGroup {
+  public:
+    explicit CallGroup(const char* what) : what_(what) { check(ncclGroupStart(), what); }
+    ~CallGroup() {
+        if (open_) ncclGroupEnd();
+    }
+    CallGroup(const CallGroup&) = delete;
+    CallGroup& operator=(const CallGroup&) = delete;
+
+    void end() {
+        open_ = false;
+        check(ncclGroupEnd(), what_);
+    }
+
+  private:
+    const char* what_;
+    bool open_ = true;
+};
+
 std::string gpt2_alone() { return ""; }
 
 std::string gpt2_job_id() {
@@ -4144,14 +4165,14 @@ static const void* exchange_pieces(GPT2* model, size_t bucket, const void* numbe
     bool narrow = model->narrow_gradients != nullptr;
     size_t N = model->part_size(bucket), bytes = N * (narrow ? sizeof(bf16) : sizeof(float));
     ncclDataType_t type = narrow ? ncclBfloat16 : ncclFloat32;
-    check(ncclGroupStart(), "gradients");
+    CallGroup group("gradients");
     for (int r = 0; r < model->shape.world; r++) {
         const char* theirs = static_cast<const char*>(numbers) + size_t(r) * bytes;
         char* piece = static_cast<char*>(model->pieces) + size_t(r) * bytes;
         check(ncclSend(theirs, N, type, r, peers.comm, peers.stream), "gradients");
         check(ncclRecv(piece, N, type, r, peers.comm, peers.stream), "gradients");
     }
-    check(ncclGroupEnd(), "gradients");
+    group.end();
     return model->pieces;
 }
 
@@ -4195,11 +4216,11 @@ static void sum_over_ranks(GPT2* model, size_t bucket) {
         sum_pieces(model, bucket, adds);
         if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
     } else {
-        check(ncclGroupStart(), "gradients");
+        CallGroup group("gradients");
         if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
         else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
         if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
-        check(ncclGroupEnd(), "gradients");
+        group.end();
         size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
         float* sums = model->updated(Group::gradients, bucket);
         if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
