@@ -639,8 +639,9 @@ __global__ void __launch_bounds__(kBucketWarps* kWarp)
 
 // A thread for a pack of a position, which it sums over the batch. Moves BTC numbers of dout.
 template <class Float, int Width>
-__global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int TC) {
-    int i = (int(blockIdx.x) * int(blockDim.x) + int(threadIdx.x)) * Width;
+__global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B,
+                                                  size_t TC) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
     if (i >= TC) return;
     float sum[Width] = {};
 #pragma unroll 8
@@ -659,6 +660,7 @@ template <class Float>
 void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBuckets& buckets,
                       int B, int T, int C, cudaStream_t stream) {
     int all = buckets.count.all, frequent = buckets.count.frequent;
+    size_t TC = size_t(T) * size_t(C);
     bool wide = are_wide<Float>(size_t(C), dwte, dwpe, dout);
     with_width<Float>(wide, [&]<int Width>() {
         dim3 grid(unsigned(frequent), unsigned(divide_up(C, kWarp * Width)));
@@ -667,7 +669,7 @@ void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBu
                    grid, kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream,
                    dwte, dout, buckets, C);
         launch("encoder_backward, positions", encoder_backward_positions_kernel<Float, Width>,
-               unsigned(divide_up(T * C / Width, kWarp)), kWarp, 0, stream, dwpe, dout, B, T * C);
+               unsigned((TC / Width + kWarp - 1) / kWarp), kWarp, 0, stream, dwpe, dout, B, TC);
     });
     if (all == frequent) return;
     with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
@@ -4867,8 +4869,9 @@ constexpr MultiprocessorRate kMultiprocessors[] = {
 PeakRate gpt2_peak(const GPT2Shape& shape) {
     require_device();
     cudaDeviceProp card = card_properties();
-    int clock_khz = 0;
-    check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, 0), "clock rate");
+    int device = 0, clock_khz = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, device), "clock rate");
     double cycles = 1e3 * clock_khz * card.multiProcessorCount;  // of all, in a second
     double from_clock = 0, cores = 0;
     for (const MultiprocessorRate& row : kMultiprocessors) {
