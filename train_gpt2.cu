@@ -4057,7 +4057,10 @@ void gpt2_join(GPT2* model, const std::string& bytes) {
     if (bytes.size() != sizeof id.internal) fail_machine("an id of %zu bytes", bytes.size());
     memcpy(id.internal, bytes.data(), bytes.size());
     Peers& peers = model->peers;
-    check(cudaStreamCreateWithFlags(&peers.stream, cudaStreamNonBlocking), "stream");
+    // NCCL's few blocks go before those that grids of the backward pass have still to place.
+    int least = 0, greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream");
+    check(cudaStreamCreateWithPriority(&peers.stream, cudaStreamNonBlocking, greatest), "stream");
     auto create = [](cudaEvent_t* event) {
         check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
     };

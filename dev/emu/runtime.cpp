@@ -45,6 +45,7 @@ struct Stream {
     int id;
     bool blocking;       // ordered with the default stream
     Clock seen;          // what its next operation comes after; its own entry counts what it began
+    int priority;        // kept, and of no effect
     bool asked = false;  // a query has already said: not ready
 };
 
@@ -93,6 +94,7 @@ using PastUses = std::map<std::tuple<const char*, size_t, bool>,  // as in Use
 constexpr int kSharedDefault = 48 << 10, kSharedReserved = 1 << 10;  // of a block
 constexpr int kThreadsMost = 1024, kThreadsProcessor = 2048, kBlocksProcessor = 32;
 constexpr unsigned kGridMost = 65535;
+constexpr int kLeastPriority = 0, kGreatestPriority = -5;  // of streams
 
 std::vector<std::unique_ptr<Stream>> streams;  // [0]: the default stream; a destroyed one is null
 std::set<Event*> events;
@@ -124,7 +126,8 @@ bool covers(const Clock& clock, const Clock& other) {
 }
 
 Stream* default_stream() {
-    if (streams.empty()) streams.push_back(std::make_unique<Stream>(Stream{0, true, Clock(1, 0)}));
+    if (streams.empty())
+        streams.push_back(std::make_unique<Stream>(Stream{0, true, Clock(1, 0), 0}));
     return streams[0].get();
 }
 
@@ -982,7 +985,15 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 // ==== streams and events =========================================================================
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
+    if (least != nullptr) *least = kLeastPriority;
+    if (greatest != nullptr) *greatest = kGreatestPriority;
+    return cudaSuccess;
+}
+
+// A priority outside the range is taken to its nearest end, as documented.
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
     std::lock_guard lock(runtime_lock);
     if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
     if (handle == nullptr || (flags & ~unsigned(cudaStreamNonBlocking)) != 0)
@@ -990,9 +1001,22 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
     default_stream();
     int id = int(streams.size());
     streams.push_back(std::make_unique<Stream>(
-        Stream{id, (flags & cudaStreamNonBlocking) == 0, Clock(size_t(id) + 1, 0)}));
+        Stream{id, (flags & cudaStreamNonBlocking) == 0, Clock(size_t(id) + 1, 0),
+               std::clamp(priority, kGreatestPriority, kLeastPriority)}));
     *handle = reinterpret_cast<cudaStream_t>(streams.back().get());
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
+    std::lock_guard lock(runtime_lock);
+    Stream* stream = find_stream(handle);
+    if (stream == nullptr) return remember(cudaErrorInvalidResourceHandle);
+    *priority = stream->priority;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+    return cudaStreamCreateWithPriority(handle, flags, kLeastPriority);
 }
 
 cudaError_t cudaStreamCreate(cudaStream_t* handle) {

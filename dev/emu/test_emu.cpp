@@ -858,6 +858,27 @@ TEST_F(Streams, TheDefaultStreamWaitsForBlockingStreamsAlone) {
     cudaDeviceSynchronize();
 }
 
+TEST_F(Streams, PrioritiesAreKeptWithinTheirRange) {
+    int least = 1, greatest = 1;
+    ASSERT_EQ(cudaDeviceGetStreamPriorityRange(&least, &greatest), cudaSuccess);
+    EXPECT_LT(greatest, least);  // numbers fall as priorities rise
+    auto given = [](int priority) {
+        cudaStream_t stream = nullptr;
+        EXPECT_EQ(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority),
+                  cudaSuccess);
+        int kept = 0;
+        EXPECT_EQ(cudaStreamGetPriority(stream, &kept), cudaSuccess);
+        EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+        return kept;
+    };
+    EXPECT_EQ(given(greatest), greatest);
+    EXPECT_EQ(given(greatest - 1), greatest);
+    EXPECT_EQ(given(least + 1), least);
+    int kept = 1;
+    EXPECT_EQ(cudaStreamGetPriority(compute_, &kept), cudaSuccess);
+    EXPECT_EQ(kept, least);
+}
+
 TEST_F(Streams, CopiesLandWhileDeviceMemoryIsShutToTheHost) {
     Environment check("EMU_HOST_CHECK", "1");
     Device<float> in(kCount), out(kCount);
