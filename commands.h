@@ -731,8 +731,10 @@ inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
     if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
         fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
     RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
+    // Other launchers can show a rank its own card alone, as srun --gpus-per-task=1 does.
+    bool sees_all = ranks.source == kOwnVariables.source;
     try {
-        if (ranks.world > 1) gpt2_select_device(ranks.local_rank);
+        if (ranks.world > 1) gpt2_select_device(ranks.local_rank, sees_all);
         int code = command(link);
         link.finish(kPatience_s);  // rank 0 may be saving
         return code;

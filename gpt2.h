@@ -553,11 +553,12 @@ void gpt2_destroy(GPT2* model);
 // update, or, where the shape shards them, its part of it [Rajbhandari et al. 2020, "ZeRO: Memory
 // Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054]. gpt2_alone says why
 // this program cannot be one of several, or nothing. Each rank selects the device that is its own
-// before anything else asks for one; rank 0 makes an id, which all give to gpt2_join. join and
-// share are called by every rank, and return when all have; share gives the parameters and moments
-// that rank 0 was given by copy_in to all. They fail with exit code 1 where a rank is lost.
+// before anything else asks for one: that of its number or, unless it sees the devices of all ranks
+// of its machine, the only one that it sees. Rank 0 makes an id, which all give to gpt2_join. join
+// and share are called by every rank, and return when all have; share gives the parameters and
+// moments that rank 0 was given by copy_in to all. They fail with exit code 1 where a rank is lost.
 std::string gpt2_alone();
-void gpt2_select_device(int local_rank);
+void gpt2_select_device(int local_rank, bool sees_all);
 std::string gpt2_job_id();
 void gpt2_join(GPT2* model, const std::string& id);
 void gpt2_share(GPT2* model);

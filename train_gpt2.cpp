@@ -2071,7 +2071,7 @@ std::string gpt2_alone() {
     return "the CPU program trains in one process, with --threads; several ranks are for "
            "train_gpt2cu";
 }
-void gpt2_select_device(int) {}
+void gpt2_select_device(int, bool) {}
 std::string gpt2_job_id() { fail_input("%s", gpt2_alone().c_str()); }
 void gpt2_join(GPT2*, const std::string&) { fail_input("%s", gpt2_alone().c_str()); }
 void gpt2_share(GPT2*) {}

@@ -41,6 +41,7 @@ constexpr int kClassifierRows = 4096;  // rows of logits that exist at a time
 constexpr int kReduceRows = 1024;      // partial sums of a bias or layer norm gradient
 constexpr int kNormBlocks = 1024;      // partial sums of the global norm, of a bucket
 constexpr size_t kWorkspaceBytes = size_t(32) << 20;  // what NVIDIA advises for cuBLASLt on Hopper
+constexpr size_t kMostShared = size_t(99) << 10;      // of a block: 8.6, 8.9, 12.0 have no more
 
 // What kernels use of the hardware beyond CUDA C++: shared memory, tensor cores and copies that go
 // on while a kernel computes, as PTX [NVIDIA, Parallel Thread Execution ISA]. Off the GPU, the
@@ -150,8 +151,9 @@ __device__ inline void wgmma_abT(float (&d)[8][4], SharedMatrix a, SharedMatrix 
         : "l"(a), "l"(b), "r"(int(adds)));
 }
 
-// d (64,64) += a (64,16) b (16,64), with a warp's rows of a in registers as mma.sync takes them.
-// (Not for an a that a loop uses again: ptxas 13.0 gives such registers to others.)
+// d (64,64) += a (64,16) b (16,64), with a warp's rows of a in registers as mma.sync takes them,
+// which wgmma_wait must be given too. (Not for an a that a loop uses again: ptxas 13.0 gives such
+// registers to others.)
 __device__ inline void wgmma_ab(float (&d)[8][4], const uint32_t (&a)[4], SharedMatrix b) {
     WGMMA(
         "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
@@ -167,10 +169,14 @@ __device__ inline void wgmma_fence(float (&d)[8][4]) {
     WGMMA("wgmma.fence.sync.aligned;\n" : WGMMA_ALL(d)::"memory");
 }
 template <int n>
-__device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
+__device__ void keep_registers(uint32_t (&a)[n][4]) {
 #    pragma unroll
     for (int i = 0; i < n; i++)
         asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+}
+template <int n>
+__device__ void wgmma_fence(float (&d)[8][4], uint32_t (&a)[n][4]) {
+    keep_registers(a);
     wgmma_fence(d);
 }
 
@@ -179,6 +185,17 @@ __device__ inline void wgmma_wait(float (&d)[8][4]) {
     WGMMA("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
           : WGMMA_ALL(d)::"memory");
 }
+
+// The same where their left factors are in registers, which are read until then and no others'.
+template <int n>
+__device__ void wgmma_wait(float (&d)[8][4], uint32_t (&a)[n][4]) {
+    wgmma_wait(d);
+    keep_registers(a);
+}
+
+// Sums beside those that wgmma_wait named have their values too: for the compiler, that must not
+// have used them before. (A second wait would cost the tensor cores an empty product.)
+__device__ inline void wgmma_settled(float (&d)[8][4]) { asm volatile("" : WGMMA_ALL(d)); }
 
 // What this thread has written to shared memory, and the block's next barrier: then wgmma sees it.
 __device__ inline void wgmma_sees_shared() {
@@ -622,8 +639,9 @@ __global__ void __launch_bounds__(kBucketWarps* kWarp)
 
 // A thread for a pack of a position, which it sums over the batch. Moves BTC numbers of dout.
 template <class Float, int Width>
-__global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B, int TC) {
-    int i = (int(blockIdx.x) * int(blockDim.x) + int(threadIdx.x)) * Width;
+__global__ void encoder_backward_positions_kernel(float* dwpe, const Float* dout, int B,
+                                                  size_t TC) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
     if (i >= TC) return;
     float sum[Width] = {};
 #pragma unroll 8
@@ -642,6 +660,7 @@ template <class Float>
 void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBuckets& buckets,
                       int B, int T, int C, cudaStream_t stream) {
     int all = buckets.count.all, frequent = buckets.count.frequent;
+    size_t TC = size_t(T) * size_t(C);
     bool wide = are_wide<Float>(size_t(C), dwte, dwpe, dout);
     with_width<Float>(wide, [&]<int Width>() {
         dim3 grid(unsigned(frequent), unsigned(divide_up(C, kWarp * Width)));
@@ -650,7 +669,7 @@ void encoder_backward(float* dwte, float* dwpe, const Float* dout, const TokenBu
                    grid, kBucketWarps * kWarp, kBucketWarps * kWarp * Width * sizeof(float), stream,
                    dwte, dout, buckets, C);
         launch("encoder_backward, positions", encoder_backward_positions_kernel<Float, Width>,
-               unsigned(divide_up(T * C / Width, kWarp)), kWarp, 0, stream, dwpe, dout, B, T * C);
+               unsigned((TC / Width + kWarp - 1) / kWarp), kWarp, 0, stream, dwpe, dout, B, TC);
     });
     if (all == frequent) return;
     with_columns<Float>(wide, C, [&]<int Width, int Columns>() {
@@ -1515,7 +1534,7 @@ struct AttentionTiles {
 
     // Shared memory of a block of `count` warps that owns rows of `owned` tensors; the other side
     // is two tensors, each twice: one step and the next.
-    static size_t shared_bytes(int owned, int count) {
+    static constexpr size_t shared_bytes(int owned, int count) {
         return size_t(owned * count * kRows + 4 * step) * kPitch * sizeof(Number) +
                size_t(count) * kPatch * sizeof(float);
     }
@@ -1531,7 +1550,7 @@ struct AttentionWarpgroup : AttentionTiles<bf16, 64, 1, 4, 64, false> {
     __host__ __device__ static constexpr int place(int row, int column) {
         return row * kPitch + (column ^ row % 8 * 8);
     }
-    static size_t shared_bytes(int owned, int) {
+    static constexpr size_t shared_bytes(int owned, int) {
         return size_t(owned + 4) * 64 * kPitch * sizeof(bf16);
     }
 };
@@ -1825,7 +1844,7 @@ __device__ void multiply_two_abT(typename Tiles::Scores& acc1, const LeftRows<Ti
         for (int k = 0; k < Tiles::kHead; k += 16)
             wgmma_abT(acc2[0], a2.of_warpgroup(k), shared_matrix(b2, 0, k), k > 0);
         wgmma_wait(acc1[0]);
-        wgmma_wait(acc2[0]);
+        wgmma_settled(acc2[0]);
     } else {
         multiply_abT<Tiles>(acc1, a1, b1);
         multiply_abT<Tiles>(acc2, a2, b2);
@@ -1880,7 +1899,7 @@ requires(Tiles::kWarpgroup) __device__
 #pragma unroll
     for (int k = 0; k < Tiles::kStep; k += 16)
         wgmma_ab(acc[0], left[k / 16], shared_matrix(b, k, 0));
-    wgmma_wait(acc[0]);
+    wgmma_wait(acc[0], left);
 }
 
 // The float form passes p from the lanes that hold it to those that multiply through the warp's
@@ -2235,11 +2254,11 @@ void attention_forward_tiled(typename Tiles::Float* out, float* logsumexp,
            shape);
 }
 
+// In float32 the tiles of larger heads are smaller, so that every card has shared memory for them.
 template <class Float, int HSP>
-using AttentionForwardTiles =
-    std::conditional_t<sizeof(Float) == 2,
-                       AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
-                       AttentionTiles<Float, HSP, 2, 4, 32, false>>;
+using AttentionForwardTiles = std::conditional_t<
+    sizeof(Float) == 2, AttentionTiles<Float, HSP, 2, 4, HSP <= 96 ? 64 : 32, HSP <= 64>,
+    AttentionTiles<Float, HSP, HSP <= 96 ? 2 : 1, 4, HSP <= 64 ? 32 : 16, false>>;
 using AttentionForwardWarpgroup = AttentionWarpgroup<5>;
 
 // Whether the card and this program's code for it have wgmma. (Code of an earlier architecture,
@@ -2276,6 +2295,7 @@ void attention_forward(Float* out, float* logsumexp, const Float* qkv, const Dro
     with_head_size<Float>(C / NH, [&]<int HSP>() {
         with_tiles<AttentionForwardWarpgroup, AttentionForwardTiles<Float, HSP>>(
             [&]<class Tiles>() {
+                static_assert(Tiles::shared_bytes(1, Tiles::kWarps) <= kMostShared);
                 attention_forward_tiled<Tiles>(out, logsumexp, qkv, dropout, B, T, C, NH, stream);
             });
     });
@@ -2533,6 +2553,12 @@ void attention_delta(float* delta, const Float* dout, const Float* out, Attentio
            delta, dout, out, shape, share);
 }
 
+// Beside its tiles a block of the keys has two numbers of each query, of this step and the next.
+template <class Tiles>
+constexpr size_t attention_keys_shared_bytes(int warps) {
+    return Tiles::shared_bytes(2, warps) + 4 * Tiles::kStep * sizeof(float);
+}
+
 template <class KeyTiles, class QueryTiles>
 void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename KeyTiles::Float* dout,
                               const typename KeyTiles::Float* qkv,
@@ -2542,10 +2568,9 @@ void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename Key
     AttentionShape shape = attention_shape<KeyTiles>(B, T, C, NH);
     attention_delta(scratch, dout, out, shape, stream);
     int warps = attention_warps<KeyTiles>(T);
-    size_t numbers_bytes = 4 * KeyTiles::kStep * sizeof(float);
     launch("attention_backward_keys", attention_backward_keys_kernel<KeyTiles>,
            attention_blocks<KeyTiles>(shape, warps), unsigned(warps * kWarp),
-           KeyTiles::shared_bytes(2, warps) + numbers_bytes, stream, dqkv, dout, qkv, logsumexp,
+           attention_keys_shared_bytes<KeyTiles>(warps), stream, dqkv, dout, qkv, logsumexp,
            scratch, AttentionDropout(dropout), shape);
     warps = attention_warps<QueryTiles>(T);
     launch("attention_backward_queries", attention_backward_queries_kernel<QueryTiles>,
@@ -2554,16 +2579,22 @@ void attention_backward_tiled(typename KeyTiles::Float* dqkv, const typename Key
            AttentionDropout(dropout), shape);
 }
 
-// Beyond a head size of 64 the sums of 32 rows a warp would take all registers there are.
+// Beyond a head size of 64 the sums of 32 rows a warp would take all registers there are. The
+// largest heads leave fewer warps room in shared memory.
+template <int HSP>
+constexpr int kBackwardTall = HSP <= 64 ? 2 : 1;
+template <int HSP>
+constexpr int kBackwardWarps = HSP <= 64 || HSP > 112 ? 4 : 8;  // of bf16
 template <class Float, int HSP>
 using AttentionKeyTiles = std::conditional_t<
-    sizeof(Float) == 2, AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, false>,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, HSP == 64 ? 16 : 32, false>>;
+    sizeof(Float) == 2,
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, kBackwardWarps<HSP>, 32, false>,
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, HSP <= 96 ? 4 : 3, HSP <= 32 ? 32 : 16, false>>;
 template <class Float, int HSP>
 using AttentionQueryTiles = std::conditional_t<
     sizeof(Float) == 2,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, HSP <= 64 ? 4 : 8, 32, HSP <= 64>,
-    AttentionTiles<Float, HSP, HSP <= 64 ? 2 : 1, 4, 32, false>>;
+    AttentionTiles<Float, HSP, kBackwardTall<HSP>, kBackwardWarps<HSP>, 32, HSP <= 64>,
+    AttentionKeyTiles<Float, HSP>>;
 
 using AttentionKeyWarpgroup = AttentionWarpgroup<3>;
 using AttentionQueryWarpgroup = AttentionWarpgroup<4>;
@@ -2583,6 +2614,8 @@ void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const 
         with_tiles<AttentionKeyWarpgroup, AttentionKeyTiles<Float, HSP>>([&]<class Keys>() {
             using Queries = std::conditional_t<Keys::kWarpgroup, AttentionQueryWarpgroup,
                                                AttentionQueryTiles<Float, HSP>>;
+            static_assert(attention_keys_shared_bytes<Keys>(Keys::kWarps) <= kMostShared);
+            static_assert(Queries::shared_bytes(2, Queries::kWarps) <= kMostShared);
             attention_backward_tiled<Keys, Queries>(dqkv, dout, qkv, out, logsumexp, scratch,
                                                     dropout, B, T, C, NH, stream);
         });
@@ -3698,12 +3731,18 @@ static void copy_part_out(const GPT2* model, Group group, int row, int layer, re
           "gpt2_copy_out");
 }
 
+// On the model's stream: a cudaMemcpy from pageable memory may return before the device has it all,
+// and what the default stream still does no other stream here waits for.
+static void copy_to_device(GPT2* model, void* memory, const void* host, size_t bytes) {
+    check(cudaMemcpyAsync(memory, host, bytes, cudaMemcpyHostToDevice, model->stream),
+          "gpt2_copy_in");
+    check(cudaStreamSynchronize(model->stream), "gpt2_copy_in");  // the host's may go
+}
+
 static void copy_part_in(GPT2* model, Group group, int row, int layer, const real* host) {
     HeldPart held = held_part(model, row, layer);
     float* memory = model->updated(group, bucket_of(model, row, layer)) + held.place;
-    check(cudaMemcpy(memory, host + held.begin, (held.end - held.begin) * sizeof(float),
-                     cudaMemcpyHostToDevice),
-          "gpt2_copy_in");
+    copy_to_device(model, memory, host + held.begin, (held.end - held.begin) * sizeof(float));
 }
 
 void gpt2_copy_out(const GPT2* model, Group group, int row, int layer, real* host) {
@@ -3740,15 +3779,12 @@ void gpt2_copy_in(GPT2* model, Group group, int row, int layer, const real* host
         assert(model->snapshot != nullptr);
         std::copy(host, host + N, model->snapshot + model->snapshot_places().place(group) + offset);
     } else if (memory != nullptr) {
-        check(cudaMemcpy(memory + offset, host, N * sizeof(float), cudaMemcpyHostToDevice),
-              "gpt2_copy_in");
+        copy_to_device(model, memory + offset, host, N * sizeof(float));
     }
     if (group != Group::parameters || model->narrow_parameters == nullptr) return;
     std::vector<bf16> narrow(N);
     for (size_t i = 0; i < N; i++) narrow[i] = __float2bfloat16_rn(host[i]);
-    check(cudaMemcpy(model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16),
-                     cudaMemcpyHostToDevice),
-          "gpt2_copy_in");
+    copy_to_device(model, model->narrow_parameters + offset, narrow.data(), N * sizeof(bf16));
 }
 
 void gpt2_activation_out(const GPT2* model, int row, int layer, real* host) {
@@ -3959,6 +3995,27 @@ static void check(ncclResult_t status, const char* what) {
                      ncclGetLastError(nullptr));
 }
 
+// Calls of NCCL that go together. Where one of them fails the group is closed as well: the
+// communicator is aborted next, and inside of a group that would wait for its end.
+class CallGroup {
+  public:
+    explicit CallGroup(const char* what) : what_(what) { check(ncclGroupStart(), what); }
+    ~CallGroup() {
+        if (open_) ncclGroupEnd();
+    }
+    CallGroup(const CallGroup&) = delete;
+    CallGroup& operator=(const CallGroup&) = delete;
+
+    void end() {
+        open_ = false;
+        check(ncclGroupEnd(), what_);
+    }
+
+  private:
+    const char* what_;
+    bool open_ = true;
+};
+
 std::string gpt2_alone() { return ""; }
 
 std::string gpt2_job_id() {
@@ -4000,7 +4057,10 @@ void gpt2_join(GPT2* model, const std::string& bytes) {
     if (bytes.size() != sizeof id.internal) fail_machine("an id of %zu bytes", bytes.size());
     memcpy(id.internal, bytes.data(), bytes.size());
     Peers& peers = model->peers;
-    check(cudaStreamCreateWithFlags(&peers.stream, cudaStreamNonBlocking), "stream");
+    // NCCL's few blocks go before those that grids of the backward pass have still to place.
+    int least = 0, greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream");
+    check(cudaStreamCreateWithPriority(&peers.stream, cudaStreamNonBlocking, greatest), "stream");
     auto create = [](cudaEvent_t* event) {
         check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
     };
@@ -4110,14 +4170,14 @@ static const void* exchange_pieces(GPT2* model, size_t bucket, const void* numbe
     bool narrow = model->narrow_gradients != nullptr;
     size_t N = model->part_size(bucket), bytes = N * (narrow ? sizeof(bf16) : sizeof(float));
     ncclDataType_t type = narrow ? ncclBfloat16 : ncclFloat32;
-    check(ncclGroupStart(), "gradients");
+    CallGroup group("gradients");
     for (int r = 0; r < model->shape.world; r++) {
         const char* theirs = static_cast<const char*>(numbers) + size_t(r) * bytes;
         char* piece = static_cast<char*>(model->pieces) + size_t(r) * bytes;
         check(ncclSend(theirs, N, type, r, peers.comm, peers.stream), "gradients");
         check(ncclRecv(piece, N, type, r, peers.comm, peers.stream), "gradients");
     }
-    check(ncclGroupEnd(), "gradients");
+    group.end();
     return model->pieces;
 }
 
@@ -4161,11 +4221,11 @@ static void sum_over_ranks(GPT2* model, size_t bucket) {
         sum_pieces(model, bucket, adds);
         if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
     } else {
-        check(ncclGroupStart(), "gradients");
+        CallGroup group("gradients");
         if (narrow != nullptr) reduce_bucket(model, bucket, ncclBfloat16, narrow, sizeof(bf16));
         else reduce_bucket(model, bucket, ncclFloat32, gradients, sizeof(float));
         if (!layer) sum_doubles_over_ranks(model, &model->gate->loss, 1, "loss");
-        check(ncclGroupEnd(), "gradients");
+        group.end();
         size_t first = model->updated_begin(bucket), N = model->updated_size(bucket);
         float* sums = model->updated(Group::gradients, bucket);
         if (narrow != nullptr) widen_numbers(sums, narrow + first, N, adds, peers.stream);
@@ -4279,10 +4339,11 @@ static void end_gradients(GPT2* model, size_t bucket) {
     else sum_over_ranks(model, bucket);
 }
 
-void gpt2_select_device(int local_rank) {
+void gpt2_select_device(int local_rank, bool sees_all) {
     require_device();
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    if (count == 1 && !sees_all) return;  // where it is another rank's too, NCCL says so
     if (local_rank >= count)
         fail_machine("rank %d of this machine has no GPU: there are %d here", local_rank, count);
     check(cudaSetDevice(local_rank), "cudaSetDevice");
@@ -4811,8 +4872,9 @@ constexpr MultiprocessorRate kMultiprocessors[] = {
 PeakRate gpt2_peak(const GPT2Shape& shape) {
     require_device();
     cudaDeviceProp card = card_properties();
-    int clock_khz = 0;
-    check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, 0), "clock rate");
+    int device = 0, clock_khz = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, device), "clock rate");
     double cycles = 1e3 * clock_khz * card.multiProcessorCount;  // of all, in a second
     double from_clock = 0, cores = 0;
     for (const MultiprocessorRate& row : kMultiprocessors) {

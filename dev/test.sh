@@ -290,14 +290,16 @@ emulated() {
 }
 
 # kernel_checks FOLDER ORDER [WORD...]: the kernels, one layer at a time against the CPU twin, in a
-# thread order of the emulator's; attention also as a Hopper card computes it.
+# thread order of the emulator's, the last on the card with the least shared memory; attention also
+# as a Hopper card computes it.
 kernel_checks() {
     checks=$1 order=$2
+    if [ "$order" = 2 ]; then capability=8.6; else capability=8.0; fi
     shift 2
     for check in "$checks"/check_*; do
         case $check in *.d | *.o) continue ;; esac
-        emulated "$check, thread order $order" EMU_ORDER="$order" OMP_NUM_THREADS=1 \
-            "$check" check "$@"
+        emulated "$check, thread order $order, capability $capability" EMU_ORDER="$order" \
+            EMU_CAPABILITY="$capability" OMP_NUM_THREADS=1 "$check" check "$@"
     done
     emulated "$checks/check_attention, thread order $order, with wgmma" EMU_CAPABILITY=9.0 \
         EMU_ORDER="$order" OMP_NUM_THREADS=1 "$checks/check_attention" check --wgmma "$@"

@@ -220,7 +220,14 @@ __global__ void misaligned_matrix(float* out) {
 }
 
 // A product of a warpgroup that goes wrong in the way that is asked for.
-enum WgmmaBug { kWithoutFence, kWithoutWait, kReadsBeforeWait, kBesideItsTile };
+enum WgmmaBug {
+    kWithoutFence,
+    kWithoutWait,
+    kReadsBeforeWait,
+    kBesideItsTile,
+    kWithoutLeft,
+    kSettledBeforeWait
+};
 
 __global__ void wgmma_bug(float* out, int bug) {
     size_t offset = 0;
@@ -230,8 +237,11 @@ __global__ void wgmma_bug(float* out, int bug) {
     float d[8][4] = {}, early = 0;
     if (bug != kWithoutFence) wgmma_fence(d);
     Shared<__nv_bfloat16> tile = s + (bug == kBesideItsTile ? 64 : 0);
-    wgmma_abT(d, shared_matrix(tile, 0, 0), shared_matrix(tile, 0, 0), true);
+    const uint32_t left[4] = {};
+    if (bug == kWithoutLeft) wgmma_ab(d, left, shared_matrix(tile, 0, 0));
+    else wgmma_abT(d, shared_matrix(tile, 0, 0), shared_matrix(tile, 0, 0), true);
     if (bug == kReadsBeforeWait) early = d[0][0];
+    if (bug == kSettledBeforeWait) wgmma_settled(d);
     if (bug != kWithoutWait) wgmma_wait(d);
     out[threadIdx.x] = d[0][0] + early;
 }
@@ -411,6 +421,10 @@ inline const std::vector<Bug> kTable = {
      [] { return on_wgmma(kReadsBeforeWait); }},
     {"wgmma_beside_its_tile", By::emulator, "not aligned to 1024",
      [] { return on_wgmma(kBesideItsTile); }},
+    {"wgmma_waited_for_without_left", By::emulator, "without its left factor",
+     [] { return on_wgmma(kWithoutLeft); }},
+    {"wgmma_settled_before_the_wait", By::emulator, "that it has not waited for",
+     [] { return on_wgmma(kSettledBeforeWait); }},
     {"wgmma_of_two_warps", By::emulator, "in a block of 64 threads, not warpgroups",
      [] { return on_wgmma(kReadsBeforeWait, 64); }},
     {"early_host_read", By::emulator, "the host touches pinned memory that a copy",

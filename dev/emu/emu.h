@@ -99,16 +99,17 @@ void commit_async_copies();
 bool next_landing(int groups_in_flight, AsyncCopy* copy);  // false: nothing more has to land
 
 // A wgmma: sums of 16 x 64 numbers of this lane's warp, which have no value until the product is
-// waited for; its factors are read then. a_at is null where a is in registers.
+// waited for; its factors are read then. One of a and a_at is null.
 struct WarpgroupProduct {
     float* sums;
-    uint32_t a[4];
+    const uint32_t* a;            // registers
     const uint16_t *a_at, *b_at;  // the tiles they begin in
     int a_row, a_column, b_row, b_column;
     bool adds, transposed;
 };
 void issue_warpgroup_product(const WarpgroupProduct& product);
 bool next_warpgroup_product(WarpgroupProduct* product);  // false: all are done
+bool adds_warpgroup_products(const float* sums);         // that are not done
 void warpgroup_fence();
 
 // The block's dynamic shared memory.
@@ -474,28 +475,13 @@ inline uint32_t pair_at(const uint16_t* tile, int row, int column) {
 
 // wgmma.mma_async m64n64k16, bf16 in and float32 out; the sums are NaN until wgmma_wait.
 inline void wgmma_abT(float (&d)[8][4], const SharedMatrix& a, const SharedMatrix& b, bool adds) {
-    emu::issue_warpgroup_product({&d[0][0],
-                                  {},
-                                  emu::checked_matrix(a, 64, 16),
-                                  emu::checked_matrix(b, 64, 16),
-                                  a.row,
-                                  a.column,
-                                  b.row,
-                                  b.column,
-                                  adds,
-                                  false});
+    emu::issue_warpgroup_product({&d[0][0], nullptr, emu::checked_matrix(a, 64, 16),
+                                  emu::checked_matrix(b, 64, 16), a.row, a.column, b.row, b.column,
+                                  adds, false});
 }
 inline void wgmma_ab(float (&d)[8][4], const uint32_t (&a)[4], const SharedMatrix& b) {
-    emu::issue_warpgroup_product({&d[0][0],
-                                  {a[0], a[1], a[2], a[3]},
-                                  nullptr,
-                                  emu::checked_matrix(b, 16, 64),
-                                  0,
-                                  0,
-                                  b.row,
-                                  b.column,
-                                  true,
-                                  true});
+    emu::issue_warpgroup_product(
+        {&d[0][0], a, nullptr, emu::checked_matrix(b, 16, 64), 0, 0, b.row, b.column, true, true});
 }
 
 inline void wgmma_fence(float (&)[8][4]) { emu::warpgroup_fence(); }
@@ -504,15 +490,24 @@ void wgmma_fence(float (&)[8][4], uint32_t (&)[n][4]) {
     emu::warpgroup_fence();
 }
 
-// Each warp multiplies its 16 rows, eight columns at a time.
-inline void wgmma_wait(float (&)[8][4], EMU_SITE) {
-    emu::WarpgroupProduct p;
-    while (emu::next_warpgroup_product(&p)) {
+namespace emu {
+
+// Each warp multiplies its 16 rows, eight columns at a time. left: all that the wait names of left
+// factors in registers.
+inline void finish_warpgroup_products(const uint32_t* left, size_t left_size, Site site) {
+    WarpgroupProduct p;
+    while (next_warpgroup_product(&p)) {
         int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+        uint32_t a[4];
         if (p.a_at != nullptr) {
             int row = p.a_row + int(threadIdx.x) / 32 % 4 * 16 + g;
             for (int i = 0; i < 4; i++)
-                p.a[i] = emu::pair_at(p.a_at, row + i % 2 * 8, p.a_column + 2 * t + i / 2 * 8);
+                a[i] = pair_at(p.a_at, row + i % 2 * 8, p.a_column + 2 * t + i / 2 * 8);
+        } else if (p.a >= left && p.a < left + left_size) {
+            memcpy(a, p.a, sizeof(a));
+        } else {
+            die("waits for a wgmma without its left factor, whose registers may be others' by "
+                "then");
         }
         for (int n = 0; n < 8; n++) {
             uint32_t b[2];
@@ -520,18 +515,33 @@ inline void wgmma_wait(float (&)[8][4], EMU_SITE) {
                 int k = 2 * t + 8 * i, column = 8 * n + g;
                 if (p.transposed) {
                     const uint16_t* tile = p.b_at;
-                    int at = emu::swizzled(p.b_row + k, p.b_column + column);
-                    int next = emu::swizzled(p.b_row + k + 1, p.b_column + column);
+                    int at = swizzled(p.b_row + k, p.b_column + column);
+                    int next = swizzled(p.b_row + k + 1, p.b_column + column);
                     b[i] = tile[at] | uint32_t(tile[next]) << 16;
                 } else {
-                    b[i] = emu::pair_at(p.b_at, p.b_row + column, p.b_column + k);
+                    b[i] = pair_at(p.b_at, p.b_row + column, p.b_column + k);
                 }
             }
             float* sums = p.sums + 4 * n;
             if (!p.adds) sums[0] = sums[1] = sums[2] = sums[3] = 0;
-            emu::mma(sums, p.a, b, {file, line});
+            mma(sums, a, b, site);
         }
     }
+}
+
+}  // namespace emu
+
+inline void wgmma_wait(float (&)[8][4], EMU_SITE) {
+    emu::finish_warpgroup_products(nullptr, 0, {file, line});
+}
+template <int n>
+void wgmma_wait(float (&)[8][4], uint32_t (&a)[n][4], EMU_SITE) {
+    emu::finish_warpgroup_products(&a[0][0], 4 * n, {file, line});
+}
+
+inline void wgmma_settled(float (&d)[8][4]) {
+    if (emu::adds_warpgroup_products(&d[0][0]))
+        emu::die("takes the sums of a wgmma to be settled that it has not waited for");
 }
 
 // Generic writes and the reads of wgmma share one memory here.
@@ -680,8 +690,8 @@ Argument describe(const T& value) {
 }
 
 // Runs kernel(arguments...) for every thread of every block before it returns, unless a collective
-// that it is ordered after is still under way: then once that has ended. A launch that a GPU
-// of compute capability 8.0 would refuse says why on stderr and is found by cudaGetLastError().
+// that it is ordered after is still under way: then once that has ended. A launch that the
+// card would refuse says why on stderr and is found by cudaGetLastError().
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, const A&... arguments) {

@@ -657,6 +657,11 @@ void check_end(const char* function, const ncclComm& comm) {
             function, comm.me());
 }
 
+// Within a group the end of a communicator is put off until that of the group.
+void check_outside_group(const char* function) {
+    if (group.depth > 0) die("calls %s inside of a group that has begun, and not ended", function);
+}
+
 void leave(const std::shared_ptr<ncclComm>& comm, Left how) {
     comm->ranks.rank(comm->me()).left.store(how);
     communicators.erase(comm);
@@ -759,6 +764,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t handle) {
     std::shared_ptr<ncclComm> comm = find_comm(handle);
     if (comm == nullptr)
         return refuse("ncclCommDestroy", ncclInvalidArgument, "a communicator that is none");
+    check_outside_group("ncclCommDestroy");
     if (!comm->ready) comm->ranks.fail(ncclRemoteError, say("rank %d, which left", comm->me()));
     host_blocks([&comm] {
         check_end("ncclCommDestroy", *comm);
@@ -774,6 +780,7 @@ ncclResult_t ncclCommAbort(ncclComm_t handle) {
     std::shared_ptr<ncclComm> comm = find_comm(handle);
     if (comm == nullptr)
         return refuse("ncclCommAbort", ncclInvalidArgument, "a communicator that is none");
+    check_outside_group("ncclCommAbort");
     comm->aborted = true;
     if (!comm->ready) comm->ranks.fail(ncclRemoteError, say("rank %d, which aborted", comm->me()));
     leave(comm, Left::aborted);

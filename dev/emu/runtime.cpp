@@ -6,7 +6,8 @@
 // come before its next one. A copy between pinned and device memory happens as late as that order
 // allows: it lands when an operation ordered after it begins, or when the host waits for it. Until
 // then the destination holds 0xFF, the host pages are shut, and operations of streams that have not
-// waited for it are refused the memory that it uses.
+// waited for it are refused the memory that it uses. A synchronous copy to the device from pageable
+// memory, which the program may use again at once, lands as late.
 //
 // A collective of nccl.cpp lasts until the other ranks take part, and the host runs on: what is
 // ordered after it waits in a list. The list goes on in every call that waits or asks, and in a
@@ -44,6 +45,7 @@ struct Stream {
     int id;
     bool blocking;       // ordered with the default stream
     Clock seen;          // what its next operation comes after; its own entry counts what it began
+    int priority;        // kept, and of no effect
     bool asked = false;  // a query has already said: not ready
 };
 
@@ -89,9 +91,10 @@ struct LateWrite {
 using PastUses = std::map<std::tuple<const char*, size_t, bool>,  // as in Use
                           std::pair<uint64_t, std::string>>;  // number and name of the operation
 
-constexpr int kSharedDefault = 48 << 10, kSharedMost = 163 << 10, kSharedProcessor = 164 << 10;
+constexpr int kSharedDefault = 48 << 10, kSharedReserved = 1 << 10;  // of a block
 constexpr int kThreadsMost = 1024, kThreadsProcessor = 2048, kBlocksProcessor = 32;
 constexpr unsigned kGridMost = 65535;
+constexpr int kLeastPriority = 0, kGreatestPriority = -5;  // of streams
 
 std::vector<std::unique_ptr<Stream>> streams;  // [0]: the default stream; a destroyed one is null
 std::set<Event*> events;
@@ -123,7 +126,8 @@ bool covers(const Clock& clock, const Clock& other) {
 }
 
 Stream* default_stream() {
-    if (streams.empty()) streams.push_back(std::make_unique<Stream>(Stream{0, true, Clock(1, 0)}));
+    if (streams.empty())
+        streams.push_back(std::make_unique<Stream>(Stream{0, true, Clock(1, 0), 0}));
     return streams[0].get();
 }
 
@@ -434,6 +438,16 @@ void capability(int* major, int* minor) {
     if (text != nullptr) sscanf(text, "%d.%d", major, minor);
 }
 
+// Shared memory of a multiprocessor [CUDA C++ Programming Guide, technical specifications per
+// compute capability], and the most that a block of it gets.
+int shared_processor() {
+    int major, minor;
+    capability(&major, &minor);
+    if (major == 8) return (minor == 0 || minor == 7 ? 164 : 100) << 10;
+    return (major == 12 ? 100 : 228) << 10;
+}
+int shared_most() { return shared_processor() - kSharedReserved; }
+
 }  // namespace
 
 cudaError_t card() {
@@ -486,7 +500,7 @@ cudaError_t check_limits(const Launch& launch) {
             launch, cudaErrorInvalidValue,
             "%zu bytes of shared memory; its limit is %zu (cudaFuncSetAttribute raises it "
             "up to %d)",
-            launch.shared_bytes, limit, kSharedMost);
+            launch.shared_bytes, limit, shared_most());
     return cudaSuccess;
 }
 
@@ -600,6 +614,17 @@ Step copy_step(void* to, const void* from, size_t bytes, bool in_flight, bool fr
     };
 }
 
+// A synchronous copy to the device from pageable memory returns once the bytes are staged; they are
+// written later, in the order of its stream [CUDA Runtime API, API synchronization behavior].
+Step staged_step(void* to, const void* from, size_t bytes) {
+    const char* begin = static_cast<const char*>(from);
+    return [to, staged = std::vector<char>(begin, begin + bytes)] {
+        memset(to, 0xff, staged.size());
+        write_late(static_cast<char*>(to), staged);
+        return true;
+    };
+}
+
 // One between pinned and device memory stays in flight; every other happens at the call or in its
 // turn, and one to pageable memory makes the host wait, as documented.
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle,
@@ -619,6 +644,12 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     std::vector<Use> uses;
     if (to_device) uses.push_back({static_cast<char*>(to), bytes, true});
     if (from_device) uses.push_back({static_cast<const char*>(from), bytes, false});
+    if (synchronous && to_device && source == Place::host) {
+        Stream* stream = find_stream(handle);
+        catch_up(stream);
+        host_waits(stream->seen);
+        return enqueue(handle, "a copy", uses, false, staged_step(to, from, bytes));
+    }
     bool in_flight = !synchronous && ((to_device && source == Place::pinned) ||
                                       (from_device && target == Place::pinned));
     bool at_once = synchronous || !to_device;  // when it is on the stream, the host goes on
@@ -743,9 +774,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     properties->totalGlobalMem = card_bytes();
     properties->multiProcessorCount = multiprocessors();
     properties->sharedMemPerBlock = kSharedDefault;
-    properties->sharedMemPerBlockOptin = kSharedMost;
-    properties->sharedMemPerMultiprocessor = kSharedProcessor;
-    properties->reservedSharedMemPerBlock = 1024;
+    properties->sharedMemPerBlockOptin = size_t(shared_most());
+    properties->sharedMemPerMultiprocessor = size_t(shared_processor());
+    properties->reservedSharedMemPerBlock = kSharedReserved;
     properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
     properties->warpSize = 32;
     properties->maxThreadsPerBlock = kThreadsMost;
@@ -774,13 +805,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
             *value = kSharedDefault;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = kSharedMost;
+            *value = shared_most();
             break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            *value = kSharedProcessor;
+            *value = shared_processor();
             break;
         case cudaDevAttrReservedSharedMemoryPerBlock:
-            *value = 1024;
+            *value = kSharedReserved;
             break;
         case cudaDevAttrMaxRegistersPerBlock:
         case cudaDevAttrMaxRegistersPerMultiprocessor:
@@ -954,7 +985,15 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 // ==== streams and events =========================================================================
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
+    if (least != nullptr) *least = kLeastPriority;
+    if (greatest != nullptr) *greatest = kGreatestPriority;
+    return cudaSuccess;
+}
+
+// A priority outside the range is taken to its nearest end, as documented.
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
     std::lock_guard lock(runtime_lock);
     if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
     if (handle == nullptr || (flags & ~unsigned(cudaStreamNonBlocking)) != 0)
@@ -962,9 +1001,22 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
     default_stream();
     int id = int(streams.size());
     streams.push_back(std::make_unique<Stream>(
-        Stream{id, (flags & cudaStreamNonBlocking) == 0, Clock(size_t(id) + 1, 0)}));
+        Stream{id, (flags & cudaStreamNonBlocking) == 0, Clock(size_t(id) + 1, 0),
+               std::clamp(priority, kGreatestPriority, kLeastPriority)}));
     *handle = reinterpret_cast<cudaStream_t>(streams.back().get());
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
+    std::lock_guard lock(runtime_lock);
+    Stream* stream = find_stream(handle);
+    if (stream == nullptr) return remember(cudaErrorInvalidResourceHandle);
+    *priority = stream->priority;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+    return cudaStreamCreateWithPriority(handle, flags, kLeastPriority);
 }
 
 cudaError_t cudaStreamCreate(cudaStream_t* handle) {
@@ -1091,7 +1143,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     if (kernel == nullptr) return remember(cudaErrorInvalidDeviceFunction);
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-        value > kSharedMost)
+        value > shared_most())
         return remember(cudaErrorInvalidValue);
     shared_limits[kernel] = std::max(value, kSharedDefault);
     return cudaSuccess;
@@ -1120,7 +1172,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
     if (cudaError_t status = card(); status != cudaSuccess) return remember(status);
     if (kernel == nullptr || threads < 1) return remember(cudaErrorInvalidValue);
     int by_threads = kThreadsProcessor / ((threads + 31) / 32 * 32);
-    int by_shared = int(size_t(kSharedProcessor) / (shared_bytes + 1024));
+    int by_shared = int(size_t(shared_processor()) / (shared_bytes + kSharedReserved));
     *blocks = threads > kThreadsMost ? 0 : std::min({by_threads, by_shared, kBlocksProcessor});
     return cudaSuccess;
 }

@@ -772,6 +772,13 @@ bool next_warpgroup_product(WarpgroupProduct* product) {
     return true;
 }
 
+bool adds_warpgroup_products(const float* sums) {
+    const Thread* me = running;
+    for (int i = me->products_done; i < me->product_count; i++)
+        if (me->products[i].sums == sums) return true;
+    return false;
+}
+
 unsigned char* shared_memory(size_t offset, size_t bytes) {
     if (launched == nullptr) die("asks for shared memory outside a kernel");
     if (offset + bytes > launched->shared_bytes)

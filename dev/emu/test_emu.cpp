@@ -494,7 +494,8 @@ __global__ void wgmma_kernel(float* out, const bf16* a, const bf16* b) {
     }
     wgmma_fence(d, left);
     for (int k = 0; k < 4; k++) wgmma_ab(d, left[k], shared_matrix(sb, 16 * k, 0));
-    wgmma_wait(d);
+    wgmma_wait(d, left);
+    wgmma_settled(d);
     for (int n = 0; n < 8; n++) {
         for (int e = 0; e < 4; e++)
             out[(16 * warp + g + e / 2 * 8) * 64 + 8 * n + 2 * t + e % 2] = d[n][e];
@@ -676,6 +677,29 @@ TEST(Launch, KeepsTheLimitsOfTheCard) {
     EXPECT_EQ(try_launch(1, 1, 0), cudaErrorNoKernelImageForDevice);
 }
 
+// Shared memory of a block, as the CUDA C++ Programming Guide lists it by compute capability.
+TEST(Launch, SharedMemoryIsThatOfTheCapability) {
+    const std::pair<const char*, int> kMost_KiB[] = {{"8.0", 163}, {"8.6", 99},  {"8.7", 163},
+                                                     {"8.9", 99},  {"9.0", 227}, {"10.0", 227},
+                                                     {"12.0", 99}};
+    auto kernel = reinterpret_cast<const void*>(nothing_kernel);
+    auto raise = [kernel](int bytes) {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    for (const auto& [name, most_KiB] : kMost_KiB) {
+        Environment capability("EMU_CAPABILITY", name);
+        int most = 0, most_together = 0;
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+        cudaDeviceGetAttribute(&most_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+        EXPECT_EQ(most, most_KiB * 1024) << name;
+        EXPECT_EQ(most_together, (most_KiB + 1) * 1024) << name;
+        EXPECT_EQ(raise(most + 1), cudaErrorInvalidValue) << name;
+        EXPECT_EQ(raise(most), cudaSuccess) << name;
+        cudaGetLastError();
+        EXPECT_EQ(try_launch(1, 1, size_t(most)), cudaSuccess) << name;
+    }
+}
+
 TEST(Memory, FailsWhenAskedTo) {
     for (int n : {1, 3}) {
         Environment fail("EMU_FAIL_MALLOC", std::to_string(n));
@@ -782,6 +806,29 @@ TEST_F(Streams, WithoutTheEventAKernelSeesNoNumbers) {
     for (size_t i = 0; i < kCount; i++) EXPECT_EQ(in_.host()[i], float(i));
 }
 
+// cudaMemcpy has staged it when it returns; what comes next on other streams does not wait.
+TEST_F(Streams, ACopyOfPageableMemoryLandsLate) {
+    std::vector<float> values(kCount, 3);
+    auto copy = [&] {
+        EXPECT_EQ(cudaMemcpy(in_, values.data(), kBytes, cudaMemcpyHostToDevice), cudaSuccess);
+    };
+    copy();
+    values.assign(kCount, 4);
+    emu::launch("double", double_hidden_kernel, 1u, unsigned(kCount), 0, compute_,
+                Buffers{out_, in_});
+    EXPECT_EQ(cudaStreamSynchronize(compute_), cudaSuccess);
+    for (float x : out_.host()) EXPECT_TRUE(std::isnan(x));
+    for (float x : in_.host()) EXPECT_EQ(x, 3);
+    copy();
+    EXPECT_DEATH(compute(),
+                 "kernel double on stream .* reads memory that a copy on stream 0 still "
+                 "writes");
+    EXPECT_EQ(cudaStreamSynchronize(cudaStreamLegacy), cudaSuccess);
+    compute();
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (float x : out_.host()) EXPECT_EQ(x, 8);
+}
+
 TEST_F(Streams, WhatAKernelReadsThroughAStructureIsNotOverwritten) {
     upload();
     cudaStreamSynchronize(copies_);
@@ -809,6 +856,27 @@ TEST_F(Streams, TheDefaultStreamWaitsForBlockingStreamsAlone) {
                              static_cast<const float*>(in_.get())),
                  "still writes");
     cudaDeviceSynchronize();
+}
+
+TEST_F(Streams, PrioritiesAreKeptWithinTheirRange) {
+    int least = 1, greatest = 1;
+    ASSERT_EQ(cudaDeviceGetStreamPriorityRange(&least, &greatest), cudaSuccess);
+    EXPECT_LT(greatest, least);  // numbers fall as priorities rise
+    auto given = [](int priority) {
+        cudaStream_t stream = nullptr;
+        EXPECT_EQ(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority),
+                  cudaSuccess);
+        int kept = 0;
+        EXPECT_EQ(cudaStreamGetPriority(stream, &kept), cudaSuccess);
+        EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+        return kept;
+    };
+    EXPECT_EQ(given(greatest), greatest);
+    EXPECT_EQ(given(greatest - 1), greatest);
+    EXPECT_EQ(given(least + 1), least);
+    int kept = 1;
+    EXPECT_EQ(cudaStreamGetPriority(compute_, &kept), cudaSuccess);
+    EXPECT_EQ(kept, least);
 }
 
 TEST_F(Streams, CopiesLandWhileDeviceMemoryIsShutToTheHost) {

@@ -70,6 +70,7 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
     void set(const std::vector<T>& values) {
         cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+        cudaStreamSynchronize(cudaStreamLegacy);  // other streams do not wait for what is staged
     }
     std::vector<T> host() const {
         std::vector<T> values(n);
@@ -688,6 +689,9 @@ void wrong_use() {
         ncclAllReduce(a.p, a.p, n, type, op, comm, nullptr);
         ncclAllReduce(b.p, b.p, n, type, op, comm, nullptr);
         if (odd) ncclGroupEnd();
+    } else if (wrong == "open") {
+        ncclGroupStart();
+        odd ? ncclCommAbort(comm) : ncclCommDestroy(comm);
     } else ncclAllReduce(a.p, b.p, n, type, op, comm, nullptr);
     if (wrong == "zero" && !odd) ncclAllReduce(a.p, b.p, 1, type, op, comm, nullptr);
     cudaStreamSynchronize(nullptr);
@@ -1005,6 +1009,9 @@ const Wrong kWrong[] = {
      true,
      {"where rank 1 calls ncclAllReduce of 4 float32, sum, 1 of a group of 2",
       "where rank 0 calls ncclAllReduce of 4 float32, sum"}},
+    {"open",
+     true,
+     {"calls ncclCommDestroy inside of a group", "calls ncclCommAbort inside of a group"}},
     {"pair",
      true,
      {"ncclRecv of 4 float32, where rank 1 calls ncclSend of 3 float32",

@@ -751,6 +751,35 @@ TEST_F(Jobs, MoreRanksThanCardsAreRefused) {
         << outcome.err;
 }
 
+// As srun --gpus-per-task=1 starts them. Where it is one card after all, NCCL refuses it.
+TEST_F(Jobs, RanksThatSeeOneCardEachTakeIt) {
+    ASSERT_EQ(call(gpus(2, "known", 3)).code, 0);
+    for (bool same : {false, true}) {
+        std::vector<Rank> ranks;
+        for (int rank : {0, 1}) {
+            Variables variables = own_variables(rank, 2);
+            variables.push_back({"EMU_DEVICES", "1"});
+            variables.push_back({"EMU_NCCL_DUPLICATE", same ? "refuse" : ""});
+            std::string meet = "file:" + path(same ? "meet" : "meet_apart");
+            ranks.push_back(
+                start_rank(rank, job(2, path("run"), 3, {"--timeout", "20", "--rendezvous", meet}),
+                           variables));
+        }
+        Outcome first = end_of(ranks[0]), second = end_of(ranks[1]);
+        if (same) {
+            EXPECT_EQ(first.code, 1) << first.err;
+            EXPECT_EQ(second.code, 1) << second.err;
+            EXPECT_NE(first.err.find("rank 0 and rank 1 both on CUDA device 0"), std::string::npos)
+                << first.err;
+            continue;
+        }
+        ASSERT_EQ(first.code, 0) << first.err;
+        ASSERT_EQ(second.code, 0) << second.err;
+        EXPECT_EQ(losses_by_step(path("run")), losses_by_step(path("known")));
+        fs::remove_all(path("run"));
+    }
+}
+
 // Killed at any moment, whichever rank it is: no process is left, the last checkpoint is whole, and
 // the run goes on to the same bits.
 TEST_F(Jobs, ARankThatIsKilledEndsTheJobAndNothingIsLost) {
