@@ -166,7 +166,8 @@ inline void add_model_options(CLI::App* app, ModelOptions& o) {
     add_number(app, "--context", o.context, 1, 1 << 20, "TOKENS", "positions of the model")
         ->default_str("of --model");
     add_number(app, "--dropout", o.dropout, 0, kMostDropout, "P", "probability of dropping a value")
-        ->default_str("0; 0.1 where the model is not given and goes over its text many times");
+        ->default_str(
+            "0; up to 0.1 where the model is not given and goes over its text many times");
 }
 
 inline void add_length_options(CLI::App* app, TrainOptions& o) {

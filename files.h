@@ -156,7 +156,8 @@ inline std::vector<std::string> control_groups(const std::string& controller,
     return folders;
 }
 
-// The bytes of memory that this machine, or the container, could still give; 0 when it does not say.
+// The bytes of memory that this machine, or the container, could still give; 0 when it does not
+// say.
 inline size_t machine_memory_free(const std::string& system = "") {
     size_t free = number_behind(system + "/proc/meminfo", "MemAvailable:") * 1024;
     for (const std::string& folder : control_groups("memory", system)) {
@@ -164,13 +165,13 @@ inline size_t machine_memory_free(const std::string& system = "") {
             return size_t(strtoull(first_line(folder + file).c_str(), nullptr, 10));
         };
         size_t limit = number("/memory.max"), used = number("/memory.current");
-        size_t kept = number_behind(folder + "/memory.stat", "inactive_file");  // given back if asked
-        if (limit == 0) {                                                      // version 1, or "max"
+        size_t kept = number_behind(folder + "/memory.stat", "inactive_file");
+        if (limit == 0) {  // "max", or version 1
             limit = number("/memory.limit_in_bytes"), used = number("/memory.usage_in_bytes");
             kept = number_behind(folder + "/memory.stat", "total_inactive_file");
         }
         if (limit == 0) continue;
-        used -= std::min(used, kept);
+        used -= std::min(used, kept);  // what files keep is given back when asked for
         free = std::min(free, std::max(limit - std::min(limit, used), size_t(1)));
     }
     return free;

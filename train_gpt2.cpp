@@ -159,8 +159,8 @@ inline float vector_exp(float x) {
     e = e * r + 1.f / 6;
     e = e * r + 0.5f;
     e = e * (r * r) + r + 1.f;
-    float power = std::bit_cast<float>(std::bit_cast<uint32_t>(e) +
-                                       (std::bit_cast<uint32_t>(shifted) << 23));
+    float power =
+        std::bit_cast<float>(std::bit_cast<uint32_t>(e) + (std::bit_cast<uint32_t>(shifted) << 23));
     return x == x ? power : x;  // of a NaN, the low bits too went into the exponent
 }
 
@@ -218,9 +218,10 @@ static inline Vector load_vector(const int8_t* from) {
 
 // ==== encoder ====================================================================================
 
-// out = wte[token] + wpe[t]                                          [Radford et al. 2019,
-// section 2.3] out (B,T,C) is written; inputs (B,T) are ids below the rows of wte; wte (Vp,C), wpe
-// (at least T,C)
+// out = wte[token] + wpe[t]  [Radford et al. 2019, section 2.3]
+//
+// out (B,T,C) is written; inputs (B,T) are ids below the rows of wte; wte (Vp,C), wpe (at least
+// T,C)
 template <class Stream, class Float>
 void encoder_forward(Stream* out, const int* inputs, const Float* wte, const Float* wpe, int B,
                      int T, int C) {
@@ -291,10 +292,11 @@ __attribute__((noinline)) static void layernorm_row(Float* y, real* mean, real* 
     *rstd = r;
 }
 
-// y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)  [Ba et al. 2016,
-// arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
-// backward inp (B,T,C), weight (C), bias (C) or null. The variance is taken in a second pass, about
-// the mean.
+// y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)
+// [Ba et al. 2016, arXiv:1607.06450]
+//
+// out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for backward. inp (B,T,C),
+// weight (C), bias (C) or null. The variance is taken in a second pass, about the mean.
 template <class Stream, class Float>
 void layernorm_forward(Float* out, real* mean, real* rstd, const Stream* inp, const Float* weight,
                        const Float* bias, double epsilon, int B, int T, int C) {
@@ -1063,7 +1065,8 @@ void matmul_forward(Out* out, const Float* inp, const Float* weight, const Float
 template <class Float, class Out>
 void matmul_forward(Out* out, const Float* inp, const Weights<Float>& weight, const Float* bias,
                     int BT, int C, int OC) {
-    if (weight.q == nullptr) return matmul_forward<Float>(out, inp, weight.numbers, bias, BT, C, OC);
+    if (weight.q == nullptr)
+        return matmul_forward<Float>(out, inp, weight.numbers, bias, BT, C, OC);
     if (BT > kFewRows) return matmul_expanded(out, inp, weight, bias, BT, C, OC);
     product_few_rows<Float, Out, int8_t>(
         {false, true, BT, OC, C, inp, C, weight.q, C, bias, 0, out, OC, weight.scales});
@@ -1291,12 +1294,14 @@ static void attention_queries_forward(Float* out, int out_stride, real* logsumex
                            nullptr, 0, out + size_t(first) * out_stride, out_stride});
 }
 
-// out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time  [Vaswani et al. 2017,
-// arXiv:1706.03762] out (B,T,C) and logsumexp (B,NH,T) are written; qkv (B,T,3C) holds q, k and v,
-// each (NH,HS). Scores exist for kAttentionRows queries at a time, in scratch (threads,
-// attention_numbers(T, HS, type)): a (B,NH,T,T) tensor is never held, and backward computes the
-// scores again, which costs it one product in five  [Dao et al. 2022, arXiv:2205.14135]. A thread
-// takes a block of queries, and makes its products alone.
+// out = dropout(softmax(q k^T / sqrt(HS), causal)) v, a head at a time
+// [Vaswani et al. 2017, arXiv:1706.03762]
+//
+// out (B,T,C) and logsumexp (B,NH,T) are written; qkv (B,T,3C) holds q, k and v, each (NH,HS).
+// Scores exist for kAttentionRows queries at a time, in scratch (threads, attention_numbers(T, HS,
+// type)): a (B,NH,T,T) tensor is never held, and backward computes the scores again, which costs it
+// one product in five  [Dao et al. 2022, arXiv:2205.14135]. A thread takes a block of queries, and
+// makes its products alone.
 template <class Float>
 void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scratch,
                        const Dropout& dropout, int B, int T, int C, int NH) {
@@ -1577,8 +1582,10 @@ void residual_layernorm_forward(Stream* residual, Float* out, real* mean, real* 
 
 // ==== classifier =================================================================================
 
-// loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
-// loss_scale losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
+// loss = log(sum_j exp(logit_j)) - logit_target
+// dlogit_j = (softmax_j - [j = target]) * loss_scale
+//
+// losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
 // with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1. A row
 // is read and written while it is in cache; its exponentials are taken again rather than kept, for
 // the logits may have no room for their digits.
@@ -2565,7 +2572,7 @@ static void shorten_waits(char** argv) {
     if (getenv("GOMP_SPINCOUNT") != nullptr || getenv("OMP_WAIT_POLICY") != nullptr) return;
     setenv("GOMP_SPINCOUNT", "3000", 0);
     setenv("KMP_BLOCKTIME", "1", 0);  // milliseconds, of clang++'s OpenMP
-    execv("/proc/self/exe", argv);  // where that fails, it goes on as it is
+    execv("/proc/self/exe", argv);    // where that fails, it goes on as it is
 }
 
 // Whether this processor has the instructions of the one that the program was built for.
@@ -2586,9 +2593,10 @@ static bool runs_here() {
 // Weak: the tests, which are linked with this file, have a main of their own.
 __attribute__((weak)) int main(int argc, char** argv) {
     if (!runs_here()) {
-        fputs("error: this program was built for another processor, whose instructions this one "
-              "lacks: build it here (make clean, make), or for both with ARCH=-march=x86-64-v3\n",
-              stderr);
+        fputs(
+            "error: this program was built for another processor, whose instructions this one "
+            "lacks: build it here (make clean, make), or for both with ARCH=-march=x86-64-v3\n",
+            stderr);
         return kExitMachine;
     }
     shorten_waits(argv);

@@ -748,9 +748,11 @@ __global__ void __launch_bounds__(kRowThreads<Width>)
     }
 }
 
-// y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)  [Ba et al. 2016,
-// arXiv:1607.06450] out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for
-// backward. inp (B,T,C), weight (C), bias (C) or null.
+// y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(variance + epsilon)
+// [Ba et al. 2016, arXiv:1607.06450]
+//
+// out (B,T,C) and mean, rstd (B,T) are written; mean and rstd are kept for backward. inp (B,T,C),
+// weight (C), bias (C) or null.
 template <class Float>
 void layernorm_forward(Float* out, float* mean, float* rstd, const Float* inp, const Float* weight,
                        const Float* bias, double epsilon, int B, int T, int C,

@@ -120,9 +120,9 @@ struct TrainOptions {
     double time_limit_s = 0;        // 0: not limited by time
 
     double learning_rate = 2e-3;
-    std::string schedule = "cosine";
+    std::string schedule = "linear";
     int64_t warmup = -1;  // steps; below 0: the first tenth of the run
-    double final_lr_fraction = 0.1;
+    double final_lr_fraction = 0;
     double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.99, epsilon = 1e-8, grad_clip = 1;
     uint64_t seed = 42;
     ComputeOptions compute;
@@ -1961,10 +1961,13 @@ inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config,
 constexpr double kAssumedShare = 0.6;
 
 // --dropout where it is not given, of a run that will go over its training data so many times: none
-// but for the default model on a text so small that it would be learned by heart.
+// but for the default model on a text so small that it would be learned by heart, and the more the
+// surer it would.
 inline double choose_dropout(const ModelOptions& o, double passes) {
-    constexpr double kManyPasses = 7, kDropout = 0.1;
-    return o.is_default() && passes > kManyPasses ? kDropout : 0;
+    constexpr double kFewPasses = 5.5, kManyPasses = 8, kDropout = 0.1;
+    if (!o.is_default()) return 0;
+    double share = std::clamp((passes - kFewPasses) / (kManyPasses - kFewPasses), 0.0, 1.0);
+    return std::round(100 * kDropout * share) / 100;
 }
 
 // --steps or --epochs as steps, and --time-limit. With none of them, two minutes for a text that

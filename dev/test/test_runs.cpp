@@ -1405,8 +1405,10 @@ TEST(Run, ATimeLimitFinishesTheRun) {
 TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
     ModelOptions none, sized, named, asked;
     sized.layers = 2, named.model = "small", asked.dropout = 0.3;
-    EXPECT_EQ(choose_dropout(none, 6.9), 0);
-    EXPECT_EQ(choose_dropout(none, 7.1), 0.1);
+    EXPECT_EQ(choose_dropout(none, 5.5), 0);
+    EXPECT_EQ(choose_dropout(none, 6.72), 0.05);
+    EXPECT_EQ(choose_dropout(none, 8), 0.1);
+    EXPECT_EQ(choose_dropout(none, 100), 0.1);
     for (const ModelOptions& other : {sized, named}) EXPECT_EQ(choose_dropout(other, 100), 0);
 
     std::string folder = test_folder(), text = folder + "/text.txt";
@@ -1429,7 +1431,7 @@ TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
         return settings["dropout"].get<double>();
     };
     EXPECT_EQ(train("few", 4, -1), 0);  // of 64 of its 90 tokens each
-    EXPECT_EQ(train("many", 11, -1), 0.1);
+    EXPECT_EQ(train("many", 12, -1), 0.1);
     EXPECT_EQ(train("few", 13, -1), 0) << "as it was so far";
     EXPECT_EQ(train("few", 14, 0.2), 0.2);
     EXPECT_EQ(train("few", 15, -1), 0.2);
