@@ -1281,20 +1281,20 @@ inline void Products::TuningMemory::fill(cudaStream_t stream, size_t bytes) {
            static_cast<uint32_t*>(memory_), bytes / 4);
 }
 
-template <class Float>
+template <class Float, class Out = Float>
 Product forward_product(int BT, int C, int OC, cublasLtEpilogue_t epilogue) {
-    return {OC, BT, C, true, false, kDataType<Float>, kDataType<Float>, false, epilogue};
+    return {OC, BT, C, true, false, kDataType<Float>, kDataType<Out>, false, epilogue};
 }
 
 // out = inp weight^T + bias
 // out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
-template <class Float>
-void matmul_forward(Float* out, const Float* inp, const Float* weight, const Float* bias, int BT,
+template <class Float, class Out>
+void matmul_forward(Out* out, const Float* inp, const Float* weight, const Float* bias, int BT,
                     int C, int OC, Products& products) {
     cublasLtEpilogue_t epilogue =
         bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    products.run(forward_product<Float>(BT, C, OC, epilogue).of(out, weight, inp), out, weight, inp,
-                 bias, nullptr);
+    products.run(forward_product<Float, Out>(BT, C, OC, epilogue).of(out, weight, inp), out, weight,
+                 inp, bias, nullptr);
 }
 
 template <class Float>
@@ -2951,7 +2951,7 @@ __global__ void __launch_bounds__(kMostThreads)
     // The barrier inside also keeps the row as it is until every thread has read the target's
     // logit.
     SoftmaxSum all = block_merge(mine, partial);
-    if (threadIdx.x == 0) losses[blockIdx.x] = all.largest + logf(all.sum) - at_target;
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(all.sum) + (all.largest - at_target);
     if (!gradient) return;
     __syncwarp();  // of a block that is one warp, for the same reason
     float inverse = 1 / all.sum;
@@ -4429,10 +4429,18 @@ static void copy_logits(GPT2* model, real* host, const Float* logits, int rows) 
     for (size_t i = 0; i < size_t(rows) * V; i++) host[i] = float(values[i]);
 }
 
-// The classifier over kClassifierRows rows of logits at a time, so that (B,T,Vp) is never whole.
-// Training also takes its gradient: dnorm, that of lnf, is written; that of the classifier's weight
-// accumulates.
-template <class Float>
+// As many rows of logits in this type as there is memory for.
+template <class Logit>
+static int logits_held(const GPT2* model) {
+    size_t bytes = model->activation_rows[a_logits].bytes(model->shape.dtype);
+    return int(bytes / (sizeof(Logit) * size_t(model->config.padded_vocab())));
+}
+
+// The classifier over as many rows of logits at a time as there is memory for, so that (B,T,Vp) is
+// never whole. Training also takes its gradient: dnorm, that of lnf, is written; that of the
+// classifier's weight accumulates. Other passes are after losses and logits alone, and have them in
+// float: those of a trained model may all lie near -100, where numbers in bf16 are 0.5 apart.
+template <class Float, class Logit>
 static void head_forward(GPT2* model, const int* targets) {
     const GPT2Config& config = model->config;
     const GPT2Pass& pass = model->pass;
@@ -4444,15 +4452,17 @@ static void head_forward(GPT2* model, const int* targets) {
     if (pass.training) begin_gradients(model, model->layout.buckets.size() - 1);
     const Float* weight = config.tied ? p.wte : p.headw;
     float* dweight = config.tied ? d.wte : d.headw;
-    for (int first = 0; first < BT; first += kClassifierRows) {
-        int rows = std::min(kClassifierRows, BT - first);
+    auto* logits = reinterpret_cast<Logit*>(a.logits);
+    int held = logits_held<Logit>(model);
+    for (int first = 0; first < BT; first += held) {
+        int rows = std::min(held, BT - first);
         const Float* lnf = a.lnf + size_t(first) * C;
-        matmul_forward(a.logits, lnf, weight, static_cast<const Float*>(nullptr), rows, C, Vp,
+        matmul_forward(logits, lnf, weight, static_cast<const Float*>(nullptr), rows, C, Vp,
                        *model->products);
         if (pass.logits != nullptr)
-            copy_logits(model, pass.logits + size_t(first) * V, a.logits, rows);
+            copy_logits(model, pass.logits + size_t(first) * V, logits, rows);
         if (targets == nullptr) continue;
-        classifier_forward(a.losses + first, a.logits, targets + first, pass.loss_scale,
+        classifier_forward(a.losses + first, logits, targets + first, pass.loss_scale,
                            pass.training, rows, V, Vp, model->stream);
         if (pass.training)
             matmul_backward(a.dnorm + size_t(first) * C, dweight, nullptr, a.logits, lnf, weight,
@@ -4485,7 +4495,8 @@ static void model_forward(GPT2* model, const int* inputs, const int* targets) {
         mlp_half_forward<Float>(model, l, B, T);
         residual = model->activations_of<Float>(l).residual3;
     }
-    head_forward<Float>(model, targets);
+    if (model->pass.training) head_forward<Float, Float>(model, targets);
+    else head_forward<Float, float>(model, targets);
 }
 
 void gpt2_forward(GPT2* model, const int* inputs, const int* targets, int B, int T,
@@ -4553,11 +4564,13 @@ static void model_generate(GPT2* model, const int* tokens, int B, int n, int pos
                                 cudaMemcpyDeviceToDevice, model->stream),
               "gpt2_generate");
     }
-    for (int first = 0; first < B; first += kClassifierRows) {
-        int rows = std::min(kClassifierRows, B - first);
-        matmul_forward(a.logits, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
+    auto* exact = reinterpret_cast<float*>(a.logits);
+    int held = logits_held<float>(model);
+    for (int first = 0; first < B; first += held) {
+        int rows = std::min(held, B - first);
+        matmul_forward(exact, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
                        static_cast<const Float*>(nullptr), rows, int(C), Vp, *model->products);
-        copy_logits(model, logits + size_t(first) * size_t(config.vocab_size), a.logits, rows);
+        copy_logits(model, logits + size_t(first) * size_t(config.vocab_size), exact, rows);
     }
 }
 
