@@ -1459,6 +1459,9 @@ inline std::string save_checkpoint(const std::string& out, const Checkpoint& che
 inline std::string latest_checkpoint(const std::string& out, std::string* warning = nullptr) {
     std::vector<StepFolder> steps = list_steps(out, "");
     for (const StepFolder& replaced : list_steps(out, ".old")) steps.push_back(replaced);
+    std::stable_sort(steps.begin(), steps.end(), [](const StepFolder& a, const StepFolder& b) {
+        return a.step > b.step;  // of one step, what replaced the other comes first
+    });
     std::string last = linked_step(out, "last");
     std::stable_partition(steps.begin(), steps.end(),
                           [&](const StepFolder& folder) { return folder.name == last; });

@@ -685,6 +685,12 @@ TEST(Checkpoint, WhatAnInterruptedSaveLeftIsPassedOverAndRemoved) {
     fs::rename(run.path("step_00000006"), run.path("step_00000006.old"));
     fs::rename(run.path("step_00000005"), run.path("step_00000005.tmp"));
     EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006.old"));
+    fs::rename(run.path("step_00000005.tmp"), run.path("step_00000005"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006.old")) << "the newer of the two";
+    fs::copy(run.path("step_00000006.old"), run.path("step_00000006"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006"));
+    fs::remove(run.path("last"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006"));
 }
 
 TEST(Checkpoint, ADamagedOneIsReportedAndTheOneBeforeIsTaken) {
