@@ -1344,9 +1344,12 @@ struct RunFolder {
     std::unique_ptr<RunLock> lock = nullptr;
 };
 
+inline bool holds_checkpoint(const std::string& out) {
+    return !list_steps(out, "").empty() || !list_steps(out, ".old").empty();
+}
+
 inline bool holds_run(const std::string& out) {
-    return path_exists(join_path(out, "log.jsonl")) || !list_steps(out, "").empty() ||
-           !list_steps(out, ".old").empty();
+    return path_exists(join_path(out, "log.jsonl")) || holds_checkpoint(out);
 }
 
 // Whether this command asks for more than a finished run was asked for.
@@ -1376,6 +1379,22 @@ inline std::unique_ptr<RunLock> lock_folder(const std::string& out) {
     return lock;
 }
 
+// The checkpoint to go on from in a folder, and in `damage` the first that was passed over; ""
+// where there is none. fail_input where there are some and none is intact; `remedy` says what would
+// help.
+inline std::string intact_checkpoint(const std::string& out, std::string* damage,
+                                     const char* remedy) {
+    std::string checkpoint = latest_checkpoint(out, damage);
+    *damage = damage->substr(0, damage->find('\n'));
+    if (checkpoint.empty() && !damage->empty())
+        fail_input("%s: no checkpoint is intact: %s; %s", out.c_str(), damage->c_str(), remedy);
+    return checkpoint;
+}
+
+inline std::string going_on_note(const std::string& checkpoint, const std::string& damage) {
+    return "going on with " + checkpoint + (damage.empty() ? "" : "; passed over: " + damage);
+}
+
 // --out was given: goes on with the run there, or refuses and says what would help.
 inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, const Goal& goal,
                                  const ordered_json& identity) {
@@ -1385,13 +1404,10 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
         std::string aside = set_aside(out);
         return {out, "", "the run that was there is now " + aside, lock_folder(out)};
     }
-    std::string damage, checkpoint = latest_checkpoint(out, &damage);
-    bool empty = list_steps(out, "").empty() && list_steps(out, ".old").empty();
-    if (checkpoint.empty() && empty) return {out, "", "", std::move(lock)};
-    damage = damage.substr(0, damage.find('\n'));
-    if (checkpoint.empty())
-        fail_input("%s: no checkpoint is intact: %s; give another --out, or --resume never",
-                   out.c_str(), damage.c_str());
+    std::string damage;
+    std::string checkpoint =
+        intact_checkpoint(out, &damage, "give another --out, or --resume never");
+    if (checkpoint.empty()) return {out, "", "", std::move(lock)};
     json stored;
     RunState state = read_state(checkpoint, &stored);
     std::string difference = identity_difference(stored, identity);
@@ -1403,9 +1419,7 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
             "%s: holds a finished run of %zu steps; give more --steps or --time-limit, another "
             "--out, or --resume never",
             out.c_str(), state.step);
-    std::string note = format("going on with %s", checkpoint.c_str());
-    if (!damage.empty()) note += "; passed over: " + damage;
-    return {out, checkpoint, note, std::move(lock)};
+    return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};
 }
 
 // --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder, whose
@@ -1414,11 +1428,10 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
 inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& identity) {
     std::string from = o.resume, damage;
     if (path_exists(join_path(from, "trainer.json"))) verify_checkpoint(from);
-    else from = latest_checkpoint(o.resume, &damage);
+    else from = intact_checkpoint(o.resume, &damage, "give another run folder, or --resume never");
     if (from.empty())
-        fail_input("--resume %s: %s", o.resume.c_str(),
-                   damage.empty() ? "no run is there; give a run folder, auto or never"
-                                  : damage.substr(0, damage.find('\n')).c_str());
+        fail_input("--resume %s: no run is there; give a run folder, auto or never",
+                   o.resume.c_str());
     from = fs::path(from).lexically_normal().string();
     if (from.ends_with('/')) from.pop_back();
     std::string home = fs::path(from).parent_path().string();
@@ -1437,7 +1450,7 @@ inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& 
         point_link(out, "last", name);
         sync_folder(out);
     }
-    return {out, from, format("going on with %s", from.c_str()), std::move(lock)};
+    return {out, from, going_on_note(from, damage), std::move(lock)};
 }
 
 // runs/NAME, of the name of the data.
@@ -1450,10 +1463,26 @@ inline std::string default_out(const std::vector<std::string>& data) {
     return "runs/" + name;
 }
 
-// The checkpoint from which this very run would go on in a folder; "" where that holds another one,
-// or this one finished.
-inline std::string unfinished_checkpoint(const std::string& out, const ordered_json& identity) {
-    std::string checkpoint = latest_checkpoint(out);
+// Whether a folder may hold this very run: what its newest checkpoint that can be asked says, and
+// where none can, that it may.
+inline bool may_hold(const std::string& out, const ordered_json& identity) {
+    for (const StepFolder& folder : list_steps(out, "")) {
+        try {
+            json stored;
+            read_state(join_path(out, folder.name), &stored);
+            return identity_difference(stored, identity).empty();
+        } catch (const Error&) {}  // the one before may say
+    }
+    return true;
+}
+
+// The checkpoint from which this very run would go on in a folder, and in `damage` what was passed
+// over; "" where that holds another one, or this one finished. fail_input where it may be this one
+// and no checkpoint is intact: to begin anew elsewhere would hide the loss.
+inline std::string unfinished_checkpoint(const std::string& out, const ordered_json& identity,
+                                         std::string* damage) {
+    if (!may_hold(out, identity)) return "";
+    std::string checkpoint = intact_checkpoint(out, damage, "give --out, or --resume never");
     if (checkpoint.empty()) return "";
     json stored;
     RunState state = read_state(checkpoint, &stored);
@@ -1471,10 +1500,9 @@ inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& iden
         auto lock = std::make_unique<RunLock>(out);
         if (!lock->taken()) continue;
         if (!holds_run(out)) return {out, "", "", std::move(lock)};
-        std::string checkpoint = unfinished_checkpoint(out, identity);
+        std::string damage, checkpoint = unfinished_checkpoint(out, identity, &damage);
         if (checkpoint.empty()) continue;
-        std::string note = format("going on with %s", checkpoint.c_str());
-        return {out, checkpoint, note, std::move(lock)};
+        return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};
     }
 }
 

@@ -108,6 +108,15 @@ struct SmallRun {
     }
 };
 
+// The working folder, for as long as it lives.
+struct InFolder {
+    fs::path before = fs::current_path();
+    explicit InFolder(const std::string& folder) { fs::current_path(folder); }
+    InFolder(const InFolder&) = delete;
+    InFolder& operator=(const InFolder&) = delete;
+    ~InFolder() { fs::current_path(before); }
+};
+
 void expect_same_file(const std::string& a, const std::string& b) {
     EXPECT_EQ(hash_text(hash_bytes(read_file(a).data(), read_file(a).size())),
               hash_text(hash_bytes(read_file(b).data(), read_file(b).size())))
@@ -901,6 +910,39 @@ TEST(Run, ADamagedStateIsRefused) {
     EXPECT_EQ(error.substr(0, 2), "2 ");
     EXPECT_NE(error.find("no checkpoint is intact"), std::string::npos) << error;
     EXPECT_EQ(run.log().size(), 9u);
+}
+
+// --out, --resume FOLDER and the default folder, one as the others: what is damaged is said, and
+// where nothing is intact no run begins anew.
+TEST(Run, DamagedCheckpointsAreSaidHoweverTheFolderWasFound) {
+    SmallRun run;
+    run.options.steps = 3;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    for (const StepFolder& folder : list_steps(run.options.out, ""))
+        run.change_state(folder.name, [](ordered_json& state) { state["finished"] = false; });
+    InFolder inside(run.folder);
+    fs::create_directory("runs");
+    fs::rename("run", "runs/text");
+    std::string damaged = "runs/text/step_00000003/model.safetensors";
+    fs::resize_file(damaged, 1000);
+    TrainOptions given = run.options, named = run.options, found = run.options;
+    given.out = "runs/text";
+    named.out = "", named.resume = "runs/text";
+    found.out = "", found.data = {"text.txt"};
+    for (const TrainOptions* o : {&given, &named, &found}) {
+        RunFolder folder = choose_run_folder(*o, {}, identity);
+        EXPECT_EQ(folder.checkpoint, "runs/text/step_00000002");
+        EXPECT_NE(folder.note.find("; passed over: " + damaged), std::string::npos) << folder.note;
+    }
+    fs::resize_file("runs/text/step_00000002/model.safetensors", 1000);
+    for (const TrainOptions* o : {&given, &named, &found}) {
+        std::string error = error_of([&] { choose_run_folder(*o, {}, identity); });
+        EXPECT_EQ(error.rfind("2 runs/text: no checkpoint is intact: " + damaged, 0), 0u) << error;
+        EXPECT_NE(error.find("; give "), std::string::npos) << error;
+    }
+    identity["seed"] = 7;
+    EXPECT_EQ(choose_run_folder(found, {}, identity).out, "runs/text-2") << "that is another run";
 }
 
 TEST(Run, AFolderOfWeightsIsWhereFineTuningStarts) {
