@@ -1344,6 +1344,12 @@ struct RunFolder {
     std::unique_ptr<RunLock> lock = nullptr;
 };
 
+// A folder without the slashes that a shell's completion leaves behind its name.
+inline std::string without_slashes(std::string folder) {
+    while (folder.size() > 1 && folder.ends_with('/')) folder.pop_back();
+    return folder;
+}
+
 inline bool holds_checkpoint(const std::string& out) {
     return !list_steps(out, "").empty() || !list_steps(out, ".old").empty();
 }
@@ -1422,35 +1428,64 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
     return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};
 }
 
-// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder, whose
-// `last` is then the named checkpoint: what follows it is the run from now on, and what goes back
-// to the last checkpoint, or on from it, must find that.
-inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& identity) {
-    std::string from = o.resume, damage;
-    if (path_exists(join_path(from, "trainer.json"))) verify_checkpoint(from);
-    else from = intact_checkpoint(o.resume, &damage, "give another run folder, or --resume never");
-    if (from.empty())
+// What --resume FOLDER names: a checkpoint by the name of its step, where a link such as OUT/best
+// led to it.
+inline std::string resumed_path(const std::string& resume) {
+    fs::path path = without_slashes(fs::path(resume).lexically_normal().string());
+    bool checkpoint = path_exists(join_path(path.string(), "trainer.json"));
+    if (!checkpoint || step_of(path.filename().string())) return path.string();
+    std::error_code error;
+    fs::path whole = fs::canonical(path, error), beside = path.parent_path() / whole.filename();
+    return (fs::equivalent(beside, whole, error) ? beside : whole).string();
+}
+
+// Makes the checkpoint of `state` the newest of the run in OUT: `last` names it, `best` the one
+// that was best by then, and those of later steps are set aside, where they are lost to nobody.
+// Returns what that was, for people.
+inline std::string go_back(const std::string& out, const RunState& state) {
+    std::string name = step_name(state.step), best = step_name(state.best_step);
+    if (linked_step(out, "last") != name) point_link(out, "last", name);
+    if (state.best_step == 0 || !path_exists(join_path(out, best)))
+        unlink(join_path(out, "best").c_str());
+    else if (linked_step(out, "best") != best) point_link(out, "best", best);
+    std::vector<std::string> aside = abandon_later_checkpoints(out, state.step);
+    sync_folder(out);
+    if (aside.empty()) return "";
+    std::string note = "; later checkpoints are set aside: " + aside.back();
+    return aside.size() == 1 ? note : note + format(" and %zu more", aside.size() - 1);
+}
+
+// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder. What
+// follows a named checkpoint there is the run from now on, and what goes back to the last
+// checkpoint, or on from it, must find that. The folder is locked before it is looked at: a run
+// that is at work there may end meanwhile.
+inline RunFolder open_resumed_folder(const TrainOptions& o, const std::string& given_out,
+                                     const ordered_json& identity) {
+    std::string from = resumed_path(o.resume), home = from, damage;
+    bool named = path_exists(join_path(from, "trainer.json"));
+    if (named) home = fs::path(from).parent_path().string();
+    if (home.empty()) home = ".";
+    if (!named && !holds_checkpoint(home))
         fail_input("--resume %s: no run is there; give a run folder, auto or never",
                    o.resume.c_str());
-    from = fs::path(from).lexically_normal().string();
-    if (from.ends_with('/')) from.pop_back();
-    std::string home = fs::path(from).parent_path().string();
-    std::string out = o.out.empty() ? home : o.out;
+    std::string out = given_out.empty() ? home : given_out;
+    std::error_code ignored;
+    bool there = fs::equivalent(out, home, ignored);
+    std::unique_ptr<RunLock> lock = there ? lock_folder(out) : nullptr;
+    if (named) verify_checkpoint(from);
+    else from = intact_checkpoint(home, &damage, "give another run folder, or --resume never");
     json stored;
-    read_state(from, &stored);
+    RunState state = read_state(from, &stored);
     std::string difference = identity_difference(stored, identity);
     if (!difference.empty())
         fail_input("--resume %s: is another run: %s", o.resume.c_str(), difference.c_str());
-    std::error_code ignored;
-    if (holds_run(out) && !fs::equivalent(out, home, ignored))
+    std::string note = going_on_note(from, damage);
+    if (there && named && step_of(fs::path(from).filename().string()) == state.step)
+        note += go_back(out, state);
+    if (!there) lock = lock_folder(out);
+    if (!there && holds_run(out))
         fail_input("%s: holds another run; give another --out", out.c_str());
-    std::unique_ptr<RunLock> lock = lock_folder(out);
-    std::string name = fs::path(from).filename().string();
-    if (step_of(name) && fs::equivalent(out, home, ignored) && linked_step(out, "last") != name) {
-        point_link(out, "last", name);
-        sync_folder(out);
-    }
-    return {out, from, going_on_note(from, damage), std::move(lock)};
+    return {out, from, note, std::move(lock)};
 }
 
 // runs/NAME, of the name of the data.
@@ -1508,8 +1543,9 @@ inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& iden
 
 inline RunFolder choose_run_folder(const TrainOptions& o, const Goal& goal,
                                    const ordered_json& identity) {
-    if (o.resume != "auto" && o.resume != "never") return open_resumed_folder(o, identity);
-    if (!o.out.empty()) return open_run_folder(o, o.out, goal, identity);
+    std::string out = without_slashes(o.out);
+    if (o.resume != "auto" && o.resume != "never") return open_resumed_folder(o, out, identity);
+    if (!out.empty()) return open_run_folder(o, out, goal, identity);
     return find_run_folder(o, identity);
 }
 
@@ -1518,13 +1554,10 @@ inline std::string cache_folder(const TrainOptions& o) {
     std::string out = o.out.empty() ? default_out(o.data) : o.out;
     bool resumed = o.resume != "auto" && o.resume != "never";
     if (o.out.empty() && resumed) {
-        out = fs::path(o.resume).lexically_normal().string();
-        if (out.ends_with('/')) out.pop_back();
-        if (path_exists(join_path(out, "trainer.json"))) out = fs::path(out).parent_path().string();
+        out = resumed_path(o.resume);
+        if (path_exists(join_path(out, "trainer.json"))) out += "/..";
     }
-    fs::path path = fs::path(out).lexically_normal();
-    if (!path.has_filename()) path = path.parent_path();
-    return (path.parent_path() / "cache").string();
+    return (fs::path(out) / ".." / "cache").lexically_normal().string();
 }
 
 // ==== the run folder: log ========================================================================
@@ -3066,7 +3099,8 @@ inline void Training::conclude() {
         screen_.line(format("validation %s, over all %s windows",
                             describe_evaluation(final_).c_str(),
                             with_commas(final_.windows).c_str()));
-    if (state_.best_step > 0 && state_.best_step != state_.step)
+    bool best = linked_step(folder_.out, "best") == step_name(state_.best_step);
+    if (best && state_.best_step != state_.step)
         screen_.line(format("best       at step %s: %s", with_commas(state_.best_step).c_str(),
                             join_path(folder_.out, "best").c_str()));
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));

@@ -648,6 +648,10 @@ TEST(Checkpoint, LinksPointToTheLastAndTheBestAndOldOnesGo) {
               (Strings{"best", "last", "step_00000002", "step_00000003", "step_00000004"}));
     EXPECT_EQ(run.link("last"), "step_00000003");
     EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000003"));
+    run.save(1, false, 2);
+    run.save(3, false, 3);
+    EXPECT_TRUE(path_exists(run.path("step_00000001"))) << "those behind the last do not count";
+    fs::remove_all(run.path("step_00000001"));
     run.save(5, false, 0);
     EXPECT_EQ(run.names().size(), 6u);
 }

@@ -790,6 +790,100 @@ TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
     EXPECT_NE(error.find("the checkpoint is damaged"), std::string::npos) << error;
 }
 
+// The branch that is left keeps its files, and no part in what stays, what is best and what a later
+// command goes on with.
+TEST(Run, GoingBackSetsTheLaterCheckpointsAside) {
+    SmallRun run;
+    run.options.learning_rate = 0, run.options.save_every = 1;  // the first evaluation is the best
+    run.options.steps = 5;
+    EXPECT_EQ(run.train(), 0);
+    for (const char* step : {"step_00000003", "step_00000005"})
+        run.change_state(step, [](ordered_json& state) { state["finished"] = false; });
+    fs::remove(run.out("best"));
+    fs::create_symlink("step_00000004", run.out("best"));
+    TrainOptions back = run.options;
+    back.resume = run.out("best");
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    std::string note = choose_run_folder(back, {}, identity).note;
+    EXPECT_EQ(note, "going on with " + run.out("step_00000004") +
+                        "; later checkpoints are set aside: step_00000005.abandoned");
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000004") << "what the link led to";
+    EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000002");
+    back.resume = run.out("step_00000001/");
+    note = choose_run_folder(back, {}, identity).note;
+    EXPECT_NE(note.find("set aside: step_00000002.abandoned and 2 more"), std::string::npos)
+        << note;
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000001");
+    EXPECT_EQ(linked_step(run.options.out, "best"), "") << "none was evaluated by then";
+    EXPECT_EQ(list_steps(run.options.out, "").size(), 1u);
+    run.options.keep = 2, run.options.steps = 4, run.options.eval_every = 0;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.log().size(), 4u);
+    EXPECT_TRUE(path_exists(run.out("step_00000003"))) << "the two newest of this branch";
+    fs::resize_file(run.out("step_00000004/model.safetensors"), 10);
+    EXPECT_EQ(latest_checkpoint(run.options.out), run.out("step_00000003"));
+    back.resume = run.out("step_00000003"), back.out = "";
+    choose_run_folder(back, {}, identity);
+    EXPECT_TRUE(path_exists(run.out("step_00000004.abandoned.2/trainer.json")))
+        << "nothing is lost";
+    EXPECT_TRUE(verify_checkpoint(run.out("step_00000004.abandoned")).is_object());
+}
+
+TEST(Run, TheBestIsNamedAtTheEndWhereItIs) {
+    SmallRun run;
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    std::string best = "best       at step 2: ";
+    EXPECT_NE(run.train_and_read().find(best + run.out("best")), std::string::npos);
+    run.options.resume = run.out("step_00000003"), run.options.out += "-2";
+    std::string said = run.train_and_read();
+    EXPECT_EQ(said.find(best), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+}
+
+// By a path that has no folder in it, and by those of a run's own folder.
+TEST(Run, ResumesFromTheFolderThatOneIsIn) {
+    SmallRun run;
+    run.options.steps = 3;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    TrainOptions o = run.options;
+    o.out = "";
+    auto resume = [&](const std::string& from, const std::string& in) {
+        InFolder inside(in);
+        o.resume = from;
+        EXPECT_EQ(fs::weakly_canonical(cache_folder(o)),
+                  fs::weakly_canonical(run.folder + "/cache"));
+        RunFolder folder = choose_run_folder(o, {}, identity);
+        return std::pair(folder.out, folder.checkpoint);
+    };
+    std::string run_folder = run.options.out;
+    EXPECT_EQ(resume(".", run_folder), std::pair(std::string("."), std::string("./step_00000003")));
+    EXPECT_EQ(resume("last", run_folder),
+              std::pair(std::string("."), std::string("step_00000003")));
+    auto [out, checkpoint] = resume(".", run.out("step_00000003"));
+    EXPECT_TRUE(fs::equivalent(out, run_folder)) << out;
+    EXPECT_TRUE(fs::equivalent(checkpoint, run.out("last"))) << checkpoint;
+}
+
+// A run that ends after the checkpoint was named and before the folder is free keeps its `last`.
+TEST(Run, AFolderIsLockedBeforeWhatItHoldsIsRead) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    run.options.resume = run.out("step_00000003");
+    fs::resize_file(run.out("step_00000003/model.safetensors"), 1000);
+    std::string error;
+    {
+        RunLock other(run.options.out);
+        error = error_of([&] { run.train(); });
+    }
+    EXPECT_NE(error.find("trains in this folder"), std::string::npos) << error;
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000006");
+    EXPECT_NE(error_of([&] { run.train(); }).find("is damaged"), std::string::npos);
+    run.options.resume = run.folder;
+    EXPECT_NE(error_of([&] { run.train(); }).find("no run is there"), std::string::npos);
+    EXPECT_FALSE(path_exists(run.folder + "/lock"));
+}
+
 TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
     std::string folder = test_folder();
     write_file_atomic(folder + "/log.jsonl",
