@@ -1375,6 +1375,41 @@ inline std::string set_aside(const std::string& out) {
     }
 }
 
+// Whether a path leads into a folder, or to it, through whatever links.
+inline bool lies_in(const std::string& path, const std::string& folder) {
+    std::error_code error;
+    fs::path whole = fs::weakly_canonical(folder, error), at = fs::weakly_canonical(path, error);
+    auto [end, differs] = std::mismatch(whole.begin(), whole.end(), at.begin(), at.end());
+    return !error && end == whole.end();
+}
+
+// What the run reads must still be there when --out was set aside.
+inline void refuse_to_move_inputs(const TrainOptions& o, const std::string& out) {
+    std::vector<std::pair<const char*, std::string>> inputs;
+    for (const std::string& path : o.data) inputs.push_back({"--data", path});
+    for (const std::string& path : o.val) inputs.push_back({"--val", path});
+    if (path_exists(o.model.model)) inputs.push_back({"--model", o.model.model});
+    if (path_exists(o.tokenizer)) inputs.push_back({"--tokenizer", o.tokenizer});
+    for (const auto& [option, path] : inputs)
+        if (lies_in(path, out))
+            fail_input("%s %s: lies in %s, which --resume never sets aside; give another --out",
+                       option, path.c_str(), out.c_str());
+}
+
+// The folder of a model is no run folder: that of a checkpoint goes, with all that is in it, when
+// its run no longer keeps it.
+inline void refuse_model_folder(const std::string& out) {
+    for (const char* name : {"trainer.json", "model.safetensors"})
+        if (path_exists(join_path(out, name)))
+            fail_input("%s: holds a model (%s), and cannot be a run folder; give another --out",
+                       out.c_str(), name);
+    std::error_code ignored;
+    for (fs::path at = fs::weakly_canonical(out, ignored); at.has_relative_path();
+         at = at.parent_path())
+        if (step_of(at.filename().string()) && path_exists((at / "trainer.json").string()))
+            fail_input("%s: lies in a checkpoint of another run; give another --out", out.c_str());
+}
+
 // The folder, made where it is not there, for this program alone.
 inline std::unique_ptr<RunLock> lock_folder(const std::string& out) {
     make_folder(out);
@@ -1407,6 +1442,7 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
     std::unique_ptr<RunLock> lock = lock_folder(out);
     if (!holds_run(out)) return {out, "", "", std::move(lock)};
     if (o.resume == "never") {
+        refuse_to_move_inputs(o, out);
         std::string aside = set_aside(out);
         return {out, "", "the run that was there is now " + aside, lock_folder(out)};
     }
@@ -1544,6 +1580,7 @@ inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& iden
 inline RunFolder choose_run_folder(const TrainOptions& o, const Goal& goal,
                                    const ordered_json& identity) {
     std::string out = without_slashes(o.out);
+    if (!out.empty()) refuse_model_folder(out);
     if (o.resume != "auto" && o.resume != "never") return open_resumed_folder(o, out, identity);
     if (!out.empty()) return open_run_folder(o, out, goal, identity);
     return find_run_folder(o, identity);

@@ -790,6 +790,48 @@ TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
     EXPECT_NE(error.find("the checkpoint is damaged"), std::string::npos) << error;
 }
 
+TEST(Run, WhatItReadsIsNotSetAside) {
+    SmallRun run;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    fs::copy(run.options.data[0], run.out("text.txt"));
+    fs::create_directory_symlink("run", run.folder + "/link");
+    TrainOptions first = run.options;
+    auto expect_refusal = [&](const std::string& what) {
+        run.options.resume = "never", run.options.model = {}, run.options.tokenizer = "auto";
+        if (what == "--data") run.options.data = {run.out("*.txt")};
+        if (what == "--val") run.options.val = {run.folder + "/link/text.txt"};
+        if (what == "--model") run.options.model.model = run.folder + "/link";
+        if (what == "--tokenizer") run.options.tokenizer = run.out("last/tokenizer.json");
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.rfind("2 " + what + " " + run.folder, 0), 0u) << error;
+        EXPECT_NE(error.find("which --resume never sets aside; give another --out"),
+                  std::string::npos)
+            << error;
+        EXPECT_FALSE(path_exists(run.options.out + ".1"));
+        run.options = first;
+    };
+    for (const char* what : {"--data", "--val", "--model", "--tokenizer"}) expect_refusal(what);
+    run.options.resume = "never", run.options.out += "//";
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(path_exists(first.out + ".1/step_00000002")) << "whatever slashes are behind it";
+}
+
+TEST(Run, AFolderOfAModelIsNoRunFolder) {
+    SmallRun run;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    TrainOptions first = run.options;
+    for (const char* out : {"last", "step_00000002/", "last/inner"}) {
+        run.options.out = first.out + "/" + out;
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.substr(0, 2), "2 ") << error;
+        EXPECT_NE(error.find("; give another --out"), std::string::npos) << error;
+    }
+    EXPECT_NO_THROW(verify_checkpoint(join_path(first.out, "last")));
+    EXPECT_FALSE(path_exists(join_path(first.out, "last/lock")));
+}
+
 // The branch that is left keeps its files, and no part in what stays, what is best and what a later
 // command goes on with.
 TEST(Run, GoingBackSetsTheLaterCheckpointsAside) {
