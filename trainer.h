@@ -1560,6 +1560,22 @@ inline std::string unfinished_checkpoint(const std::string& out, const ordered_j
     return state.finished || !identity_difference(stored, identity).empty() ? "" : checkpoint;
 }
 
+// Whether a folder holds no more than the log of this very run, which ended before its first
+// checkpoint.
+inline bool only_began(const std::string& out, const ordered_json& identity) {
+    if (holds_checkpoint(out)) return false;
+    std::ifstream file(join_path(out, "log.jsonl"));
+    json started;
+    bool empty = true;
+    for (std::string line; std::getline(file, line); empty = false) {
+        if (line.find("\"event\"") == std::string::npos) continue;
+        json record = json::parse(line, nullptr, false);
+        if (record.is_object() && record.value("event", json()) == "start")
+            started = record.value("run", json());
+    }
+    return empty || (started.is_object() && identity_difference(started, identity).empty());
+}
+
 // No --out: the first of runs/NAME, runs/NAME-2, ... that is free, or that holds this very run,
 // unfinished. One in which another program trains is not free.
 inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& identity) {
@@ -1570,7 +1586,7 @@ inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& iden
         make_folder(out);
         auto lock = std::make_unique<RunLock>(out);
         if (!lock->taken()) continue;
-        if (!holds_run(out)) return {out, "", "", std::move(lock)};
+        if (!holds_run(out) || only_began(out, identity)) return {out, "", "", std::move(lock)};
         std::string damage, checkpoint = unfinished_checkpoint(out, identity, &damage);
         if (checkpoint.empty()) continue;
         return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};

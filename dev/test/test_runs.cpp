@@ -1081,6 +1081,34 @@ TEST(Run, DamagedCheckpointsAreSaidHoweverTheFolderWasFound) {
     EXPECT_EQ(choose_run_folder(found, {}, identity).out, "runs/text-2") << "that is another run";
 }
 
+// Killed before its first checkpoint it takes no new folder each time.
+TEST(Run, ARunThatOnlyBeganLeavesItsFolderFree) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    for (const char* link : {"last", "best"}) fs::remove(run.out(link));
+    for (const StepFolder& folder : list_steps(run.options.out, ""))
+        fs::remove_all(run.out(folder.name));
+    InFolder inside(run.folder);
+    fs::create_directory("runs");
+    fs::rename("run", "runs/text");
+    TrainOptions o = run.options;
+    o.out = "", o.data = {"text.txt"};
+    {
+        RunFolder folder = choose_run_folder(o, {}, identity);
+        EXPECT_EQ(folder.out, "runs/text");
+        EXPECT_EQ(folder.checkpoint + folder.note, "");
+        EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text-2") << "it is at work there";
+    }
+    ordered_json other = identity;
+    other["seed"] = 7;
+    EXPECT_EQ(choose_run_folder(o, {}, other).out, "runs/text-2");
+    write_file_atomic("runs/text/log.jsonl", "{\"step\":1}\n");
+    EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text-2") << "nobody knows whose it is";
+    fs::resize_file("runs/text/log.jsonl", 0);
+    EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text");
+}
+
 TEST(Run, AFolderOfWeightsIsWhereFineTuningStarts) {
     SmallRun run, tuned;
     EXPECT_EQ(run.train(), 0);
