@@ -1268,6 +1268,22 @@ inline std::vector<std::string> setting_changes(const json& stored, const ordere
     return lines;
 }
 
+// Whether losses of evaluations so far compare with those from here on: not where they were of
+// other data, or of other windows of it.
+inline bool evaluates_alike(const json& stored, const ordered_json& mine) {
+    for (const char* key : {"validation data", "windows of an evaluation"})
+        if (stored.contains(key) && mine.contains(key) && stored[key].dump() != mine[key].dump())
+            return false;
+    return true;
+}
+
+// What is best, and how long nothing was better, is for the next evaluation to say.
+inline void forget_best(RunState* state) {
+    RunState fresh;
+    state->best_loss = fresh.best_loss;
+    state->best_step = fresh.best_step, state->stale = fresh.stale;
+}
+
 // The first entry in which a stored identity differs, for people; "" when there is none.
 inline std::string identity_difference(const json& stored, const ordered_json& mine) {
     for (const auto& [key, value] : mine.items()) {
@@ -2153,7 +2169,7 @@ class Training {
         shard_hashes_ = loader_->shard_hashes();
         for (const Shard& shard : data_.val) {
             val_known_.push_back(shard.file().identity());
-            val_hashes_.push_back(windows.watch ? shard.identity() : 0);
+            val_hashes_.push_back(shard.identity());
         }
         watches_val_ = windows.watch && evaluates();
         identity_ =
@@ -2257,6 +2273,16 @@ class Training {
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
 
+    // The settings of this run, and what its evaluations are of.
+    ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
+        ordered_json settings = run_settings(o, goal_, shape);
+        if (!evaluates()) return settings;
+        EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
+        settings["validation data"] = hash_text(data_hash(val_hashes_));
+        settings["windows of an evaluation"] = loader.windows();
+        return settings;
+    }
+
     // Seconds that the end of the run will take, from what the same has taken so far; before that,
     // a forward pass is taken for a third of a step.
     double reserve_s() const {
@@ -2342,6 +2368,7 @@ class Training {
         shape.saves_parts = !shared_out_.empty();
         shape.snapshot = shape.snapshot && (leads() || shape.saves_parts);
         const char* dtype = dtype_name(shape.dtype);
+        settings_ = settings_of(options, shape);
         leader_first("the model", [&] {  // the others find the products that it has timed
             model_.reset(gpt2_create(choice_.config, shape, rank_));
         });
@@ -2355,9 +2382,11 @@ class Training {
             json settings;
             read_checkpoint(model_.get(), folder_.checkpoint);
             state_ = read_state(folder_.checkpoint, nullptr, &settings);
-            for (const std::string& change :
-                 setting_changes(settings, run_settings(options, goal_, shape)))
-                add_note(change);
+            for (const std::string& change : setting_changes(settings, settings_)) add_note(change);
+            if (!evaluates_alike(settings, settings_)) {
+                forget_best(&state_);
+                add_note("the best loss and --early-stop count anew: losses before do not compare");
+            }
             elapsed_before_s_ = state_.elapsed_s;
             loader_->seek(state_.position);
             if (state_.dtype != dtype)
@@ -2377,7 +2406,6 @@ class Training {
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
-        settings_ = run_settings(options, goal_, shape);
         launched_ = state_.step;
     }
     void add_note(const std::string& note) {
@@ -2593,7 +2621,7 @@ inline void Training::compare_ranks() {
     for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
     GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value(), world_);
     shape.recompute = 0;  // each rank as much as its memory asks for
-    ordered_json settings = run_settings(o_, goal_, shape);
+    ordered_json settings = settings_of(o_, shape);
     for (const auto& [key, value] : settings.items()) list.push_back({key, value.dump()});
     list.push_back({"evaluation", format("every %zu steps, %zu batches, %zu windows", o_.eval_every,
                                          o_.eval_batches, count_tokens(data_.val))});
@@ -2927,8 +2955,10 @@ inline bool Training::roll_back() {
     std::vector<DataLoader::Position> skipped = state_.skipped;
     std::string dtype = state_.dtype;
     if (leads()) {
+        json settings;
         read_checkpoint(model_.get(), checkpoint);
-        state_ = read_state(checkpoint, nullptr);
+        state_ = read_state(checkpoint, nullptr, &settings);
+        if (!evaluates_alike(settings, settings_)) forget_best(&state_);
     } else if (gpt2_shape(model_.get()).saves_parts) {
         read_moments(model_.get(), checkpoint);
     }

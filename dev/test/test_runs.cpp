@@ -1549,6 +1549,41 @@ TEST(Run, SettingsThatChangeAreSaidWithBothValues) {
     EXPECT_EQ(said.find("beta1"), std::string::npos) << said;
 }
 
+TEST(Run, EvaluationsOfOtherDataOrWindowsAreNotComparedWithThoseBefore) {
+    SmallRun run;
+    run.options.val = {run.folder + "/val.txt"};
+    write_file_atomic(run.options.val[0], some_text(200));
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    run.options.steps = 3, run.options.save_every = 1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+    EXPECT_EQ(run.state().at("evaluations_without_gain"), 1u);
+    std::string anew = "note       the best loss and --early-stop count anew: ";
+    auto go_on = [&] {
+        run.options.steps += 1;
+        run.change_state(step_name(run.options.steps - 1),
+                         [](ordered_json& state) { state["best_val_loss"] = 0.5; });
+        return run.train_and_read();
+    };
+    std::string said = go_on();
+    EXPECT_EQ(said.find(anew), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+    write_file_atomic(run.options.val[0], some_text(201));
+    said = go_on();
+    EXPECT_NE(said.find("note       validation data was "), std::string::npos) << said;
+    EXPECT_NE(said.find(anew), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 5u);
+    EXPECT_GT(run.state().at("best_val_loss").get<double>(), 1);
+    EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000005");
+    run.options.eval_batches = 1;
+    said = go_on();
+    EXPECT_NE(said.find("note       windows of an evaluation was 8 so far and is 4 from here on"),
+              std::string::npos)
+        << said;
+    EXPECT_EQ(run.state().at("best_step"), 6u);
+    EXPECT_EQ(run.state().at("evaluations_without_gain"), 0u);
+}
+
 TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
     SmallRun run;
     GPT2Config config;
