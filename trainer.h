@@ -1284,13 +1284,22 @@ inline void forget_best(RunState* state) {
     state->best_step = fresh.best_step, state->stale = fresh.stale;
 }
 
+// Whether two entries name one folder, each in its own way.
+inline bool leads_to_the_same(const json& stored, const ordered_json& mine) {
+    if (!stored.is_string() || !mine.is_string() || mine == "" || stored == "") return false;
+    std::error_code error;
+    return fs::equivalent(stored.get<std::string>(), mine.get<std::string>(), error);
+}
+
 // The first entry in which a stored identity differs, for people; "" when there is none.
 inline std::string identity_difference(const json& stored, const ordered_json& mine) {
     for (const auto& [key, value] : mine.items()) {
         std::string theirs = "nothing";
         if (stored.contains(key)) theirs = stored[key].dump();
         else if (first_identity().contains(key)) theirs = first_identity()[key].dump();
-        if (theirs != value.dump())
+        bool same =
+            key == "started from" && stored.contains(key) && leads_to_the_same(stored[key], value);
+        if (!same && theirs != value.dump())
             return format("%s is %s there and %s here", key.c_str(), one_line(theirs).c_str(),
                           one_line(value.dump()).c_str());
     }

@@ -702,6 +702,27 @@ TEST(Run, AnOlderIdentityIsThatOfTheDefaultOrder) {
     EXPECT_EQ(identity_difference(older, mine), "layers is nothing there and 2 here");
 }
 
+TEST(Run, TheModelThatItStartedFromMayBeSpelledInAnotherWay) {
+    SmallRun run, tuned;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    InFolder inside(run.folder);
+    tuned.options.model = {}, tuned.options.tokenizer = "auto", tuned.options.learning_rate = 0;
+    tuned.options.model.model = "run/last";
+    tuned.stop_after_one_step();
+    EXPECT_EQ(tuned.state().at("run").at("started from"), "run/last");
+    for (const std::string& path :
+         {std::string("run/last/"), std::string("./run/last"), run.out("step_00000002")}) {
+        tuned.options.model.model = path;
+        tuned.stop_after_one_step();
+    }
+    EXPECT_EQ(tuned.log().size(), 4u);
+    fs::copy("run/last/", "other");
+    tuned.options.model.model = "other";
+    std::string error = error_of([&] { tuned.train(); });
+    EXPECT_NE(error.find("started from is "), std::string::npos) << error;
+}
+
 TEST(Run, EveryOrderOfWindowsIsResumedToTheSameBits) {
     for (const char* order : {"sliding", "random"})
         for (bool apart : {false, true}) {
