@@ -18,6 +18,7 @@
 #include <future>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <thread>
@@ -1960,21 +1961,35 @@ inline std::string file_system_note(const std::string& folder) {
     return "";
 }
 
+// How many checkpoints a run leaves: the newest, the best, and those that stay for good. A run by
+// the clock saves nobody knows how often: it is taken for often enough to have all that --keep
+// keeps.
+inline size_t checkpoints_kept(const TrainOptions& o, const Goal& goal) {
+    bool counted = goal.steps > 0, saves_often = o.save_every > 0 && (counted || o.keep > 0);
+    size_t saves = 1;
+    if (saves_often) saves = counted ? goal.steps / o.save_every + 1 : size_t(o.keep);
+    if (o.keep == 0) return saves;
+    size_t newest = std::min(saves, size_t(o.keep)), for_good = 0;
+    if (o.keep_every > 0)  // of the older saves, those whose step it divides
+        for_good = (saves - newest) * std::gcd(o.save_every, o.keep_every) / o.keep_every;
+    return newest + 1 + for_good;
+}
+
 // Refuses a disk that the run's checkpoints will not fit on, before anything is computed.
 inline void check_disk(const TrainOptions& o, const std::string& out, const GPT2Config& config,
                        const Goal& goal) {
     std::optional<size_t> free = disk_free(out);
     if (!free) return;
-    size_t saves = o.save_every > 0 && goal.steps > 0 ? goal.steps / o.save_every + 1 : 1;
-    size_t kept = o.keep > 0 ? std::min(saves, size_t(o.keep)) + 1 : saves;  // and the best
+    size_t kept = checkpoints_kept(o, goal);
     size_t one = checkpoint_bytes(config), there = list_steps(out, "").size();
     size_t needed = (std::max(kept, there) - there + 1) * one;  // one is written beside the others
     if (needed <= *free) return;
     fail_machine(
-        "%s: %zu checkpoints of %s need %s more, the disk has %s free; another --out, a smaller "
+        "%s: %zu checkpoints of %s need %s more, the disk has %s free; another --out, %sa smaller "
         "--keep or a larger --save-every would fit",
         out.c_str(), kept, readable_bytes(double(one)).c_str(),
-        readable_bytes(double(needed)).c_str(), readable_bytes(double(*free)).c_str());
+        readable_bytes(double(needed)).c_str(), readable_bytes(double(*free)).c_str(),
+        o.keep > 0 && o.keep_every > 0 ? "a larger --keep-every, " : "");
 }
 
 // ==== bad numbers ================================================================================

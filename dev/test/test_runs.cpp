@@ -1624,6 +1624,23 @@ TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
     EXPECT_FALSE(path_exists(run.out("log.jsonl")));
 }
 
+TEST(Run, AllCheckpointsThatWillStayAreCounted) {
+    TrainOptions o;
+    auto kept = [&](size_t steps, size_t save_every, int keep, uint64_t keep_every) {
+        o.save_every = save_every, o.keep = keep, o.keep_every = keep_every;
+        return checkpoints_kept(o, {steps, steps > 0 ? 0.0 : 60.0});
+    };
+    EXPECT_EQ(kept(10000, 1000, 2, 0), 3u) << "and the best";
+    EXPECT_EQ(kept(10000, 1000, 0, 0), 11u);
+    EXPECT_EQ(kept(1000, 0, 2, 0), 2u);
+    EXPECT_EQ(kept(10000, 1000, 2, 3000), 6u) << "3,000, 6,000 and 9,000 as well";
+    EXPECT_EQ(kept(10000, 1000, 2, 1500), 6u) << "1,500 is not saved";
+    EXPECT_EQ(kept(size_t(kMaxSteps), 1, 1, uint64_t(kMaxSteps)), 3u);
+    EXPECT_EQ(kept(0, 1000, 2, 0), 3u) << "by the clock";
+    EXPECT_EQ(kept(0, 1000, 0, 0), 1u);
+    EXPECT_EQ(kept(0, 0, 2, 0), 2u);
+}
+
 TEST(Run, ResumingInAnotherPrecisionIsSaid) {
     SmallRun run;
     stop_signal() = SIGINT;
