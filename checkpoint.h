@@ -1203,8 +1203,9 @@ inline void point_link(const std::string& out, const std::string& link, const st
     rename_path(temporary, path);
 }
 
-// Which checkpoints stay when a newer one is there: the newest `keep` (0: all), those of every
-// step that `keep_every` divides (0: none for that), and those that last and best point to.
+// Which checkpoints stay when a newer one is there: the newest `keep` (0: all) up to the last,
+// those of every step that `keep_every` divides (0: none for that), and those that last and best
+// point to.
 struct Retention {
     int keep = 0;
     uint64_t keep_every = 0;
@@ -1216,6 +1217,7 @@ inline void remove_old_checkpoints(const std::string& out, const Retention& rete
     std::string last = linked_step(out, "last", true), best = linked_step(out, "best", true);
     int newer = 0;
     for (const StepFolder& folder : list_steps(out, "")) {
+        if (step_of(last) && folder.step > *step_of(last)) continue;  // fallen back from
         bool kept = retention.keep <= 0 || newer++ < retention.keep;
         kept |= retention.keep_every > 0 && folder.step % retention.keep_every == 0;
         if (kept || folder.name == last || folder.name == best) continue;
@@ -1227,6 +1229,21 @@ inline void remove_old_checkpoints(const std::string& out, const Retention& rete
         for (const StepFolder& folder : list_steps(out, suffix))
             remove_folder(join_path(out, folder.name));
     for (const char* link : {"last.tmp", "best.tmp"}) unlink(join_path(out, link).c_str());
+}
+
+// For a run that goes on from an older checkpoint: those of later steps get names under which
+// neither retention nor latest_checkpoint looks for them. Returns the names, newest first.
+inline std::vector<std::string> abandon_later_checkpoints(const std::string& out, uint64_t step) {
+    std::vector<std::string> names;
+    for (const StepFolder& folder : list_steps(out, "")) {
+        if (folder.step <= step) break;
+        std::string name = folder.name + ".abandoned";
+        for (int number = 2; path_exists(join_path(out, name)); number++)
+            name = format("%s.abandoned.%d", folder.name.c_str(), number);
+        rename_path(join_path(out, folder.name), join_path(out, name));
+        names.push_back(name);
+    }
+    return names;
 }
 
 // Writes trainer.json: the trainer's own state, and the size and hash of every other file of the
@@ -1459,6 +1476,9 @@ inline std::string save_checkpoint(const std::string& out, const Checkpoint& che
 inline std::string latest_checkpoint(const std::string& out, std::string* warning = nullptr) {
     std::vector<StepFolder> steps = list_steps(out, "");
     for (const StepFolder& replaced : list_steps(out, ".old")) steps.push_back(replaced);
+    std::stable_sort(steps.begin(), steps.end(), [](const StepFolder& a, const StepFolder& b) {
+        return a.step > b.step;  // of one step, what replaced the other comes first
+    });
     std::string last = linked_step(out, "last");
     std::stable_partition(steps.begin(), steps.end(),
                           [&](const StepFolder& folder) { return folder.name == last; });

@@ -18,6 +18,7 @@
 #include <future>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <thread>
@@ -1268,13 +1269,38 @@ inline std::vector<std::string> setting_changes(const json& stored, const ordere
     return lines;
 }
 
+// Whether losses of evaluations so far compare with those from here on: not where they were of
+// other data, or of other windows of it.
+inline bool evaluates_alike(const json& stored, const ordered_json& mine) {
+    for (const char* key : {"validation data", "windows of an evaluation"})
+        if (stored.contains(key) && mine.contains(key) && stored[key].dump() != mine[key].dump())
+            return false;
+    return true;
+}
+
+// What is best, and how long nothing was better, is for the next evaluation to say.
+inline void forget_best(RunState* state) {
+    RunState fresh;
+    state->best_loss = fresh.best_loss;
+    state->best_step = fresh.best_step, state->stale = fresh.stale;
+}
+
+// Whether two entries name one folder, each in its own way.
+inline bool leads_to_the_same(const json& stored, const ordered_json& mine) {
+    if (!stored.is_string() || !mine.is_string() || mine == "" || stored == "") return false;
+    std::error_code error;
+    return fs::equivalent(stored.get<std::string>(), mine.get<std::string>(), error);
+}
+
 // The first entry in which a stored identity differs, for people; "" when there is none.
 inline std::string identity_difference(const json& stored, const ordered_json& mine) {
     for (const auto& [key, value] : mine.items()) {
         std::string theirs = "nothing";
         if (stored.contains(key)) theirs = stored[key].dump();
         else if (first_identity().contains(key)) theirs = first_identity()[key].dump();
-        if (theirs != value.dump())
+        bool same =
+            key == "started from" && stored.contains(key) && leads_to_the_same(stored[key], value);
+        if (!same && theirs != value.dump())
             return format("%s is %s there and %s here", key.c_str(), one_line(theirs).c_str(),
                           one_line(value.dump()).c_str());
     }
@@ -1344,9 +1370,18 @@ struct RunFolder {
     std::unique_ptr<RunLock> lock = nullptr;
 };
 
+// A folder without the slashes that a shell's completion leaves behind its name.
+inline std::string without_slashes(std::string folder) {
+    while (folder.size() > 1 && folder.ends_with('/')) folder.pop_back();
+    return folder;
+}
+
+inline bool holds_checkpoint(const std::string& out) {
+    return !list_steps(out, "").empty() || !list_steps(out, ".old").empty();
+}
+
 inline bool holds_run(const std::string& out) {
-    return path_exists(join_path(out, "log.jsonl")) || !list_steps(out, "").empty() ||
-           !list_steps(out, ".old").empty();
+    return path_exists(join_path(out, "log.jsonl")) || holds_checkpoint(out);
 }
 
 // Whether this command asks for more than a finished run was asked for.
@@ -1366,6 +1401,41 @@ inline std::string set_aside(const std::string& out) {
     }
 }
 
+// Whether a path leads into a folder, or to it, through whatever links.
+inline bool lies_in(const std::string& path, const std::string& folder) {
+    std::error_code error;
+    fs::path whole = fs::weakly_canonical(folder, error), at = fs::weakly_canonical(path, error);
+    auto [end, differs] = std::mismatch(whole.begin(), whole.end(), at.begin(), at.end());
+    return !error && end == whole.end();
+}
+
+// What the run reads must still be there when --out was set aside.
+inline void refuse_to_move_inputs(const TrainOptions& o, const std::string& out) {
+    std::vector<std::pair<const char*, std::string>> inputs;
+    for (const std::string& path : o.data) inputs.push_back({"--data", path});
+    for (const std::string& path : o.val) inputs.push_back({"--val", path});
+    if (path_exists(o.model.model)) inputs.push_back({"--model", o.model.model});
+    if (path_exists(o.tokenizer)) inputs.push_back({"--tokenizer", o.tokenizer});
+    for (const auto& [option, path] : inputs)
+        if (lies_in(path, out))
+            fail_input("%s %s: lies in %s, which --resume never sets aside; give another --out",
+                       option, path.c_str(), out.c_str());
+}
+
+// The folder of a model is no run folder: that of a checkpoint goes, with all that is in it, when
+// its run no longer keeps it.
+inline void refuse_model_folder(const std::string& out) {
+    for (const char* name : {"trainer.json", "model.safetensors"})
+        if (path_exists(join_path(out, name)))
+            fail_input("%s: holds a model (%s), and cannot be a run folder; give another --out",
+                       out.c_str(), name);
+    std::error_code ignored;
+    for (fs::path at = fs::weakly_canonical(out, ignored); at.has_relative_path();
+         at = at.parent_path())
+        if (step_of(at.filename().string()) && path_exists((at / "trainer.json").string()))
+            fail_input("%s: lies in a checkpoint of another run; give another --out", out.c_str());
+}
+
 // The folder, made where it is not there, for this program alone.
 inline std::unique_ptr<RunLock> lock_folder(const std::string& out) {
     make_folder(out);
@@ -1376,22 +1446,36 @@ inline std::unique_ptr<RunLock> lock_folder(const std::string& out) {
     return lock;
 }
 
+// The checkpoint to go on from in a folder, and in `damage` the first that was passed over; ""
+// where there is none. fail_input where there are some and none is intact; `remedy` says what would
+// help.
+inline std::string intact_checkpoint(const std::string& out, std::string* damage,
+                                     const char* remedy) {
+    std::string checkpoint = latest_checkpoint(out, damage);
+    *damage = damage->substr(0, damage->find('\n'));
+    if (checkpoint.empty() && !damage->empty())
+        fail_input("%s: no checkpoint is intact: %s; %s", out.c_str(), damage->c_str(), remedy);
+    return checkpoint;
+}
+
+inline std::string going_on_note(const std::string& checkpoint, const std::string& damage) {
+    return "going on with " + checkpoint + (damage.empty() ? "" : "; passed over: " + damage);
+}
+
 // --out was given: goes on with the run there, or refuses and says what would help.
 inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, const Goal& goal,
                                  const ordered_json& identity) {
     std::unique_ptr<RunLock> lock = lock_folder(out);
     if (!holds_run(out)) return {out, "", "", std::move(lock)};
     if (o.resume == "never") {
+        refuse_to_move_inputs(o, out);
         std::string aside = set_aside(out);
         return {out, "", "the run that was there is now " + aside, lock_folder(out)};
     }
-    std::string damage, checkpoint = latest_checkpoint(out, &damage);
-    bool empty = list_steps(out, "").empty() && list_steps(out, ".old").empty();
-    if (checkpoint.empty() && empty) return {out, "", "", std::move(lock)};
-    damage = damage.substr(0, damage.find('\n'));
-    if (checkpoint.empty())
-        fail_input("%s: no checkpoint is intact: %s; give another --out, or --resume never",
-                   out.c_str(), damage.c_str());
+    std::string damage;
+    std::string checkpoint =
+        intact_checkpoint(out, &damage, "give another --out, or --resume never");
+    if (checkpoint.empty()) return {out, "", "", std::move(lock)};
     json stored;
     RunState state = read_state(checkpoint, &stored);
     std::string difference = identity_difference(stored, identity);
@@ -1403,41 +1487,67 @@ inline RunFolder open_run_folder(const TrainOptions& o, const std::string& out, 
             "%s: holds a finished run of %zu steps; give more --steps or --time-limit, another "
             "--out, or --resume never",
             out.c_str(), state.step);
-    std::string note = format("going on with %s", checkpoint.c_str());
-    if (!damage.empty()) note += "; passed over: " + damage;
-    return {out, checkpoint, note, std::move(lock)};
+    return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};
 }
 
-// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder, whose
-// `last` is then the named checkpoint: what follows it is the run from now on, and what goes back
-// to the last checkpoint, or on from it, must find that.
-inline RunFolder open_resumed_folder(const TrainOptions& o, const ordered_json& identity) {
-    std::string from = o.resume, damage;
-    if (path_exists(join_path(from, "trainer.json"))) verify_checkpoint(from);
-    else from = latest_checkpoint(o.resume, &damage);
-    if (from.empty())
-        fail_input("--resume %s: %s", o.resume.c_str(),
-                   damage.empty() ? "no run is there; give a run folder, auto or never"
-                                  : damage.substr(0, damage.find('\n')).c_str());
-    from = fs::path(from).lexically_normal().string();
-    if (from.ends_with('/')) from.pop_back();
-    std::string home = fs::path(from).parent_path().string();
-    std::string out = o.out.empty() ? home : o.out;
+// What --resume FOLDER names: a checkpoint by the name of its step, where a link such as OUT/best
+// led to it.
+inline std::string resumed_path(const std::string& resume) {
+    fs::path path = without_slashes(fs::path(resume).lexically_normal().string());
+    bool checkpoint = path_exists(join_path(path.string(), "trainer.json"));
+    if (!checkpoint || step_of(path.filename().string())) return path.string();
+    std::error_code error;
+    fs::path whole = fs::canonical(path, error), beside = path.parent_path() / whole.filename();
+    return (fs::equivalent(beside, whole, error) ? beside : whole).string();
+}
+
+// Makes the checkpoint of `state` the newest of the run in OUT: `last` names it, `best` the one
+// that was best by then, and those of later steps are set aside, where they are lost to nobody.
+// Returns what that was, for people.
+inline std::string go_back(const std::string& out, const RunState& state) {
+    std::string name = step_name(state.step), best = step_name(state.best_step);
+    if (linked_step(out, "last") != name) point_link(out, "last", name);
+    if (state.best_step == 0 || !path_exists(join_path(out, best)))
+        unlink(join_path(out, "best").c_str());
+    else if (linked_step(out, "best") != best) point_link(out, "best", best);
+    std::vector<std::string> aside = abandon_later_checkpoints(out, state.step);
+    sync_folder(out);
+    if (aside.empty()) return "";
+    std::string note = "; later checkpoints are set aside: " + aside.back();
+    return aside.size() == 1 ? note : note + format(" and %zu more", aside.size() - 1);
+}
+
+// --resume FOLDER: a run folder or one of its checkpoints; --out defaults to the run folder. What
+// follows a named checkpoint there is the run from now on, and what goes back to the last
+// checkpoint, or on from it, must find that. The folder is locked before it is looked at: a run
+// that is at work there may end meanwhile.
+inline RunFolder open_resumed_folder(const TrainOptions& o, const std::string& given_out,
+                                     const ordered_json& identity) {
+    std::string from = resumed_path(o.resume), home = from, damage;
+    bool named = path_exists(join_path(from, "trainer.json"));
+    if (named) home = fs::path(from).parent_path().string();
+    if (home.empty()) home = ".";
+    if (!named && !holds_checkpoint(home))
+        fail_input("--resume %s: no run is there; give a run folder, auto or never",
+                   o.resume.c_str());
+    std::string out = given_out.empty() ? home : given_out;
+    std::error_code ignored;
+    bool there = fs::equivalent(out, home, ignored);
+    std::unique_ptr<RunLock> lock = there ? lock_folder(out) : nullptr;
+    if (named) verify_checkpoint(from);
+    else from = intact_checkpoint(home, &damage, "give another run folder, or --resume never");
     json stored;
-    read_state(from, &stored);
+    RunState state = read_state(from, &stored);
     std::string difference = identity_difference(stored, identity);
     if (!difference.empty())
         fail_input("--resume %s: is another run: %s", o.resume.c_str(), difference.c_str());
-    std::error_code ignored;
-    if (holds_run(out) && !fs::equivalent(out, home, ignored))
+    std::string note = going_on_note(from, damage);
+    if (there && named && step_of(fs::path(from).filename().string()) == state.step)
+        note += go_back(out, state);
+    if (!there) lock = lock_folder(out);
+    if (!there && holds_run(out))
         fail_input("%s: holds another run; give another --out", out.c_str());
-    std::unique_ptr<RunLock> lock = lock_folder(out);
-    std::string name = fs::path(from).filename().string();
-    if (step_of(name) && fs::equivalent(out, home, ignored) && linked_step(out, "last") != name) {
-        point_link(out, "last", name);
-        sync_folder(out);
-    }
-    return {out, from, format("going on with %s", from.c_str()), std::move(lock)};
+    return {out, from, note, std::move(lock)};
 }
 
 // runs/NAME, of the name of the data.
@@ -1450,14 +1560,46 @@ inline std::string default_out(const std::vector<std::string>& data) {
     return "runs/" + name;
 }
 
-// The checkpoint from which this very run would go on in a folder; "" where that holds another one,
-// or this one finished.
-inline std::string unfinished_checkpoint(const std::string& out, const ordered_json& identity) {
-    std::string checkpoint = latest_checkpoint(out);
+// Whether a folder may hold this very run: what its newest checkpoint that can be asked says, and
+// where none can, that it may.
+inline bool may_hold(const std::string& out, const ordered_json& identity) {
+    for (const StepFolder& folder : list_steps(out, "")) {
+        try {
+            json stored;
+            read_state(join_path(out, folder.name), &stored);
+            return identity_difference(stored, identity).empty();
+        } catch (const Error&) {}  // the one before may say
+    }
+    return true;
+}
+
+// The checkpoint from which this very run would go on in a folder, and in `damage` what was passed
+// over; "" where that holds another one, or this one finished. fail_input where it may be this one
+// and no checkpoint is intact: to begin anew elsewhere would hide the loss.
+inline std::string unfinished_checkpoint(const std::string& out, const ordered_json& identity,
+                                         std::string* damage) {
+    if (!may_hold(out, identity)) return "";
+    std::string checkpoint = intact_checkpoint(out, damage, "give --out, or --resume never");
     if (checkpoint.empty()) return "";
     json stored;
     RunState state = read_state(checkpoint, &stored);
     return state.finished || !identity_difference(stored, identity).empty() ? "" : checkpoint;
+}
+
+// Whether a folder holds no more than the log of this very run, which ended before its first
+// checkpoint.
+inline bool only_began(const std::string& out, const ordered_json& identity) {
+    if (holds_checkpoint(out)) return false;
+    std::ifstream file(join_path(out, "log.jsonl"));
+    json started;
+    bool empty = true;
+    for (std::string line; std::getline(file, line); empty = false) {
+        if (line.find("\"event\"") == std::string::npos) continue;
+        json record = json::parse(line, nullptr, false);
+        if (record.is_object() && record.value("event", json()) == "start")
+            started = record.value("run", json());
+    }
+    return empty || (started.is_object() && identity_difference(started, identity).empty());
 }
 
 // No --out: the first of runs/NAME, runs/NAME-2, ... that is free, or that holds this very run,
@@ -1470,18 +1612,19 @@ inline RunFolder find_run_folder(const TrainOptions& o, const ordered_json& iden
         make_folder(out);
         auto lock = std::make_unique<RunLock>(out);
         if (!lock->taken()) continue;
-        if (!holds_run(out)) return {out, "", "", std::move(lock)};
-        std::string checkpoint = unfinished_checkpoint(out, identity);
+        if (!holds_run(out) || only_began(out, identity)) return {out, "", "", std::move(lock)};
+        std::string damage, checkpoint = unfinished_checkpoint(out, identity, &damage);
         if (checkpoint.empty()) continue;
-        std::string note = format("going on with %s", checkpoint.c_str());
-        return {out, checkpoint, note, std::move(lock)};
+        return {out, checkpoint, going_on_note(checkpoint, damage), std::move(lock)};
     }
 }
 
 inline RunFolder choose_run_folder(const TrainOptions& o, const Goal& goal,
                                    const ordered_json& identity) {
-    if (o.resume != "auto" && o.resume != "never") return open_resumed_folder(o, identity);
-    if (!o.out.empty()) return open_run_folder(o, o.out, goal, identity);
+    std::string out = without_slashes(o.out);
+    if (!out.empty()) refuse_model_folder(out);
+    if (o.resume != "auto" && o.resume != "never") return open_resumed_folder(o, out, identity);
+    if (!out.empty()) return open_run_folder(o, out, goal, identity);
     return find_run_folder(o, identity);
 }
 
@@ -1490,13 +1633,10 @@ inline std::string cache_folder(const TrainOptions& o) {
     std::string out = o.out.empty() ? default_out(o.data) : o.out;
     bool resumed = o.resume != "auto" && o.resume != "never";
     if (o.out.empty() && resumed) {
-        out = fs::path(o.resume).lexically_normal().string();
-        if (out.ends_with('/')) out.pop_back();
-        if (path_exists(join_path(out, "trainer.json"))) out = fs::path(out).parent_path().string();
+        out = resumed_path(o.resume);
+        if (path_exists(join_path(out, "trainer.json"))) out += "/..";
     }
-    fs::path path = fs::path(out).lexically_normal();
-    if (!path.has_filename()) path = path.parent_path();
-    return (path.parent_path() / "cache").string();
+    return (fs::path(out) / ".." / "cache").lexically_normal().string();
 }
 
 // ==== the run folder: log ========================================================================
@@ -1821,21 +1961,35 @@ inline std::string file_system_note(const std::string& folder) {
     return "";
 }
 
+// How many checkpoints a run leaves: the newest, the best, and those that stay for good. A run by
+// the clock saves nobody knows how often: it is taken for often enough to have all that --keep
+// keeps.
+inline size_t checkpoints_kept(const TrainOptions& o, const Goal& goal) {
+    bool counted = goal.steps > 0, saves_often = o.save_every > 0 && (counted || o.keep > 0);
+    size_t saves = 1;
+    if (saves_often) saves = counted ? goal.steps / o.save_every + 1 : size_t(o.keep);
+    if (o.keep == 0) return saves;
+    size_t newest = std::min(saves, size_t(o.keep)), for_good = 0;
+    if (o.keep_every > 0)  // of the older saves, those whose step it divides
+        for_good = (saves - newest) * std::gcd(o.save_every, o.keep_every) / o.keep_every;
+    return newest + 1 + for_good;
+}
+
 // Refuses a disk that the run's checkpoints will not fit on, before anything is computed.
 inline void check_disk(const TrainOptions& o, const std::string& out, const GPT2Config& config,
                        const Goal& goal) {
     std::optional<size_t> free = disk_free(out);
     if (!free) return;
-    size_t saves = o.save_every > 0 && goal.steps > 0 ? goal.steps / o.save_every + 1 : 1;
-    size_t kept = o.keep > 0 ? std::min(saves, size_t(o.keep)) + 1 : saves;  // and the best
+    size_t kept = checkpoints_kept(o, goal);
     size_t one = checkpoint_bytes(config), there = list_steps(out, "").size();
     size_t needed = (std::max(kept, there) - there + 1) * one;  // one is written beside the others
     if (needed <= *free) return;
     fail_machine(
-        "%s: %zu checkpoints of %s need %s more, the disk has %s free; another --out, a smaller "
+        "%s: %zu checkpoints of %s need %s more, the disk has %s free; another --out, %sa smaller "
         "--keep or a larger --save-every would fit",
         out.c_str(), kept, readable_bytes(double(one)).c_str(),
-        readable_bytes(double(needed)).c_str(), readable_bytes(double(*free)).c_str());
+        readable_bytes(double(needed)).c_str(), readable_bytes(double(*free)).c_str(),
+        o.keep > 0 && o.keep_every > 0 ? "a larger --keep-every, " : "");
 }
 
 // ==== bad numbers ================================================================================
@@ -2042,7 +2196,7 @@ class Training {
         shard_hashes_ = loader_->shard_hashes();
         for (const Shard& shard : data_.val) {
             val_known_.push_back(shard.file().identity());
-            val_hashes_.push_back(windows.watch ? shard.identity() : 0);
+            val_hashes_.push_back(shard.identity());
         }
         watches_val_ = windows.watch && evaluates();
         identity_ =
@@ -2146,6 +2300,16 @@ class Training {
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
 
+    // The settings of this run, and what its evaluations are of.
+    ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
+        ordered_json settings = run_settings(o, goal_, shape);
+        if (!evaluates()) return settings;
+        EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
+        settings["validation data"] = hash_text(data_hash(val_hashes_));
+        settings["windows of an evaluation"] = loader.windows();
+        return settings;
+    }
+
     // Seconds that the end of the run will take, from what the same has taken so far; before that,
     // a forward pass is taken for a third of a step.
     double reserve_s() const {
@@ -2231,6 +2395,7 @@ class Training {
         shape.saves_parts = !shared_out_.empty();
         shape.snapshot = shape.snapshot && (leads() || shape.saves_parts);
         const char* dtype = dtype_name(shape.dtype);
+        settings_ = settings_of(options, shape);
         leader_first("the model", [&] {  // the others find the products that it has timed
             model_.reset(gpt2_create(choice_.config, shape, rank_));
         });
@@ -2244,9 +2409,11 @@ class Training {
             json settings;
             read_checkpoint(model_.get(), folder_.checkpoint);
             state_ = read_state(folder_.checkpoint, nullptr, &settings);
-            for (const std::string& change :
-                 setting_changes(settings, run_settings(options, goal_, shape)))
-                add_note(change);
+            for (const std::string& change : setting_changes(settings, settings_)) add_note(change);
+            if (!evaluates_alike(settings, settings_)) {
+                forget_best(&state_);
+                add_note("the best loss and --early-stop count anew: losses before do not compare");
+            }
             elapsed_before_s_ = state_.elapsed_s;
             loader_->seek(state_.position);
             if (state_.dtype != dtype)
@@ -2266,7 +2433,6 @@ class Training {
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
-        settings_ = run_settings(options, goal_, shape);
         launched_ = state_.step;
     }
     void add_note(const std::string& note) {
@@ -2482,7 +2648,7 @@ inline void Training::compare_ranks() {
     for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
     GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value(), world_);
     shape.recompute = 0;  // each rank as much as its memory asks for
-    ordered_json settings = run_settings(o_, goal_, shape);
+    ordered_json settings = settings_of(o_, shape);
     for (const auto& [key, value] : settings.items()) list.push_back({key, value.dump()});
     list.push_back({"evaluation", format("every %zu steps, %zu batches, %zu windows", o_.eval_every,
                                          o_.eval_batches, count_tokens(data_.val))});
@@ -2816,8 +2982,10 @@ inline bool Training::roll_back() {
     std::vector<DataLoader::Position> skipped = state_.skipped;
     std::string dtype = state_.dtype;
     if (leads()) {
+        json settings;
         read_checkpoint(model_.get(), checkpoint);
-        state_ = read_state(checkpoint, nullptr);
+        state_ = read_state(checkpoint, nullptr, &settings);
+        if (!evaluates_alike(settings, settings_)) forget_best(&state_);
     } else if (gpt2_shape(model_.get()).saves_parts) {
         read_moments(model_.get(), checkpoint);
     }
@@ -3041,7 +3209,8 @@ inline void Training::conclude() {
         screen_.line(format("validation %s, over all %s windows",
                             describe_evaluation(final_).c_str(),
                             with_commas(final_.windows).c_str()));
-    if (state_.best_step > 0 && state_.best_step != state_.step)
+    bool best = linked_step(folder_.out, "best") == step_name(state_.best_step);
+    if (best && state_.best_step != state_.step)
         screen_.line(format("best       at step %s: %s", with_commas(state_.best_step).c_str(),
                             join_path(folder_.out, "best").c_str()));
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));

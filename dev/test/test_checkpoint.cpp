@@ -648,6 +648,10 @@ TEST(Checkpoint, LinksPointToTheLastAndTheBestAndOldOnesGo) {
               (Strings{"best", "last", "step_00000002", "step_00000003", "step_00000004"}));
     EXPECT_EQ(run.link("last"), "step_00000003");
     EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000003"));
+    run.save(1, false, 2);
+    run.save(3, false, 3);
+    EXPECT_TRUE(path_exists(run.path("step_00000001"))) << "those behind the last do not count";
+    fs::remove_all(run.path("step_00000001"));
     run.save(5, false, 0);
     EXPECT_EQ(run.names().size(), 6u);
 }
@@ -685,6 +689,12 @@ TEST(Checkpoint, WhatAnInterruptedSaveLeftIsPassedOverAndRemoved) {
     fs::rename(run.path("step_00000006"), run.path("step_00000006.old"));
     fs::rename(run.path("step_00000005"), run.path("step_00000005.tmp"));
     EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006.old"));
+    fs::rename(run.path("step_00000005.tmp"), run.path("step_00000005"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006.old")) << "the newer of the two";
+    fs::copy(run.path("step_00000006.old"), run.path("step_00000006"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006"));
+    fs::remove(run.path("last"));
+    EXPECT_EQ(latest_checkpoint(run.out), run.path("step_00000006"));
 }
 
 TEST(Checkpoint, ADamagedOneIsReportedAndTheOneBeforeIsTaken) {

@@ -108,6 +108,15 @@ struct SmallRun {
     }
 };
 
+// The working folder, for as long as it lives.
+struct InFolder {
+    fs::path before = fs::current_path();
+    explicit InFolder(const std::string& folder) { fs::current_path(folder); }
+    InFolder(const InFolder&) = delete;
+    InFolder& operator=(const InFolder&) = delete;
+    ~InFolder() { fs::current_path(before); }
+};
+
 void expect_same_file(const std::string& a, const std::string& b) {
     EXPECT_EQ(hash_text(hash_bytes(read_file(a).data(), read_file(a).size())),
               hash_text(hash_bytes(read_file(b).data(), read_file(b).size())))
@@ -693,6 +702,27 @@ TEST(Run, AnOlderIdentityIsThatOfTheDefaultOrder) {
     EXPECT_EQ(identity_difference(older, mine), "layers is nothing there and 2 here");
 }
 
+TEST(Run, TheModelThatItStartedFromMayBeSpelledInAnotherWay) {
+    SmallRun run, tuned;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    InFolder inside(run.folder);
+    tuned.options.model = {}, tuned.options.tokenizer = "auto", tuned.options.learning_rate = 0;
+    tuned.options.model.model = "run/last";
+    tuned.stop_after_one_step();
+    EXPECT_EQ(tuned.state().at("run").at("started from"), "run/last");
+    for (const std::string& path :
+         {std::string("run/last/"), std::string("./run/last"), run.out("step_00000002")}) {
+        tuned.options.model.model = path;
+        tuned.stop_after_one_step();
+    }
+    EXPECT_EQ(tuned.log().size(), 4u);
+    fs::copy("run/last/", "other");
+    tuned.options.model.model = "other";
+    std::string error = error_of([&] { tuned.train(); });
+    EXPECT_NE(error.find("started from is "), std::string::npos) << error;
+}
+
 TEST(Run, EveryOrderOfWindowsIsResumedToTheSameBits) {
     for (const char* order : {"sliding", "random"})
         for (bool apart : {false, true}) {
@@ -779,6 +809,142 @@ TEST(Run, ResumesFromANamedCheckpointAndCutsTheLog) {
     run.options.resume = run.out("step_00000003");
     error = error_of([&] { run.train(); });
     EXPECT_NE(error.find("the checkpoint is damaged"), std::string::npos) << error;
+}
+
+TEST(Run, WhatItReadsIsNotSetAside) {
+    SmallRun run;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    fs::copy(run.options.data[0], run.out("text.txt"));
+    fs::create_directory_symlink("run", run.folder + "/link");
+    TrainOptions first = run.options;
+    auto expect_refusal = [&](const std::string& what) {
+        run.options.resume = "never", run.options.model = {}, run.options.tokenizer = "auto";
+        if (what == "--data") run.options.data = {run.out("*.txt")};
+        if (what == "--val") run.options.val = {run.folder + "/link/text.txt"};
+        if (what == "--model") run.options.model.model = run.folder + "/link";
+        if (what == "--tokenizer") run.options.tokenizer = run.out("last/tokenizer.json");
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.rfind("2 " + what + " " + run.folder, 0), 0u) << error;
+        EXPECT_NE(error.find("which --resume never sets aside; give another --out"),
+                  std::string::npos)
+            << error;
+        EXPECT_FALSE(path_exists(run.options.out + ".1"));
+        run.options = first;
+    };
+    for (const char* what : {"--data", "--val", "--model", "--tokenizer"}) expect_refusal(what);
+    run.options.resume = "never", run.options.out += "//";
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_TRUE(path_exists(first.out + ".1/step_00000002")) << "whatever slashes are behind it";
+}
+
+TEST(Run, AFolderOfAModelIsNoRunFolder) {
+    SmallRun run;
+    run.options.steps = 2;
+    EXPECT_EQ(run.train(), 0);
+    TrainOptions first = run.options;
+    for (const char* out : {"last", "step_00000002/", "last/inner"}) {
+        run.options.out = first.out + "/" + out;
+        std::string error = error_of([&] { run.train(); });
+        EXPECT_EQ(error.substr(0, 2), "2 ") << error;
+        EXPECT_NE(error.find("; give another --out"), std::string::npos) << error;
+    }
+    EXPECT_NO_THROW(verify_checkpoint(join_path(first.out, "last")));
+    EXPECT_FALSE(path_exists(join_path(first.out, "last/lock")));
+}
+
+// The branch that is left keeps its files, and no part in what stays, what is best and what a later
+// command goes on with.
+TEST(Run, GoingBackSetsTheLaterCheckpointsAside) {
+    SmallRun run;
+    run.options.learning_rate = 0, run.options.save_every = 1;  // the first evaluation is the best
+    run.options.steps = 5;
+    EXPECT_EQ(run.train(), 0);
+    for (const char* step : {"step_00000003", "step_00000005"})
+        run.change_state(step, [](ordered_json& state) { state["finished"] = false; });
+    fs::remove(run.out("best"));
+    fs::create_symlink("step_00000004", run.out("best"));
+    TrainOptions back = run.options;
+    back.resume = run.out("best");
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    std::string note = choose_run_folder(back, {}, identity).note;
+    EXPECT_EQ(note, "going on with " + run.out("step_00000004") +
+                        "; later checkpoints are set aside: step_00000005.abandoned");
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000004") << "what the link led to";
+    EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000002");
+    back.resume = run.out("step_00000001/");
+    note = choose_run_folder(back, {}, identity).note;
+    EXPECT_NE(note.find("set aside: step_00000002.abandoned and 2 more"), std::string::npos)
+        << note;
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000001");
+    EXPECT_EQ(linked_step(run.options.out, "best"), "") << "none was evaluated by then";
+    EXPECT_EQ(list_steps(run.options.out, "").size(), 1u);
+    run.options.keep = 2, run.options.steps = 4, run.options.eval_every = 0;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.log().size(), 4u);
+    EXPECT_TRUE(path_exists(run.out("step_00000003"))) << "the two newest of this branch";
+    fs::resize_file(run.out("step_00000004/model.safetensors"), 10);
+    EXPECT_EQ(latest_checkpoint(run.options.out), run.out("step_00000003"));
+    back.resume = run.out("step_00000003"), back.out = "";
+    choose_run_folder(back, {}, identity);
+    EXPECT_TRUE(path_exists(run.out("step_00000004.abandoned.2/trainer.json")))
+        << "nothing is lost";
+    EXPECT_TRUE(verify_checkpoint(run.out("step_00000004.abandoned")).is_object());
+}
+
+TEST(Run, TheBestIsNamedAtTheEndWhereItIs) {
+    SmallRun run;
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    std::string best = "best       at step 2: ";
+    EXPECT_NE(run.train_and_read().find(best + run.out("best")), std::string::npos);
+    run.options.resume = run.out("step_00000003"), run.options.out += "-2";
+    std::string said = run.train_and_read();
+    EXPECT_EQ(said.find(best), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+}
+
+// By a path that has no folder in it, and by those of a run's own folder.
+TEST(Run, ResumesFromTheFolderThatOneIsIn) {
+    SmallRun run;
+    run.options.steps = 3;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    TrainOptions o = run.options;
+    o.out = "";
+    auto resume = [&](const std::string& from, const std::string& in) {
+        InFolder inside(in);
+        o.resume = from;
+        EXPECT_EQ(fs::weakly_canonical(cache_folder(o)),
+                  fs::weakly_canonical(run.folder + "/cache"));
+        RunFolder folder = choose_run_folder(o, {}, identity);
+        return std::pair(folder.out, folder.checkpoint);
+    };
+    std::string run_folder = run.options.out;
+    EXPECT_EQ(resume(".", run_folder), std::pair(std::string("."), std::string("./step_00000003")));
+    EXPECT_EQ(resume("last", run_folder),
+              std::pair(std::string("."), std::string("step_00000003")));
+    auto [out, checkpoint] = resume(".", run.out("step_00000003"));
+    EXPECT_TRUE(fs::equivalent(out, run_folder)) << out;
+    EXPECT_TRUE(fs::equivalent(checkpoint, run.out("last"))) << checkpoint;
+}
+
+// A run that ends after the checkpoint was named and before the folder is free keeps its `last`.
+TEST(Run, AFolderIsLockedBeforeWhatItHoldsIsRead) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    run.options.resume = run.out("step_00000003");
+    fs::resize_file(run.out("step_00000003/model.safetensors"), 1000);
+    std::string error;
+    {
+        RunLock other(run.options.out);
+        error = error_of([&] { run.train(); });
+    }
+    EXPECT_NE(error.find("trains in this folder"), std::string::npos) << error;
+    EXPECT_EQ(linked_step(run.options.out, "last"), "step_00000006");
+    EXPECT_NE(error_of([&] { run.train(); }).find("is damaged"), std::string::npos);
+    run.options.resume = run.folder;
+    EXPECT_NE(error_of([&] { run.train(); }).find("no run is there"), std::string::npos);
+    EXPECT_FALSE(path_exists(run.folder + "/lock"));
 }
 
 TEST(Run, TheLogLosesWhatCameAfterTheCheckpointAndWhatACrashCutShort) {
@@ -901,6 +1067,67 @@ TEST(Run, ADamagedStateIsRefused) {
     EXPECT_EQ(error.substr(0, 2), "2 ");
     EXPECT_NE(error.find("no checkpoint is intact"), std::string::npos) << error;
     EXPECT_EQ(run.log().size(), 9u);
+}
+
+// --out, --resume FOLDER and the default folder, one as the others: what is damaged is said, and
+// where nothing is intact no run begins anew.
+TEST(Run, DamagedCheckpointsAreSaidHoweverTheFolderWasFound) {
+    SmallRun run;
+    run.options.steps = 3;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    for (const StepFolder& folder : list_steps(run.options.out, ""))
+        run.change_state(folder.name, [](ordered_json& state) { state["finished"] = false; });
+    InFolder inside(run.folder);
+    fs::create_directory("runs");
+    fs::rename("run", "runs/text");
+    std::string damaged = "runs/text/step_00000003/model.safetensors";
+    fs::resize_file(damaged, 1000);
+    TrainOptions given = run.options, named = run.options, found = run.options;
+    given.out = "runs/text";
+    named.out = "", named.resume = "runs/text";
+    found.out = "", found.data = {"text.txt"};
+    for (const TrainOptions* o : {&given, &named, &found}) {
+        RunFolder folder = choose_run_folder(*o, {}, identity);
+        EXPECT_EQ(folder.checkpoint, "runs/text/step_00000002");
+        EXPECT_NE(folder.note.find("; passed over: " + damaged), std::string::npos) << folder.note;
+    }
+    fs::resize_file("runs/text/step_00000002/model.safetensors", 1000);
+    for (const TrainOptions* o : {&given, &named, &found}) {
+        std::string error = error_of([&] { choose_run_folder(*o, {}, identity); });
+        EXPECT_EQ(error.rfind("2 runs/text: no checkpoint is intact: " + damaged, 0), 0u) << error;
+        EXPECT_NE(error.find("; give "), std::string::npos) << error;
+    }
+    identity["seed"] = 7;
+    EXPECT_EQ(choose_run_folder(found, {}, identity).out, "runs/text-2") << "that is another run";
+}
+
+// Killed before its first checkpoint it takes no new folder each time.
+TEST(Run, ARunThatOnlyBeganLeavesItsFolderFree) {
+    SmallRun run;
+    EXPECT_EQ(run.train(), 0);
+    ordered_json identity = ordered_json::parse(run.state().at("run").dump());
+    for (const char* link : {"last", "best"}) fs::remove(run.out(link));
+    for (const StepFolder& folder : list_steps(run.options.out, ""))
+        fs::remove_all(run.out(folder.name));
+    InFolder inside(run.folder);
+    fs::create_directory("runs");
+    fs::rename("run", "runs/text");
+    TrainOptions o = run.options;
+    o.out = "", o.data = {"text.txt"};
+    {
+        RunFolder folder = choose_run_folder(o, {}, identity);
+        EXPECT_EQ(folder.out, "runs/text");
+        EXPECT_EQ(folder.checkpoint + folder.note, "");
+        EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text-2") << "it is at work there";
+    }
+    ordered_json other = identity;
+    other["seed"] = 7;
+    EXPECT_EQ(choose_run_folder(o, {}, other).out, "runs/text-2");
+    write_file_atomic("runs/text/log.jsonl", "{\"step\":1}\n");
+    EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text-2") << "nobody knows whose it is";
+    fs::resize_file("runs/text/log.jsonl", 0);
+    EXPECT_EQ(choose_run_folder(o, {}, identity).out, "runs/text");
 }
 
 TEST(Run, AFolderOfWeightsIsWhereFineTuningStarts) {
@@ -1343,6 +1570,41 @@ TEST(Run, SettingsThatChangeAreSaidWithBothValues) {
     EXPECT_EQ(said.find("beta1"), std::string::npos) << said;
 }
 
+TEST(Run, EvaluationsOfOtherDataOrWindowsAreNotComparedWithThoseBefore) {
+    SmallRun run;
+    run.options.val = {run.folder + "/val.txt"};
+    write_file_atomic(run.options.val[0], some_text(200));
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    run.options.steps = 3, run.options.save_every = 1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+    EXPECT_EQ(run.state().at("evaluations_without_gain"), 1u);
+    std::string anew = "note       the best loss and --early-stop count anew: ";
+    auto go_on = [&] {
+        run.options.steps += 1;
+        run.change_state(step_name(run.options.steps - 1),
+                         [](ordered_json& state) { state["best_val_loss"] = 0.5; });
+        return run.train_and_read();
+    };
+    std::string said = go_on();
+    EXPECT_EQ(said.find(anew), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 2u);
+    write_file_atomic(run.options.val[0], some_text(201));
+    said = go_on();
+    EXPECT_NE(said.find("note       validation data was "), std::string::npos) << said;
+    EXPECT_NE(said.find(anew), std::string::npos) << said;
+    EXPECT_EQ(run.state().at("best_step"), 5u);
+    EXPECT_GT(run.state().at("best_val_loss").get<double>(), 1);
+    EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000005");
+    run.options.eval_batches = 1;
+    said = go_on();
+    EXPECT_NE(said.find("note       windows of an evaluation was 8 so far and is 4 from here on"),
+              std::string::npos)
+        << said;
+    EXPECT_EQ(run.state().at("best_step"), 6u);
+    EXPECT_EQ(run.state().at("evaluations_without_gain"), 0u);
+}
+
 TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
     SmallRun run;
     GPT2Config config;
@@ -1360,6 +1622,23 @@ TEST(Run, ADiskTooSmallForItsCheckpointsIsRefusedFirst) {
     EXPECT_EQ(error_of([&] { run.train(); }).substr(0, 2), "1 ");
     stop_signal() = 0;
     EXPECT_FALSE(path_exists(run.out("log.jsonl")));
+}
+
+TEST(Run, AllCheckpointsThatWillStayAreCounted) {
+    TrainOptions o;
+    auto kept = [&](size_t steps, size_t save_every, int keep, uint64_t keep_every) {
+        o.save_every = save_every, o.keep = keep, o.keep_every = keep_every;
+        return checkpoints_kept(o, {steps, steps > 0 ? 0.0 : 60.0});
+    };
+    EXPECT_EQ(kept(10000, 1000, 2, 0), 3u) << "and the best";
+    EXPECT_EQ(kept(10000, 1000, 0, 0), 11u);
+    EXPECT_EQ(kept(1000, 0, 2, 0), 2u);
+    EXPECT_EQ(kept(10000, 1000, 2, 3000), 6u) << "3,000, 6,000 and 9,000 as well";
+    EXPECT_EQ(kept(10000, 1000, 2, 1500), 6u) << "1,500 is not saved";
+    EXPECT_EQ(kept(size_t(kMaxSteps), 1, 1, uint64_t(kMaxSteps)), 3u);
+    EXPECT_EQ(kept(0, 1000, 2, 0), 3u) << "by the clock";
+    EXPECT_EQ(kept(0, 1000, 0, 0), 1u);
+    EXPECT_EQ(kept(0, 0, 2, 0), 2u);
 }
 
 TEST(Run, ResumingInAnotherPrecisionIsSaid) {
