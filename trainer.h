@@ -1019,21 +1019,21 @@ class Screen {
 
 // ==== stopping ===================================================================================
 
-constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
-
 // The signal that asked the run to stop, or 0.
 inline volatile std::sig_atomic_t& stop_signal() {
     static volatile std::sig_atomic_t signal = 0;
     return signal;
 }
 
-// While it lives, the first signal that asks a program to end is noted in stop_signal() and the
-// second one ends it at once: from a terminal, from a person, from a terminal that goes away, and
-// from schedulers that warn of a limit (SIGUSR1 and SIGUSR2 as Slurm's --signal sends them, SIGXCPU
-// from others). A hang-up that nohup ignores stays ignored. The handler has a stack of its own:
-// kernels that oneDNN makes at run time may use the stack pointer as they like, and what the system
-// puts there for a handler then falls on the heap. A signal to the process goes to the main thread,
-// whose stack this is.
+// While it lives, the first signal that asks a program to end is noted in stop_signal(): from a
+// terminal, from a person, from a terminal that goes away, and from schedulers that warn of a limit
+// (SIGUSR1 and SIGUSR2 as Slurm's --signal sends them, SIGXCPU from others). One event may send
+// several: a terminal that goes away two hang-ups, systemd SIGTERM and SIGHUP. So what comes within
+// a second of the first is taken for a part of it, and later ones end the program at once where a
+// person may have sent them: SIGINT and SIGTERM. A hang-up that nohup ignores stays ignored. The
+// handler has a stack of its own: kernels that oneDNN makes at run time may use the stack pointer
+// as they like, and what the system puts there for a handler then falls on the heap. A signal to
+// the process goes to the main thread, whose stack this is.
 class StopOnSignal {
   public:
     StopOnSignal() : stack_(kStackBytes) {
@@ -1041,11 +1041,9 @@ class StopOnSignal {
         stack.ss_sp = stack_.data(), stack.ss_size = stack_.size();
         sigaltstack(&stack, &outer_stack_);
         struct sigaction action = {};
-        action.sa_handler = [](int signal) {
-            if (stop_signal() != 0) _exit(128 + signal);
-            stop_signal() = signal;
-        };
+        action.sa_handler = note;
         action.sa_flags = SA_RESTART | SA_ONSTACK;
+        sigfillset(&action.sa_mask);
         for (size_t i = 0; i < std::size(kStopSignals); i++) {
             sigaction(kStopSignals[i], &action, &before_[i]);
             if (kStopSignals[i] == SIGHUP && before_[i].sa_handler == SIG_IGN)
@@ -1061,6 +1059,27 @@ class StopOnSignal {
     }
 
   private:
+    // Only what POSIX allows in a handler.
+    static void note(int signal) {
+        constexpr time_t kTogether_s = 1;
+        static struct timespec first;
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (stop_signal() == 0) {
+            first = now;
+            stop_signal() = signal;
+            return;
+        }
+        time_t since_s = now.tv_sec - first.tv_sec - (now.tv_nsec < first.tv_nsec ? 1 : 0);
+        if ((signal != SIGINT && signal != SIGTERM) || since_s < kTogether_s) return;
+        const char* words[] = {gpt2_program(),
+                               ": warning: a second signal ends the program: steps after the last "
+                               "checkpoint are not saved, the checkpoints stay\n"};
+        for (const char* word : words)
+            if (write(STDERR_FILENO, word, strlen(word)) < 0) break;
+        _exit(128 + signal);
+    }
+
     static constexpr size_t kStackBytes =
         1 << 16;  // several times what AVX-512 and AMX registers take
     std::vector<char> stack_;

@@ -570,7 +570,8 @@ std::string read_if_there(const std::string& path) {
     return path_exists(path) ? read_file(path) : "";
 }
 
-// The first signal asks for a save, which fails here and waits for an hour; the second ends it.
+// The first signal asks for a save, which fails here and waits for an hour. What the same event may
+// send with it does not disturb that; a second one of a person ends it.
 TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
     if (kThreadSanitizer) GTEST_SKIP() << kDiesOfTheLimit;
     Call run{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
@@ -584,8 +585,13 @@ TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
     };
     EXPECT_TRUE(await([&] { return read_if_there(path("run/log.jsonl")).size() > 200; }));
     kill(child, SIGINT);
+    kill(child, SIGTERM);
+    double asked_s = now_s();
     EXPECT_TRUE(await(
         [&] { return read_if_there(path("stderr")).find("in 3600 s") != std::string::npos; }));
+    while (now_s() < asked_s + 1.1) usleep(10000);
+    for (int signal : {SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU}) kill(child, signal);
+    usleep(50000);
     siginfo_t ended = {};
     EXPECT_EQ(waitid(P_PID, id_t(child), &ended, WEXITED | WNOHANG | WNOWAIT), 0);
     EXPECT_EQ(ended.si_pid, 0) << "it waits";
@@ -595,7 +601,10 @@ TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
         return ended.si_pid == child;
     });
     kill(child, SIGKILL);
-    EXPECT_EQ(run.finish(child).code, 128 + SIGTERM);
+    Outcome outcome = run.finish(child);
+    EXPECT_EQ(outcome.code, 128 + SIGTERM);
+    EXPECT_NE(outcome.err.find("warning: a second signal ends the program: "), std::string::npos)
+        << outcome.err;
 }
 
 // A folder that was removed, or moved, and in which another program trains by now.
