@@ -2119,6 +2119,7 @@ class Training {
                 continue;
             }
             agree();
+            time_windows();
             last = is_over();
             if ((signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
@@ -2161,30 +2162,31 @@ class Training {
     }
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
-
-    // Seconds that the end of the run will take, from what the same has taken so far; before that,
-    // a forward pass is taken for a third of a step.
-    double reserve_s() const {
-        if (goal_.time_limit_s == 0) return 0;
-        double windows = 0;
-        if (evaluates()) {
-            double all = double(count_tokens(data_.val)) / T_ + 1;
-            double subset = std::min(all, double(subset_windows()));
-            windows = all + (o_.eval_batches > 0 && subset < all ? subset : 0);
-        }
-        Times t = times();
-        double window_s = t.window_s;
-        if (window_s == 0) window_s = t.step_s / (3 * double(sequences_a_step()));
-        double save_s = t.save_s;
-        if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
-        return 1.1 * (windows * window_s + save_s) + 0.15;
+    size_t all_windows() const { return count_tokens(data_.val) / size_t(T_) + 1; }
+    size_t windows_on_the_way() const {
+        return subset_windows() > 0 ? std::min(subset_windows(), all_windows()) : all_windows();
     }
 
-    // Whether the goal is reached, or too near for another step. At least one step is made.
+    // Seconds that the end of the run will take, from what the same has taken so far.
+    double reserve_s() const {
+        if (goal_.time_limit_s == 0) return 0;
+        size_t windows = 0;
+        if (evaluates())
+            windows = all_windows() + (subset_windows() > 0 ? windows_on_the_way() : 0);
+        Times t = times();
+        double save_s = t.save_s;
+        if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
+        return 1.1 * (double(windows) * t.window_s + save_s) + 0.15;
+    }
+
+    // Whether the goal is reached, or too near for another step, and for an evaluation that is due
+    // before it. At least one step is made.
     bool is_over() const {
         if (goal_.steps > 0 && state_.step >= goal_.steps) return true;
         Times t = times();
         double next_s = t.elapsed_s + t.step_s + reserve_s();
+        if (evaluates() && is_due(o_.eval_every, state_.step))
+            next_s += double(windows_on_the_way()) * t.window_s;
         return goal_.time_limit_s > 0 && t.step_s > 0 && next_s >= goal_.time_limit_s;
     }
 
@@ -2315,6 +2317,7 @@ class Training {
     void look_for_stop_file();
     [[noreturn]] void end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats);
     ordered_json diagnose(const LaunchedStep& bad);
+    double time_step(const LaunchedStep& launched, const GPT2Stats& stats);
     ordered_json skip(const LaunchedStep& bad, const GPT2Stats& stats);
     void look_for_spike(const LaunchedStep& launched, double loss, ordered_json* record);
     bool roll_back();
@@ -2325,6 +2328,7 @@ class Training {
     void await_save(bool ends);
     bool validation_is_intact();
     std::optional<Evaluation> evaluate_windows(size_t windows);
+    void time_windows();
     bool evaluate(ordered_json* record, bool* best, bool* last);
     void sample();
     void save(bool best, bool last);
@@ -2368,6 +2372,7 @@ class Training {
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
     PeakRate peak_;
     double step_s_ = 0, window_s_ = 0;   // how long each took, lately
+    size_t steps_done_ = 0;              // by this program
     double compute_s_ = 0, data_s_ = 0;  // of this rank, for passes and for data, since reported
     size_t timed_steps_ = 0;
     RankLink& link_;
@@ -2699,6 +2704,16 @@ inline std::string numbers_of(const GPT2Stats& stats) {
     return "loss " + number_text(stats.loss) + ", gradient norm " + number_text(stats.grad_norm);
 }
 
+// How long a step took that is done, and with it how long one takes lately. The first step, which
+// also waits for memory and for kernels to be made, counts until there is a second.
+inline double Training::time_step(const LaunchedStep& launched, const GPT2Stats& stats) {
+    double done_s = stats.finished_s > 0 ? stats.finished_s : now_s();
+    double took_s = std::max(1e-9, done_s - std::max(finished_s_, launched.begin_s));
+    finished_s_ = done_s;
+    step_s_ = steps_done_++ < 2 ? took_s : 0.9 * step_s_ + 0.1 * took_s;
+    return took_s;
+}
+
 // Says of a step whose loss or gradient is not finite that it was skipped: the device has not
 // applied it. As many in a row as the options allow end the run.
 inline ordered_json Training::skip(const LaunchedStep& bad, const GPT2Stats& stats) {
@@ -2860,15 +2875,12 @@ inline bool Training::roll_back() {
 
 // Takes note of a step that is done, and makes its record.
 inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Stats& stats) {
+    double took_s = time_step(launched, stats);
     if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm)) return skip(launched, stats);
     state_.bad_steps = 0;
     state_.step = launched.step;
     state_.tokens += tokens_a_step();
     state_.position = launched.position;
-    double done_s = stats.finished_s > 0 ? stats.finished_s : now_s();
-    double took_s = std::max(1e-9, done_s - std::max(finished_s_, launched.begin_s));
-    finished_s_ = done_s;
-    step_s_ = step_s_ == 0 ? took_s : 0.9 * step_s_ + 0.1 * took_s;
     if (state_.step == 1)
         screen_.line(format("first loss %.4f; a uniform guess has ln(%d) = %.4f", stats.loss,
                             choice_.config.vocab_size, std::log(choice_.config.vocab_size)));
@@ -2882,7 +2894,7 @@ inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Sta
     record["step_ms"] = 1000 * took_s;
     record["epoch"] = launched.epoch;
     record["tokens"] = state_.tokens;
-    record["elapsed_s"] = elapsed_before_s_ + done_s - start_s_;
+    record["elapsed_s"] = elapsed_before_s_ + finished_s_ - start_s_;
     look_for_spike(launched, stats.loss, &record);
     compute_s_ += stats.compute_s;
     timed_steps_++;
@@ -2933,6 +2945,21 @@ inline std::optional<Evaluation> Training::evaluate_windows(size_t windows) {
     } catch (const Error&) { own_error_ = std::current_exception(); }
     if (agree(!e)) e.reset();
     return e;
+}
+
+// What the end of a run with a time limit will take is measured after the first step: on as many
+// windows as take long enough for that, the first of which warm up.
+inline void Training::time_windows() {
+    constexpr double kShare = 0.002;  // of the time limit
+    if (goal_.time_limit_s == 0 || !evaluates() || times().window_s > 0) return;
+    if (signal() != 0 || data_error_) return;
+    link_.rest();
+    const size_t first = size_t(o_.batch_size) * size_t(world_), all = all_windows();
+    for (size_t windows = first;; windows *= 2) {
+        if (!evaluate_windows(windows) || windows >= all) return;
+        double took_s = double(windows) * times().window_s;
+        if (windows > first && took_s > kShare * goal_.time_limit_s) return;
+    }
 }
 
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides

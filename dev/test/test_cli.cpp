@@ -624,6 +624,17 @@ TEST_F(Cli, ARunWhoseFolderAnotherHasTakenEnds) {
     EXPECT_FALSE(fs::exists(path("run/last"))) << "nothing is put into their folder";
 }
 
+// The first step takes many times what others do, and says nothing of how long an evaluation takes.
+TEST_F(Cli, ATimeLimitIsNotGivenUpForTheFirstStep) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(30000, 257, 2));
+    Outcome outcome = call(
+        train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes", "--time-limit",
+                     "2", "--eval-every", "0", "--save-every", "0", "--out", "run"}));
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_GT(losses_by_step(path("run")).size(), 3u);
+}
+
 // A kill leaves no time for anything: the run goes on from its last checkpoint and ends with the
 // same bits and the same log as one that was left alone. The pipe holds few lines, so that the
 // program waits for its reader and dies in the middle.

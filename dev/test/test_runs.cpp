@@ -1400,6 +1400,34 @@ TEST(Run, ATimeLimitFinishesTheRun) {
     EXPECT_TRUE(run.log().back().contains("val_loss"));
 }
 
+// An evaluation that is due before the next step counts: here one after every step takes most of
+// the run.
+TEST(Run, ATimeLimitCountsTheEvaluationsBeforeIt) {
+    SmallRun once, timed;
+    for (SmallRun* run : {&once, &timed}) {
+        write_file_atomic(run->options.data[0], some_text(60000));
+        run->options.eval_every = 1, run->options.eval_batches = 0;
+    }
+    once.options.steps = 1;
+    EXPECT_EQ(once.train(), 0);
+    double begin_s = once.log().back().at("elapsed_s"), all_s = once.state().at("elapsed_s");
+    timed.options.steps = 0;
+    timed.options.time_limit_s = begin_s + 1.4 * (all_s - begin_s) + 0.15;  // not enough for two
+    EXPECT_EQ(timed.train(), 0);
+    double elapsed_s = timed.state().at("elapsed_s");
+    EXPECT_TRUE(timed.log().size() == 1 || elapsed_s <= timed.options.time_limit_s) << elapsed_s;
+}
+
+TEST(Run, BadStepsUseUpATimeLimitToo) {
+    RunWithOneBadWindow run;
+    write_file_atomic(run.folder + "/text.txt", std::string(3000, 'Q'));
+    run.options.max_bad_steps = 0, run.options.overfit_one_batch = true;
+    run.options.steps = 200, run.options.time_limit_s = 0.1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_LT(run.log().size(), 10u);
+    EXPECT_EQ(run.state().at("bad_steps_in_a_row"), run.log().size());
+}
+
 // The default model drops where it would learn its text by heart; a run that goes on stays at what
 // it did.
 TEST(Run, DropoutIsChosenByHowOftenTheDataIsSeen) {
