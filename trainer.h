@@ -1663,11 +1663,9 @@ class Saver {
 
     // Saves the model as it is now.
     void begin(Checkpoint checkpoint) {
-        wait();
-        content_ = std::move(checkpoint);
-        take_snapshot();
-        handed_over_ = !o_.background;
-        if (o_.background) return;
+        replace_content(std::move(checkpoint));
+        handed_over_ = !in_background_;
+        if (in_background_) return;
         gpt2_snapshot_wait(model_);
         if (serves()) start();
         else save_now();
@@ -1688,7 +1686,7 @@ class Saver {
             running_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
             wait();
         if (running_.valid() || failures_ == 0 || now_s() < retry_at_s_) return false;
-        if (!o_.background) return true;
+        if (!in_background_) return true;
         if (content_ && handed_over_) start();
         return false;
     }
@@ -1696,9 +1694,7 @@ class Saver {
     // Saves the model as it is now, and returns when that is done, after as many tries as there
     // may be: the run is about to end.
     void finish(Checkpoint checkpoint) {
-        wait();
-        content_ = std::move(checkpoint);
-        take_snapshot();
+        replace_content(std::move(checkpoint));
         gpt2_snapshot_wait(model_);
         if (serves()) return start();
         for (save_now(); failures_ > 0 && !is_over(); save_now())
@@ -1708,7 +1704,7 @@ class Saver {
     // Until no save is at work, nor one of a snapshot to be tried again: the run is about to end,
     // with a model that is not to be saved.
     void settle() {
-        for (wait(); failures_ > 0 && o_.background && !is_over(); save_now())
+        for (wait(); failures_ > 0 && in_background_ && !is_over(); save_now())
             std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
     }
 
@@ -1738,9 +1734,20 @@ class Saver {
     bool serves() const { return o_.ranks.rank > 0; }
     bool is_over() const { return is_over_ || o_.ranks.is_over(); }
 
-    // The content is the snapshot's, where the model has one.
-    void take_snapshot() {
-        if (!gpt2_shape(model_).snapshot) return;
+    // What was the best and could not be saved leaves that to what is saved in its place.
+    void replace_content(Checkpoint checkpoint) {
+        wait();
+        checkpoint.best |= content_ && content_->best;
+        content_ = std::move(checkpoint);
+        in_background_ = take_snapshot() && o_.background;
+    }
+
+    // The content is the snapshot's, where the model has one. False where it is the model's.
+    bool take_snapshot() {
+        if (!gpt2_shape(model_).snapshot) return false;
+        try {
+            gpt2_snapshot_begin(model_);
+        } catch (const std::system_error&) { return false; }  // no thread can be made
         content_->parts = [model = model_](Group group, int row, int layer) {
             return gpt2_snapshot_tensor(model, group, row, layer);
         };
@@ -1749,7 +1756,7 @@ class Saver {
         };
         content_->saving = o_.ranks;
         content_->saving.is_over = [this] { return is_over(); };
-        gpt2_snapshot_begin(model_);
+        return true;
     }
 
     std::string save() {
@@ -1766,19 +1773,26 @@ class Saver {
     // The thread takes no signals, whose handler's stack is the main thread's, and no threads of
     // its own, which would be taken from training. Where no core is free it takes a thirtieth of
     // one: the passes of training wait for their slowest thread, and lose what any of them loses.
+    // Where no thread can be made, the caller saves; what serves rank 0's save cannot, because it
+    // does so until training goes on.
     void start() {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         is_over_ = false;
-        running_ = std::async(std::launch::async, [this] {
-            omp_set_num_threads(1);
+        std::string wrong;
+        try {
+            running_ = std::async(std::launch::async, [this] {
+                omp_set_num_threads(1);
 #ifdef __linux__
-            setpriority(PRIO_PROCESS, 0, 15);  // there it is of this thread alone
+                setpriority(PRIO_PROCESS, 0, 15);  // there it is of this thread alone
 #endif
-            return save();
-        });
+                return save();
+            });
+        } catch (const std::exception& error) { wrong = error.what(); }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (!wrong.empty() && serves()) fail_machine("cannot start a thread: %s", wrong.c_str());
+        if (!wrong.empty()) save_now();
     }
 
     void save_now() {
@@ -1816,6 +1830,7 @@ class Saver {
     GPT2* model_;
     std::function<void()> before_publishing_;
     std::optional<Checkpoint> content_;  // of the save at work, or of the one that failed
+    bool in_background_ = false;         // that is a snapshot, which a thread saves
     bool handed_over_ = false;
     int failures_ = 0;  // in a row
     double retry_at_s_ = 0;

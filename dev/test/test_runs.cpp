@@ -1231,6 +1231,68 @@ TEST(Saver, AFailedSaveIsTriedAgainBeforeTheRunEnds) {
     EXPECT_EQ(direct.tries, 1) << "the model is another by now";
 }
 
+// What was the best is named so by what is saved in its place.
+TEST(Saver, TheBestThatWasNotSavedIsNotForgotten) {
+    for (bool background : {true, false}) {
+        for (bool ends : {true, false}) {
+            FailingSaver failing(1, background, 3600);
+            Checkpoint best = failing.checkpoint(1);
+            best.best = true;
+            failing.saver->begin(best);
+            failing.saver->hand_over();
+            failing.saver->wait();
+            EXPECT_EQ(linked_step(failing.out, "best"), "");
+            if (ends) failing.saver->finish(failing.checkpoint(2));
+            else failing.saver->begin(failing.checkpoint(2));
+            failing.saver->hand_over();
+            failing.saver->wait();
+            EXPECT_EQ(linked_step(failing.out, "best"), "step_00000002");
+            failing.saver->finish(failing.checkpoint(3));
+            EXPECT_EQ(linked_step(failing.out, "best"), "step_00000002");
+            EXPECT_EQ(linked_step(failing.out, "last"), "step_00000003");
+        }
+    }
+}
+
+// While it lives no thread can be made: none has a stack larger than all memory.
+struct NoThreads {
+    NoThreads() {
+        pthread_getattr_default_np(&before);
+        pthread_attr_t huge;
+        pthread_attr_init(&huge);
+        pthread_attr_setstacksize(&huge, size_t(1) << 60);
+        pthread_setattr_default_np(&huge);
+        pthread_attr_destroy(&huge);
+    }
+    ~NoThreads() {
+        pthread_setattr_default_np(&before);
+        pthread_attr_destroy(&before);
+    }
+    pthread_attr_t before;
+};
+
+TEST(Saver, SavesInTheForegroundWhereNoThreadCanBeMade) {
+    FailingSaver failing(1, true);
+    {
+        NoThreads none;
+        EXPECT_THROW(std::thread([] {}).join(), std::system_error);
+        failing.saver->begin(failing.checkpoint(1));
+        EXPECT_TRUE(failing.saver->poll()) << "asks for the model as it is by then";
+        failing.saver->begin(failing.checkpoint(2));
+        EXPECT_EQ(linked_step(failing.out, "last"), "step_00000002");
+    }
+    failing.saver->begin(failing.checkpoint(3));
+    gpt2_snapshot_wait(failing.model.get());
+    {
+        NoThreads none;
+        failing.saver->hand_over();
+        EXPECT_EQ(linked_step(failing.out, "last"), "step_00000003");
+    }
+    sigset_t blocked;
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    EXPECT_EQ(sigismember(&blocked, SIGTERM), 0);
+}
+
 TEST(Saver, TheThirdFailureInARowEndsTheRunAndLeavesWhatWas) {
     for (bool background : {true, false}) {
         FailingSaver failing(0, background);
