@@ -1117,6 +1117,8 @@ struct RunState {
     double elapsed_s = 0;             // of all its parts
     double best_loss = INFINITY;      // of the evaluations on the way
     size_t best_step = 0, stale = 0;  // evaluations since the best
+    size_t evaluated_step = 0;        // the last one whose evaluation is in these
+    ordered_json owed;  // the record that an evaluation is yet to be made for; null: none is
     bool finished = false;
     std::string dtype = "fp32";  // of the steps since the run was last started
     Goal goal;
@@ -1153,6 +1155,8 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     if (std::isfinite(state.best_loss)) root["best_val_loss"] = state.best_loss;
     root["best_step"] = state.best_step;
     root["evaluations_without_gain"] = state.stale;
+    root["evaluated_step"] = state.evaluated_step;
+    root["owed_evaluation"] = state.owed;
     root["finished"] = state.finished;
     root["dtype"] = state.dtype;
     root["goal"] = {{"steps", state.goal.steps}, {"time_limit_s", state.goal.time_limit_s}};
@@ -1171,6 +1175,9 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
 // The parts of trainer.json that came later than its format: a file without them is an older one.
 inline void read_later_state(const json& root, RunState* state) {
     state->dtype = root.value("dtype", state->dtype);
+    if (root.contains("evaluated_step")) state->evaluated_step = count_of(root["evaluated_step"]);
+    json owed = root.value("owed_evaluation", json());
+    if (owed.is_object()) state->owed = ordered_json::parse(owed.dump());
     if (root.contains("bad_steps_in_a_row"))
         state->bad_steps = count_of(root["bad_steps_in_a_row"]);
     if (root.contains("loss_trend")) {
@@ -2085,7 +2092,10 @@ class Training {
         }
         if (world_ > 1 && o_.zero > 0) find_shared_folder();
         prepare_model();
-        if (leads()) log_.emplace(folder_.out, state_.step, folder_.lock.get());
+        // The record that is owed is written with its evaluation, and may have been already.
+        bool owes_record = !state_.owed.is_null() && !state_.owed.contains("event");
+        size_t logged = state_.step - (owes_record ? 1 : 0);
+        if (leads()) log_.emplace(folder_.out, logged, folder_.lock.get());
         bool saves_parts = gpt2_shape(model_.get()).saves_parts;
         if (leads() || saves_parts) {
             Saver::Options saving = {
@@ -2117,7 +2127,7 @@ class Training {
         write_record(start_record());
         std::optional<LaunchedStep> before;
         agree();
-        if (is_over()) return end_at_once();
+        if (std::optional<int> code = make_up()) return *code;
         fetch_batches();
         for (bool last = false; !last;) {
             LaunchedStep now = launch();
@@ -2175,6 +2185,10 @@ class Training {
     static bool is_due(size_t interval, size_t step) {
         return interval > 0 && step % interval == 0;
     }
+    // Of an evaluation whose step has its record already.
+    ordered_json evaluation_record() const {
+        return {{"event", "evaluation"}, {"step", state_.step}};
+    }
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
     size_t all_windows() const { return count_tokens(data_.val) / size_t(T_) + 1; }
@@ -2191,7 +2205,8 @@ class Training {
         Times t = times();
         double save_s = t.save_s;
         if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
-        return 1.1 * (double(windows) * t.window_s + save_s) + 0.15;
+        int saves = evaluates() ? 2 : 1;
+        return 1.1 * (double(windows) * t.window_s + saves * save_s) + 0.15;
     }
 
     // Whether the goal is reached, or too near for another step, and for an evaluation that is due
@@ -2300,7 +2315,7 @@ class Training {
         state_.dtype = dtype;
         state_.goal = goal_;
         settings_ = run_settings(options, goal_, shape);
-        launched_ = state_.step;
+        launched_ = saved_step_ = state_.step;
     }
     void add_note(const std::string& note) {
         if (!note.empty()) notes_.push_back(note);
@@ -2347,9 +2362,10 @@ class Training {
     bool evaluate(ordered_json* record, bool* best, bool* last);
     void sample();
     void save(bool best, bool last);
+    void save_ahead();
     int stop(ordered_json* record);
     int leave(const ordered_json& record, bool best);
-    int end_at_once();
+    std::optional<int> make_up();
     void conclude();
 
     const TrainOptions& o_;
@@ -2374,6 +2390,7 @@ class Training {
     GPT2Ptr model_;
     RunState state_;                 // after the last step that is known to be done
     size_t launched_ = 0;            // steps, of which the last may not be done
+    size_t saved_step_ = 0;          // of the last save, which may be at work
     std::exception_ptr data_error_;  // what was thrown where data were to be read, on any rank
     std::exception_ptr own_error_;   // the same, here, until the ranks have agreed on it
     std::optional<RunLog> log_;      // of rank 0, as the saver is
@@ -2874,7 +2891,8 @@ inline bool Training::roll_back() {
             state_.skipped.end())
             state_.skipped.push_back(position);
     state_.skipped.push_back(spike_.begin);
-    launched_ = state_.step;
+    state_.owed = nullptr;
+    launched_ = saved_step_ = state_.step;
     loader_->seek(state_.position);
     fetch_batches();
     if (log_) log_->cut(state_.step);
@@ -2979,27 +2997,35 @@ inline void Training::time_windows() {
 
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides
 // about *best and patience, and at the end on all of it, which is what the record then says. Sets
-// *last when patience is at its end. Returns false where the data is lost: data_error_ says how.
+// *last when patience is at its end. Returns false where the data is lost: data_error_ says how,
+// and the evaluation is owed.
 inline bool Training::evaluate(ordered_json* record, bool* best, bool* last) {
     if (!evaluates()) return true;
+    state_.owed = *record;
     link_.rest();
     if (!validation_is_intact()) return false;
+    if (*last || signal() != 0 || data_error_) save_ahead();
     std::optional<Evaluation> subset = evaluate_windows(subset_windows());
     if (!subset) return false;
     Evaluation now = *subset;
-    *best = now.loss < state_.best_loss;
-    state_.stale = *best ? 0 : state_.stale + 1;
-    if (*best) state_.best_loss = now.loss, state_.best_step = state_.step;
+    if (state_.evaluated_step != state_.step) {  // else it counts already
+        *best = now.loss < state_.best_loss;
+        state_.stale = *best ? 0 : state_.stale + 1;
+        if (*best) state_.best_loss = now.loss, state_.best_step = state_.step;
+        state_.evaluated_step = state_.step;
+    }
     bool patience_ends = o_.early_stop > 0 && state_.stale >= o_.early_stop;
     if (patience_ends && !*last) {
         *last = true;
         screen_.line(format("early stop: %zu evaluations without gain", state_.stale));
+        save_ahead();
     }
     if (*last && subset_windows() > 0) {
         std::optional<Evaluation> all = evaluate_windows(0);
         if (!all) return false;
         now = *all;
     }
+    state_.owed = nullptr;
     if (*last) final_ = now;
     if (!*last)
         screen_.line(format("step %-7zu validation: %s%s", state_.step,
@@ -3037,6 +3063,7 @@ inline void Training::await_save(bool ends) {
 
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
+    saved_step_ = state_.step;
     link_.rest();
     await_save(false);
     if (!saver_ && gpt2_shape(model_.get()).zero > 0) gpt2_snapshot_begin(model_.get());
@@ -3055,6 +3082,14 @@ inline void Training::save(bool best, bool last) {
     await_save(false);
 }
 
+// Saves before an evaluation with which the run ends, and which may take long: whatever ends the
+// program meanwhile, no step is lost, and the record is written when the evaluation is made up for.
+inline void Training::save_ahead() {
+    if (saved_step_ == state_.step) return;
+    save(false, false);
+    if (saver_) saver_->hand_over();
+}
+
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
 // that was due is made, so that the run goes on as if nothing had been; where patience ends with
 // it, the run is done. Throws the data's error.
@@ -3071,6 +3106,7 @@ inline int Training::stop(ordered_json* record) {
 // Saves, and ends a run that a signal stopped or, throwing it, an error of its data.
 inline int Training::leave(const ordered_json& record, bool best) {
     write_record(record);
+    if (!state_.owed.is_null()) state_.owed = evaluation_record();
     save(best, false);
     std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal());
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
@@ -3080,14 +3116,18 @@ inline int Training::leave(const ordered_json& record, bool best) {
     return 128 + signal();
 }
 
-// A run that is at its goal when it begins: its last evaluation was not possible, or it is asked
-// for no more steps than it has.
-inline int Training::end_at_once() {
-    ordered_json record = {{"event", "evaluation"}, {"step", state_.step}};
-    bool best = false, last = true;
+// What a run owes when it goes on: an evaluation that was not possible, or that did not come to its
+// end; and the last one, where it is asked for no more steps than it has. Returns the exit code of
+// a run that ends with it.
+inline std::optional<int> Training::make_up() {
+    bool best = false, last = is_over();
+    if (!last && state_.owed.is_null()) return {};
+    ordered_json record = std::exchange(state_.owed, nullptr);
+    if (record.is_null()) record = evaluation_record();
     if (!evaluate(&record, &best, &last)) return leave(record, best);
-    if (evaluates()) write_record(record);
+    if (evaluates() || !record.contains("event")) write_record(record);
     save(best, last);
+    if (!last) return {};
     conclude();
     return 0;
 }

@@ -837,7 +837,17 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     fs::resize_file(path("val.bin"), 1100);
     expect_error(call.finish(child), 1, "val.bin: had 2024 bytes and has 1100 since");
-    EXPECT_EQ(verify_checkpoint(path("run3/last"))["step"], newest_logged(path("run3/log.jsonl")));
+    json lost = verify_checkpoint(path("run3/last"));
+    EXPECT_EQ(lost["step"], newest_logged(path("run3/log.jsonl")));
+    EXPECT_EQ(lost["owed_evaluation"]["step"], lost["step"]);
+    write_shard(path("val.bin"), random_ids(500, 257, 2));
+    *std::find(call.words.begin(), call.words.end(), "100000000") =
+        std::to_string(lost["step"].get<size_t>() + 1);
+    EXPECT_EQ(call.run().code, 0);
+    EXPECT_NE(
+        read_file(path("run3/log.jsonl"))
+            .find("{\"event\":\"evaluation\",\"step\":" + lost["step"].dump() + ",\"val_loss\":"),
+        std::string::npos);
 }
 
 // Text goes through shards of the program's own, which it does not look at again; where one is cut
@@ -866,6 +876,31 @@ TEST_F(Cli, AFileThatIsCutUnderARunEndsItWithACheckpoint) {
                   newest_logged(path(out + "/log.jsonl")));
         fs::remove(cut);
     }
+}
+
+// The last evaluation may take long, and the steps before it are saved by then.
+TEST_F(Cli, AKillInTheLastEvaluationLosesNoStep) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(1000000, 257, 2));
+    Call call{folder_, train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes",
+                                    "--steps", "3", "--eval-every", "0", "--eval-batches", "1",
+                                    "--save-every", "0", "--out", "run"})};
+    pid_t child = call.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run/last")); i++)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    kill(child, SIGKILL);
+    EXPECT_EQ(call.finish(child).code, 128 + SIGKILL);
+    json saved = verify_checkpoint(path("run/last"));
+    EXPECT_EQ(saved["step"], 3);
+    EXPECT_EQ(saved["finished"], false);
+    write_shard(path("val.bin"), random_ids(500, 257, 2));  // the rest is not to take as long
+    Outcome outcome = call.run();
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["finished"], true);
+    auto losses = losses_by_step(path("run"));
+    ASSERT_EQ(losses.size(), 3u);
+    EXPECT_TRUE(losses[3].first.is_number());
+    EXPECT_TRUE(losses[3].second.is_number());
 }
 
 // The last evaluation is made up for by the same command, once its data is back.

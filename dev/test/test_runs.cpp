@@ -456,6 +456,7 @@ TEST(Run, AStateIsReadAsItWasWritten) {
     RunState state;
     state.step = 1, state.tokens = 2, state.position = {3, 4}, state.elapsed_s = 5.5;
     state.best_loss = 6.5, state.best_step = 7, state.stale = 8, state.finished = true;
+    state.evaluated_step = 19, state.owed = {{"event", "evaluation"}, {"step", 1}};
     state.dtype = "bf16", state.goal = {9, 10.5}, state.bad_steps = 11;
     state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}};
     json written = json::parse(to_json(state, {}, {}, 1).dump());
@@ -621,6 +622,55 @@ TEST(Run, AFinishedRunIsNotTrainedOnUnlessMoreIsAskedFor) {
     EXPECT_EQ(run.train(), 0);
     EXPECT_TRUE(path_exists(run.options.out + ".1/step_00000008")) << "set aside, not lost";
     EXPECT_EQ(run.log().size(), 8u);
+}
+
+// An evaluation counts once, however often a finished run is asked for no more than it has.
+TEST(Run, AFinishedRunThatIsNamedAgainLosesNoPatience) {
+    SmallRun run;
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    EXPECT_EQ(run.train(), 0);
+    json before = run.state();
+    EXPECT_EQ(before.at("evaluations_without_gain"), 2u);
+    run.options.resume = run.options.out;
+    for (int i = 0; i < 2; i++) {
+        EXPECT_EQ(run.train(), 0);
+        for (const char* key : {"step", "finished", "best_step", "evaluations_without_gain"})
+            EXPECT_EQ(run.state().at(key), before.at(key)) << key;
+        EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000002");
+    }
+}
+
+// A run that could not evaluate, or was killed while it did, does so when it goes on, and is then
+// like one that was left alone.
+TEST(Run, AnEvaluationThatIsOwedIsMadeUpFor) {
+    SmallRun whole;
+    EXPECT_EQ(whole.train(), 0);
+    for (bool logged : {true, false}) {
+        SmallRun run;
+        for (int i = 0; i < 2; i++) run.stop_after_one_step();
+        json record = run.log().back();
+        EXPECT_EQ(record.at("step"), 2u);
+        run.change_state("step_00000002", [&](ordered_json& state) {
+            for (const char* key : {"best_step", "evaluated_step"}) state[key] = 0u;
+            state["best_val_loss"] = nullptr;
+            state["owed_evaluation"] = {{"event", "evaluation"}, {"step", 2u}};
+            if (!logged) state["owed_evaluation"] = ordered_json::parse(record.dump());
+        });
+        EXPECT_EQ(run.train(), 0);
+        ASSERT_EQ(run.log().size(), 6u) << "each step once";
+        for (size_t i = 0; i < 6; i++)
+            for (const char* key : {"train_loss", "val_loss"})
+                EXPECT_EQ(run.log()[i].value(key, 0.0), whole.log()[i].value(key, 0.0)) << i;
+        bool event = read_file(run.out("log.jsonl"))
+                         .find(
+                             "{\"event\":\"evaluation\",\"step\":2,"
+                             "\"val_loss\":") != std::string::npos;
+        EXPECT_EQ(event, logged);
+        for (const char* key : {"best_val_loss", "best_step", "evaluations_without_gain"})
+            EXPECT_EQ(run.state().at(key), whole.state().at(key)) << key;
+        EXPECT_TRUE(run.state().at("owed_evaluation").is_null());
+        EXPECT_EQ(linked_step(run.options.out, "best"), linked_step(whole.options.out, "best"));
+    }
 }
 
 TEST(Run, AnotherModelSeedOrTextIsRefusedWithBothValues) {
