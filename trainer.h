@@ -1109,6 +1109,9 @@ struct LossTrend {
     }
 };
 
+// How often a run goes back to before a spike.
+constexpr size_t kMostRollbacks = 10;
+
 // Where a run stands. Random numbers are counted from seed and step, so there is no other state of
 // a generator to keep.
 struct RunState {
@@ -1125,6 +1128,7 @@ struct RunState {
     size_t bad_steps = 0;  // in a row, up to this step
     LossTrend trend;
     std::vector<DataLoader::Position> skipped;  // where steps began whose data is passed over
+    size_t rollbacks = 0;
 };
 
 inline ordered_json to_json(const DataLoader::Position& position) {
@@ -1167,6 +1171,7 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     root["skipped_data"] = ordered_json::array();
     for (const DataLoader::Position& position : state.skipped)
         root["skipped_data"].push_back(to_json(position));
+    root["rollbacks"] = state.rollbacks;
     root["run"] = identity;
     root["settings"] = settings;
     return root;
@@ -1187,6 +1192,8 @@ inline void read_later_state(const json& root, RunState* state) {
     }
     for (const json& position : root.value("skipped_data", json::array()))
         state->skipped.push_back(read_position(position));
+    state->rollbacks = state->skipped.size();  // one each
+    if (root.contains("rollbacks")) state->rollbacks = count_of(root["rollbacks"]);
 }
 
 // Reads it back; `path` names it in errors.
@@ -2306,6 +2313,8 @@ class Training {
             gpt2_initialise(model_.get(), o_.seed);
         }
         if (leads()) {
+            // one that came too late for the run before
+            if (unlink(stop_file().c_str()) == 0) add_note("removed an old " + stop_file());
             std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
             if (!from.empty()) add_note(any_conversion_note(from));
             add_note(file_system_note(folder_.out));
@@ -2344,6 +2353,7 @@ class Training {
     void report();
     void report_goal();
     ordered_json start_record();
+    std::string stop_file() const { return join_path(folder_.out, "stop"); }
     void look_for_stop_file();
     [[noreturn]] void end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats);
     ordered_json diagnose(const LaunchedStep& bad);
@@ -2390,7 +2400,6 @@ class Training {
     GPT2Ptr model_;
     RunState state_;                 // after the last step that is known to be done
     size_t launched_ = 0;            // steps, of which the last may not be done
-    size_t saved_step_ = 0;          // of the last save, which may be at work
     std::exception_ptr data_error_;  // what was thrown where data were to be read, on any rank
     std::exception_ptr own_error_;   // the same, here, until the ranks have agreed on it
     std::optional<RunLog> log_;      // of rank 0, as the saver is
@@ -2398,7 +2407,7 @@ class Training {
     LaunchedStep spike_;             // the last one
     bool owes_save_ = false;         // once the steps are good again
     bool rolls_back_ = false;        // to before it
-    size_t rollbacks_ = 0;
+    size_t saved_step_ = 0;
     std::vector<int> inputs_, targets_;             // of the next step: (micro-batches, B, T)
     DataLoader::Position fetched_from_;             // where their data begins
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
@@ -2523,7 +2532,7 @@ inline void Training::look_for_stop_file() {
     constexpr double kInterval_s = 0.1;
     if (!leads() || stop_signal() != 0 || now_s() < stop_file_s_ + kInterval_s) return;
     stop_file_s_ = now_s();
-    if (unlink(join_path(folder_.out, "stop").c_str()) == 0) stop_signal() = SIGTERM;
+    if (unlink(stop_file().c_str()) == 0) stop_signal() = SIGTERM;
 }
 
 // ---- several ranks ----
@@ -2842,14 +2851,13 @@ inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stat
 // Notes a loss far above those before it, and that the run goes back where it is to.
 inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
                                      ordered_json* record) {
-    constexpr size_t kMostRollbacks = 10;
     double deviations = state_.trend.deviations(loss);
     bool spike = o_.spike_threshold > 0 && deviations > o_.spike_threshold;
     if (!spike) return state_.trend.add(loss);
     (*record)["spike"] = deviations;
     std::string what = format("step %zu: loss %.4f is %.1f deviations above the mean of %.4f",
                               launched.step, loss, deviations, state_.trend.mean);
-    bool back = o_.on_spike == "rollback" && rollbacks_ < kMostRollbacks;
+    bool back = o_.on_spike == "rollback" && state_.rollbacks < kMostRollbacks;
     if (!back || rolls_back_) {
         note_trouble(what);
         return state_.trend.add(loss);
@@ -2863,20 +2871,20 @@ inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
 // is none, and the run goes on as it is.
 inline bool Training::roll_back() {
     rolls_back_ = false;
-    rollbacks_++;
     link_.rest();
     std::string checkpoint;
     if (leads()) {
-        saver_->give_up();
+        saver_->wait();
         checkpoint = latest_checkpoint(folder_.out);
     }
     checkpoint = link_.broadcast("the checkpoint to go back to", checkpoint, kPatience_s);
-    if (saver_) saver_->give_up();
     if (checkpoint.empty()) {
         note_trouble("there is no checkpoint yet to go back to");
         return false;
     }
+    if (saver_) saver_->give_up();
     std::vector<DataLoader::Position> skipped = state_.skipped;
+    size_t rollbacks = state_.rollbacks + 1;
     std::string dtype = state_.dtype;
     if (leads()) {
         read_checkpoint(model_.get(), checkpoint);
@@ -2886,6 +2894,7 @@ inline bool Training::roll_back() {
     }
     share_state();
     state_.finished = false, state_.goal = goal_, state_.dtype = dtype;
+    state_.rollbacks = rollbacks;
     for (const DataLoader::Position& position : skipped)
         if (std::find(state_.skipped.begin(), state_.skipped.end(), position) ==
             state_.skipped.end())
@@ -2903,6 +2912,11 @@ inline bool Training::roll_back() {
     record["skipped_data"] = to_json(spike_.begin);
     write_record(record);
     screen_.line(format("back at    step %zu", state_.step));
+    if (rollbacks == kMostRollbacks)
+        note_trouble(
+            format("the run has gone back %zu times, the most that it may: spikes are only "
+                   "reported from here on",
+                   kMostRollbacks));
     return true;
 }
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "../../commands.h"
 #include "models.h"
@@ -458,7 +459,7 @@ TEST(Run, AStateIsReadAsItWasWritten) {
     state.best_loss = 6.5, state.best_step = 7, state.stale = 8, state.finished = true;
     state.evaluated_step = 19, state.owed = {{"event", "evaluation"}, {"step", 1}};
     state.dtype = "bf16", state.goal = {9, 10.5}, state.bad_steps = 11;
-    state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}};
+    state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}}, state.rollbacks = 20;
     json written = json::parse(to_json(state, {}, {}, 1).dump());
     written["step"] = 1u;
     RunState read = read_state(written, "a state");
@@ -1167,6 +1168,29 @@ TEST(Run, GoesBackTenTimesAtMost) {
     EXPECT_EQ(run.train(), 0);
     EXPECT_EQ(run.state().at("skipped_data").size(), 10u);
     EXPECT_EQ(run.log().size(), 220u);
+    run.options.steps = 260;
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(testing::internal::GetCapturedStderr().find("going back"), std::string::npos);
+    EXPECT_EQ(run.rollbacks().size(), 10u) << "also when it goes on";
+}
+
+// What could not be done does not count: here there is nothing to go back to for long.
+TEST(Run, GoesBackWhenThereIsACheckpoint) {
+    RunWithSpikes run("rollback");
+    run.options.spike_threshold = 0.1, run.options.learning_rate = 0;
+    run.options.steps = 170, run.options.save_every = 130;
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(run.train(), 0);
+    std::string said = testing::internal::GetCapturedStderr();
+    auto times = [&](const std::string& words) {
+        size_t count = 0, at = 0;
+        for (; (at = said.find(words, at)) != std::string::npos; at++) count++;
+        return count;
+    };
+    EXPECT_GE(times("there is no checkpoint yet to go back to"), 10u);
+    EXPECT_EQ(run.rollbacks().size(), 10u);
+    EXPECT_EQ(times("the run has gone back 10 times, the most that it may"), 1u);
 }
 
 // A rate beyond all numbers makes the first update the last one that counts. Whether step 2 is
@@ -1419,12 +1443,24 @@ TEST(Run, TwoInOneFolderAreRefused) {
 TEST(Run, AFileNamedStopStopsIt) {
     SmallRun run;
     run.options.steps = 1000000, run.options.save_every = 0;
-    make_folder(run.options.out);
-    write_file_atomic(run.out("stop"), "");
+    std::thread other([&] {
+        while (!path_exists(run.out("best"))) usleep(1000);
+        write_file_atomic(run.out("stop"), "");
+    });
     std::string said = run.train_and_read(128 + SIGTERM);
+    other.join();
     stop_signal() = 0;
     EXPECT_FALSE(path_exists(run.out("stop"))) << "the next command goes on";
     EXPECT_NE(latest_checkpoint(run.options.out), "") << said;
+}
+
+TEST(Run, AnOldFileNamedStopIsRemoved) {
+    SmallRun run;
+    make_folder(run.options.out);
+    write_file_atomic(run.out("stop"), "");
+    std::string said = run.train_and_read();
+    EXPECT_NE(said.find("note       removed an old " + run.out("stop")), std::string::npos) << said;
+    EXPECT_EQ(run.log().size(), 6u);
 }
 
 TEST(Run, AHangUpThatNohupIgnoresStaysIgnored) {
