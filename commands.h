@@ -259,7 +259,9 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
     add_number(app, "--spike-threshold", o.spike_threshold, 0, 1e9, "X",
                "report a loss X deviations above the mean of about 20 steps; 0: never");
     add_choice(app, "--on-spike", o.on_spike, {"report", "rollback"},
-               "rollback: go back to the last checkpoint and past the data of the spike");
+               format("rollback: go back to the last checkpoint and past the data of the spike, "
+                      "%zu times in a run at most",
+                      kMostRollbacks));
     add_number(app, "--early-stop", o.early_stop, 0, kMaxSteps, "N",
                "stop after N evaluations without gain; 0: never");
     app->add_flag("--overfit-one-batch", o.overfit_one_batch,

@@ -356,6 +356,9 @@ inline Meeting choose_meeting(const Ranks& r, const std::string& option,
 
 // ==== --gpus N ===================================================================================
 
+// Those that ask a run to save and end.
+constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
+
 // How run_ranks ended: the first process that failed, or 0.
 struct RanksEnd {
     int exit_code = 0, rank = -1;
@@ -389,9 +392,9 @@ inline std::string own_program(const char* argv0) {
 class RankProcesses {
   public:
     explicit RankProcesses(const RunRanksOptions& options) : options_(options) {
-        sigemptyset(&watched_);
+        sigemptyset(&watched_), sigemptyset(&forwarded_);
         for (int signal : {SIGCHLD, SIGALRM}) sigaddset(&watched_, signal);
-        for (int signal : kForwarded) sigaddset(&watched_, signal);
+        for (int signal : kStopSignals) sigaddset(&watched_, signal);
         // A signal to a blocked mask waits to be fetched: no handler, and none is lost.
         pthread_sigmask(SIG_BLOCK, &watched_, &mask_before_);
         struct sigaction action = {};
@@ -433,8 +436,6 @@ class RankProcesses {
     }
 
   private:
-    static constexpr int kForwarded[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2};
-
     [[noreturn]] void run(int rank, int count, const std::string& program, char* const* argv,
                           const std::string& job, pid_t parent) {
         // A group of its own: Ctrl-C reaches the parent alone, which passes it on once.
@@ -463,7 +464,7 @@ class RankProcesses {
     }
 
     void forward(int signal) {
-        forwarded_ = signal;
+        sigaddset(&forwarded_, signal);
         for (pid_t pid : pids_)
             if (pid > 0) kill(pid, signal);
     }
@@ -476,7 +477,7 @@ class RankProcesses {
             int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
             if (code == 0 || failed_) continue;
             // Asked to end, and saved: the others are still at it, and are left alone.
-            bool orderly = forwarded_ != 0 && code == 128 + forwarded_;
+            bool orderly = code > 128 && sigismember(&forwarded_, code - 128) == 1;
             end_.exit_code = code, end_.rank = int(rank), end_.text.clear();
             if (orderly) continue;
             failed_ = true;
@@ -511,17 +512,17 @@ class RankProcesses {
     sigset_t watched_, mask_before_;
     struct sigaction child_before_;
     std::vector<pid_t> pids_;  // by rank; 0: has ended
-    int forwarded_ = 0;
+    sigset_t forwarded_;
     bool failed_ = false, pressed_ = false;
     RanksEnd end_;
 };
 
 // Runs `count` copies of `program` with `argv`, each with its rank in GPT2_RANK and so on and its
 // share of the processor's threads, unless OMP_NUM_THREADS is set, and waits for them. To be called
-// before there is a thread or a GPU is touched. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to
-// all; when one fails, the others get SIGTERM and then SIGKILL; when this process dies, so do they
-// (on Linux). Returns the exit code of the first that failed, 128 + the signal where that killed
-// it. fail_machine where one cannot be started.
+// before there is a thread or a GPU is touched. The signals that ask a run to stop go to all; when
+// one fails, the others get SIGTERM and then SIGKILL; when this process dies, so do they (on
+// Linux). Returns the exit code of the first that failed, 128 + the signal where that killed it.
+// fail_machine where one cannot be started.
 inline RanksEnd run_ranks(int count, const std::string& program, char* const* argv,
                           const RunRanksOptions& options = {}) {
     if (count < 1 || count > 1024) fail_input("--gpus %d: must be from 1 to 1024", count);

@@ -1020,21 +1020,21 @@ class Screen {
 
 // ==== stopping ===================================================================================
 
-constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
-
 // The signal that asked the run to stop, or 0.
 inline volatile std::sig_atomic_t& stop_signal() {
     static volatile std::sig_atomic_t signal = 0;
     return signal;
 }
 
-// While it lives, the first signal that asks a program to end is noted in stop_signal() and the
-// second one ends it at once: from a terminal, from a person, from a terminal that goes away, and
-// from schedulers that warn of a limit (SIGUSR1 and SIGUSR2 as Slurm's --signal sends them, SIGXCPU
-// from others). A hang-up that nohup ignores stays ignored. The handler has a stack of its own:
-// kernels that oneDNN makes at run time may use the stack pointer as they like, and what the system
-// puts there for a handler then falls on the heap. A signal to the process goes to the main thread,
-// whose stack this is.
+// While it lives, the first signal that asks a program to end is noted in stop_signal(): from a
+// terminal, from a person, from a terminal that goes away, and from schedulers that warn of a limit
+// (SIGUSR1 and SIGUSR2 as Slurm's --signal sends them, SIGXCPU from others). One event may send
+// several: a terminal that goes away two hang-ups, systemd SIGTERM and SIGHUP. So what comes within
+// a second of the first is taken for a part of it, and later ones end the program at once where a
+// person may have sent them: SIGINT and SIGTERM. A hang-up that nohup ignores stays ignored. The
+// handler has a stack of its own: kernels that oneDNN makes at run time may use the stack pointer
+// as they like, and what the system puts there for a handler then falls on the heap. A signal to
+// the process goes to the main thread, whose stack this is.
 class StopOnSignal {
   public:
     StopOnSignal() : stack_(kStackBytes) {
@@ -1042,11 +1042,9 @@ class StopOnSignal {
         stack.ss_sp = stack_.data(), stack.ss_size = stack_.size();
         sigaltstack(&stack, &outer_stack_);
         struct sigaction action = {};
-        action.sa_handler = [](int signal) {
-            if (stop_signal() != 0) _exit(128 + signal);
-            stop_signal() = signal;
-        };
+        action.sa_handler = note;
         action.sa_flags = SA_RESTART | SA_ONSTACK;
+        sigfillset(&action.sa_mask);
         for (size_t i = 0; i < std::size(kStopSignals); i++) {
             sigaction(kStopSignals[i], &action, &before_[i]);
             if (kStopSignals[i] == SIGHUP && before_[i].sa_handler == SIG_IGN)
@@ -1062,6 +1060,27 @@ class StopOnSignal {
     }
 
   private:
+    // Only what POSIX allows in a handler.
+    static void note(int signal) {
+        constexpr time_t kTogether_s = 1;
+        static struct timespec first;
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (stop_signal() == 0) {
+            first = now;
+            stop_signal() = signal;
+            return;
+        }
+        time_t since_s = now.tv_sec - first.tv_sec - (now.tv_nsec < first.tv_nsec ? 1 : 0);
+        if ((signal != SIGINT && signal != SIGTERM) || since_s < kTogether_s) return;
+        const char* words[] = {gpt2_program(),
+                               ": warning: a second signal ends the program: steps after the last "
+                               "checkpoint are not saved, the checkpoints stay\n"};
+        for (const char* word : words)
+            if (write(STDERR_FILENO, word, strlen(word)) < 0) break;
+        _exit(128 + signal);
+    }
+
     static constexpr size_t kStackBytes =
         1 << 16;  // several times what AVX-512 and AMX registers take
     std::vector<char> stack_;
@@ -1091,6 +1110,9 @@ struct LossTrend {
     }
 };
 
+// How often a run goes back to before a spike.
+constexpr size_t kMostRollbacks = 10;
+
 // Where a run stands. Random numbers are counted from seed and step, so there is no other state of
 // a generator to keep.
 struct RunState {
@@ -1099,12 +1121,15 @@ struct RunState {
     double elapsed_s = 0;             // of all its parts
     double best_loss = INFINITY;      // of the evaluations on the way
     size_t best_step = 0, stale = 0;  // evaluations since the best
+    size_t evaluated_step = 0;        // the last one whose evaluation is in these
+    ordered_json owed;  // the record that an evaluation is yet to be made for; null: none is
     bool finished = false;
     std::string dtype = "fp32";  // of the steps since the run was last started
     Goal goal;
     size_t bad_steps = 0;  // in a row, up to this step
     LossTrend trend;
     std::vector<DataLoader::Position> skipped;  // where steps began whose data is passed over
+    size_t rollbacks = 0;
 };
 
 inline ordered_json to_json(const DataLoader::Position& position) {
@@ -1135,6 +1160,8 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     if (std::isfinite(state.best_loss)) root["best_val_loss"] = state.best_loss;
     root["best_step"] = state.best_step;
     root["evaluations_without_gain"] = state.stale;
+    root["evaluated_step"] = state.evaluated_step;
+    root["owed_evaluation"] = state.owed;
     root["finished"] = state.finished;
     root["dtype"] = state.dtype;
     root["goal"] = {{"steps", state.goal.steps}, {"time_limit_s", state.goal.time_limit_s}};
@@ -1145,6 +1172,7 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     root["skipped_data"] = ordered_json::array();
     for (const DataLoader::Position& position : state.skipped)
         root["skipped_data"].push_back(to_json(position));
+    root["rollbacks"] = state.rollbacks;
     root["run"] = identity;
     root["settings"] = settings;
     return root;
@@ -1153,6 +1181,9 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
 // The parts of trainer.json that came later than its format: a file without them is an older one.
 inline void read_later_state(const json& root, RunState* state) {
     state->dtype = root.value("dtype", state->dtype);
+    if (root.contains("evaluated_step")) state->evaluated_step = count_of(root["evaluated_step"]);
+    json owed = root.value("owed_evaluation", json());
+    if (owed.is_object()) state->owed = ordered_json::parse(owed.dump());
     if (root.contains("bad_steps_in_a_row"))
         state->bad_steps = count_of(root["bad_steps_in_a_row"]);
     if (root.contains("loss_trend")) {
@@ -1162,6 +1193,8 @@ inline void read_later_state(const json& root, RunState* state) {
     }
     for (const json& position : root.value("skipped_data", json::array()))
         state->skipped.push_back(read_position(position));
+    state->rollbacks = state->skipped.size();  // one each
+    if (root.contains("rollbacks")) state->rollbacks = count_of(root["rollbacks"]);
 }
 
 // Reads it back; `path` names it in errors.
@@ -1784,11 +1817,9 @@ class Saver {
 
     // Saves the model as it is now.
     void begin(Checkpoint checkpoint) {
-        wait();
-        content_ = std::move(checkpoint);
-        take_snapshot();
-        handed_over_ = !o_.background;
-        if (o_.background) return;
+        replace_content(std::move(checkpoint));
+        handed_over_ = !in_background_;
+        if (in_background_) return;
         gpt2_snapshot_wait(model_);
         if (serves()) start();
         else save_now();
@@ -1809,7 +1840,7 @@ class Saver {
             running_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
             wait();
         if (running_.valid() || failures_ == 0 || now_s() < retry_at_s_) return false;
-        if (!o_.background) return true;
+        if (!in_background_) return true;
         if (content_ && handed_over_) start();
         return false;
     }
@@ -1817,9 +1848,7 @@ class Saver {
     // Saves the model as it is now, and returns when that is done, after as many tries as there
     // may be: the run is about to end.
     void finish(Checkpoint checkpoint) {
-        wait();
-        content_ = std::move(checkpoint);
-        take_snapshot();
+        replace_content(std::move(checkpoint));
         gpt2_snapshot_wait(model_);
         if (serves()) return start();
         for (save_now(); failures_ > 0 && !is_over(); save_now())
@@ -1829,7 +1858,7 @@ class Saver {
     // Until no save is at work, nor one of a snapshot to be tried again: the run is about to end,
     // with a model that is not to be saved.
     void settle() {
-        for (wait(); failures_ > 0 && o_.background && !is_over(); save_now())
+        for (wait(); failures_ > 0 && in_background_ && !is_over(); save_now())
             std::this_thread::sleep_for(std::chrono::duration<double>(o_.retry_s));
     }
 
@@ -1859,9 +1888,20 @@ class Saver {
     bool serves() const { return o_.ranks.rank > 0; }
     bool is_over() const { return is_over_ || o_.ranks.is_over(); }
 
-    // The content is the snapshot's, where the model has one.
-    void take_snapshot() {
-        if (!gpt2_shape(model_).snapshot) return;
+    // What was the best and could not be saved leaves that to what is saved in its place.
+    void replace_content(Checkpoint checkpoint) {
+        wait();
+        checkpoint.best |= content_ && content_->best;
+        content_ = std::move(checkpoint);
+        in_background_ = take_snapshot() && o_.background;
+    }
+
+    // The content is the snapshot's, where the model has one. False where it is the model's.
+    bool take_snapshot() {
+        if (!gpt2_shape(model_).snapshot) return false;
+        try {
+            gpt2_snapshot_begin(model_);
+        } catch (const std::system_error&) { return false; }  // no thread can be made
         content_->parts = [model = model_](Group group, int row, int layer) {
             return gpt2_snapshot_tensor(model, group, row, layer);
         };
@@ -1870,7 +1910,7 @@ class Saver {
         };
         content_->saving = o_.ranks;
         content_->saving.is_over = [this] { return is_over(); };
-        gpt2_snapshot_begin(model_);
+        return true;
     }
 
     std::string save() {
@@ -1887,19 +1927,26 @@ class Saver {
     // The thread takes no signals, whose handler's stack is the main thread's, and no threads of
     // its own, which would be taken from training. Where no core is free it takes a thirtieth of
     // one: the passes of training wait for their slowest thread, and lose what any of them loses.
+    // Where no thread can be made, the caller saves; what serves rank 0's save cannot, because it
+    // does so until training goes on.
     void start() {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         is_over_ = false;
-        running_ = std::async(std::launch::async, [this] {
-            omp_set_num_threads(1);
+        std::string wrong;
+        try {
+            running_ = std::async(std::launch::async, [this] {
+                omp_set_num_threads(1);
 #ifdef __linux__
-            setpriority(PRIO_PROCESS, 0, 15);  // there it is of this thread alone
+                setpriority(PRIO_PROCESS, 0, 15);  // there it is of this thread alone
 #endif
-            return save();
-        });
+                return save();
+            });
+        } catch (const std::exception& error) { wrong = error.what(); }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (!wrong.empty() && serves()) fail_machine("cannot start a thread: %s", wrong.c_str());
+        if (!wrong.empty()) save_now();
     }
 
     void save_now() {
@@ -1937,6 +1984,7 @@ class Saver {
     GPT2* model_;
     std::function<void()> before_publishing_;
     std::optional<Checkpoint> content_;  // of the save at work, or of the one that failed
+    bool in_background_ = false;         // that is a snapshot, which a thread saves
     bool handed_over_ = false;
     int failures_ = 0;  // in a row
     double retry_at_s_ = 0;
@@ -2208,7 +2256,10 @@ class Training {
         }
         if (world_ > 1 && o_.zero > 0) find_shared_folder();
         prepare_model();
-        if (leads()) log_.emplace(folder_.out, state_.step, folder_.lock.get());
+        // The record that is owed is written with its evaluation, and may have been already.
+        bool owes_record = !state_.owed.is_null() && !state_.owed.contains("event");
+        size_t logged = state_.step - (owes_record ? 1 : 0);
+        if (leads()) log_.emplace(folder_.out, logged, folder_.lock.get());
         bool saves_parts = gpt2_shape(model_.get()).saves_parts;
         if (leads() || saves_parts) {
             Saver::Options saving = {
@@ -2240,7 +2291,7 @@ class Training {
         write_record(start_record());
         std::optional<LaunchedStep> before;
         agree();
-        if (is_over()) return end_at_once();
+        if (std::optional<int> code = make_up()) return *code;
         fetch_batches();
         for (bool last = false; !last;) {
             LaunchedStep now = launch();
@@ -2257,6 +2308,7 @@ class Training {
                 continue;
             }
             agree();
+            time_windows();
             last = is_over();
             if ((signal() != 0 || data_error_) && !last) return stop(&record);
             bool best = false;
@@ -2297,42 +2349,48 @@ class Training {
     static bool is_due(size_t interval, size_t step) {
         return interval > 0 && step % interval == 0;
     }
+    // Of an evaluation whose step has its record already.
+    ordered_json evaluation_record() const {
+        return {{"event", "evaluation"}, {"step", state_.step}};
+    }
     bool evaluates() const { return !data_.val.empty() && !o_.overfit_one_batch; }
     size_t subset_windows() const { return o_.eval_batches * size_t(o_.batch_size); }
+    size_t all_windows() const { return count_tokens(data_.val) / size_t(T_) + 1; }
+    size_t windows_on_the_way() const {
+        return subset_windows() > 0 ? std::min(subset_windows(), all_windows()) : all_windows();
 
-    // The settings of this run, and what its evaluations are of.
-    ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
-        ordered_json settings = run_settings(o, goal_, shape);
-        if (!evaluates()) return settings;
-        EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
-        settings["validation data"] = hash_text(data_hash(val_hashes_));
-        settings["windows of an evaluation"] = loader.windows();
-        return settings;
+        // The settings of this run, and what its evaluations are of.
+        ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
+            ordered_json settings = run_settings(o, goal_, shape);
+            if (!evaluates()) return settings;
+            EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
+            settings["validation data"] = hash_text(data_hash(val_hashes_));
+            settings["windows of an evaluation"] = loader.windows();
+            return settings;
+        }
     }
 
-    // Seconds that the end of the run will take, from what the same has taken so far; before that,
-    // a forward pass is taken for a third of a step.
+    // Seconds that the end of the run will take, from what the same has taken so far.
     double reserve_s() const {
         if (goal_.time_limit_s == 0) return 0;
-        double windows = 0;
-        if (evaluates()) {
-            double all = double(count_tokens(data_.val)) / T_ + 1;
-            double subset = std::min(all, double(subset_windows()));
-            windows = all + (o_.eval_batches > 0 && subset < all ? subset : 0);
-        }
+        size_t windows = 0;
+        if (evaluates())
+            windows = all_windows() + (subset_windows() > 0 ? windows_on_the_way() : 0);
         Times t = times();
-        double window_s = t.window_s;
-        if (window_s == 0) window_s = t.step_s / (3 * double(sequences_a_step()));
         double save_s = t.save_s;
         if (save_s == 0) save_s = 12.0 * double(count_parameters(choice_.config)) / 3e8;
-        return 1.1 * (windows * window_s + save_s) + 0.15;
+        int saves = evaluates() ? 2 : 1;
+        return 1.1 * (double(windows) * t.window_s + saves * save_s) + 0.15;
     }
 
-    // Whether the goal is reached, or too near for another step. At least one step is made.
+    // Whether the goal is reached, or too near for another step, and for an evaluation that is due
+    // before it. At least one step is made.
     bool is_over() const {
         if (goal_.steps > 0 && state_.step >= goal_.steps) return true;
         Times t = times();
         double next_s = t.elapsed_s + t.step_s + reserve_s();
+        if (evaluates() && is_due(o_.eval_every, state_.step))
+            next_s += double(windows_on_the_way()) * t.window_s;
         return goal_.time_limit_s > 0 && t.step_s > 0 && next_s >= goal_.time_limit_s;
     }
 
@@ -2425,6 +2483,8 @@ class Training {
             gpt2_initialise(model_.get(), o_.seed);
         }
         if (leads()) {
+            // one that came too late for the run before
+            if (unlink(stop_file().c_str()) == 0) add_note("removed an old " + stop_file());
             std::string from = folder_.checkpoint.empty() ? choice_.folder : folder_.checkpoint;
             if (!from.empty()) add_note(any_conversion_note(from));
             add_note(file_system_note(folder_.out));
@@ -2433,7 +2493,7 @@ class Training {
         state_.finished = false;
         state_.dtype = dtype;
         state_.goal = goal_;
-        launched_ = state_.step;
+        launched_ = saved_step_ = state_.step;
     }
     void add_note(const std::string& note) {
         if (!note.empty()) notes_.push_back(note);
@@ -2462,9 +2522,11 @@ class Training {
     void report();
     void report_goal();
     ordered_json start_record();
+    std::string stop_file() const { return join_path(folder_.out, "stop"); }
     void look_for_stop_file();
     [[noreturn]] void end_with_diagnosis(const LaunchedStep& bad, const GPT2Stats& stats);
     ordered_json diagnose(const LaunchedStep& bad);
+    double time_step(const LaunchedStep& launched, const GPT2Stats& stats);
     ordered_json skip(const LaunchedStep& bad, const GPT2Stats& stats);
     void look_for_spike(const LaunchedStep& launched, double loss, ordered_json* record);
     bool roll_back();
@@ -2475,12 +2537,14 @@ class Training {
     void await_save(bool ends);
     bool validation_is_intact();
     std::optional<Evaluation> evaluate_windows(size_t windows);
+    void time_windows();
     bool evaluate(ordered_json* record, bool* best, bool* last);
     void sample();
     void save(bool best, bool last);
+    void save_ahead();
     int stop(ordered_json* record);
     int leave(const ordered_json& record, bool best);
-    int end_at_once();
+    std::optional<int> make_up();
     void conclude();
 
     const TrainOptions& o_;
@@ -2512,12 +2576,13 @@ class Training {
     LaunchedStep spike_;             // the last one
     bool owes_save_ = false;         // once the steps are good again
     bool rolls_back_ = false;        // to before it
-    size_t rollbacks_ = 0;
+    size_t saved_step_ = 0;
     std::vector<int> inputs_, targets_;             // of the next step: (micro-batches, B, T)
     DataLoader::Position fetched_from_;             // where their data begins
     double elapsed_before_s_ = 0, finished_s_ = 0;  // finished_s_: when the last step was done
     PeakRate peak_;
     double step_s_ = 0, window_s_ = 0;   // how long each took, lately
+    size_t steps_done_ = 0;              // by this program
     double compute_s_ = 0, data_s_ = 0;  // of this rank, for passes and for data, since reported
     size_t timed_steps_ = 0;
     RankLink& link_;
@@ -2636,7 +2701,7 @@ inline void Training::look_for_stop_file() {
     constexpr double kInterval_s = 0.1;
     if (!leads() || stop_signal() != 0 || now_s() < stop_file_s_ + kInterval_s) return;
     stop_file_s_ = now_s();
-    if (unlink(join_path(folder_.out, "stop").c_str()) == 0) stop_signal() = SIGTERM;
+    if (unlink(stop_file().c_str()) == 0) stop_signal() = SIGTERM;
 }
 
 // ---- several ranks ----
@@ -2849,6 +2914,16 @@ inline std::string numbers_of(const GPT2Stats& stats) {
     return "loss " + number_text(stats.loss) + ", gradient norm " + number_text(stats.grad_norm);
 }
 
+// How long a step took that is done, and with it how long one takes lately. The first step, which
+// also waits for memory and for kernels to be made, counts until there is a second.
+inline double Training::time_step(const LaunchedStep& launched, const GPT2Stats& stats) {
+    double done_s = stats.finished_s > 0 ? stats.finished_s : now_s();
+    double took_s = std::max(1e-9, done_s - std::max(finished_s_, launched.begin_s));
+    finished_s_ = done_s;
+    step_s_ = steps_done_++ < 2 ? took_s : 0.9 * step_s_ + 0.1 * took_s;
+    return took_s;
+}
+
 // Says of a step whose loss or gradient is not finite that it was skipped: the device has not
 // applied it. As many in a row as the options allow end the run.
 inline ordered_json Training::skip(const LaunchedStep& bad, const GPT2Stats& stats) {
@@ -2945,14 +3020,13 @@ inline void Training::end_with_diagnosis(const LaunchedStep& bad, const GPT2Stat
 // Notes a loss far above those before it, and that the run goes back where it is to.
 inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
                                      ordered_json* record) {
-    constexpr size_t kMostRollbacks = 10;
     double deviations = state_.trend.deviations(loss);
     bool spike = o_.spike_threshold > 0 && deviations > o_.spike_threshold;
     if (!spike) return state_.trend.add(loss);
     (*record)["spike"] = deviations;
     std::string what = format("step %zu: loss %.4f is %.1f deviations above the mean of %.4f",
                               launched.step, loss, deviations, state_.trend.mean);
-    bool back = o_.on_spike == "rollback" && rollbacks_ < kMostRollbacks;
+    bool back = o_.on_spike == "rollback" && state_.rollbacks < kMostRollbacks;
     if (!back || rolls_back_) {
         note_trouble(what);
         return state_.trend.add(loss);
@@ -2966,20 +3040,20 @@ inline void Training::look_for_spike(const LaunchedStep& launched, double loss,
 // is none, and the run goes on as it is.
 inline bool Training::roll_back() {
     rolls_back_ = false;
-    rollbacks_++;
     link_.rest();
     std::string checkpoint;
     if (leads()) {
-        saver_->give_up();
+        saver_->wait();
         checkpoint = latest_checkpoint(folder_.out);
     }
     checkpoint = link_.broadcast("the checkpoint to go back to", checkpoint, kPatience_s);
-    if (saver_) saver_->give_up();
     if (checkpoint.empty()) {
         note_trouble("there is no checkpoint yet to go back to");
         return false;
     }
+    if (saver_) saver_->give_up();
     std::vector<DataLoader::Position> skipped = state_.skipped;
+    size_t rollbacks = state_.rollbacks + 1;
     std::string dtype = state_.dtype;
     if (leads()) {
         json settings;
@@ -2991,12 +3065,14 @@ inline bool Training::roll_back() {
     }
     share_state();
     state_.finished = false, state_.goal = goal_, state_.dtype = dtype;
+    state_.rollbacks = rollbacks;
     for (const DataLoader::Position& position : skipped)
         if (std::find(state_.skipped.begin(), state_.skipped.end(), position) ==
             state_.skipped.end())
             state_.skipped.push_back(position);
     state_.skipped.push_back(spike_.begin);
-    launched_ = state_.step;
+    state_.owed = nullptr;
+    launched_ = saved_step_ = state_.step;
     loader_->seek(state_.position);
     fetch_batches();
     if (log_) log_->cut(state_.step);
@@ -3007,20 +3083,22 @@ inline bool Training::roll_back() {
     record["skipped_data"] = to_json(spike_.begin);
     write_record(record);
     screen_.line(format("back at    step %zu", state_.step));
+    if (rollbacks == kMostRollbacks)
+        note_trouble(
+            format("the run has gone back %zu times, the most that it may: spikes are only "
+                   "reported from here on",
+                   kMostRollbacks));
     return true;
 }
 
 // Takes note of a step that is done, and makes its record.
 inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Stats& stats) {
+    double took_s = time_step(launched, stats);
     if (!std::isfinite(stats.loss) || !std::isfinite(stats.grad_norm)) return skip(launched, stats);
     state_.bad_steps = 0;
     state_.step = launched.step;
     state_.tokens += tokens_a_step();
     state_.position = launched.position;
-    double done_s = stats.finished_s > 0 ? stats.finished_s : now_s();
-    double took_s = std::max(1e-9, done_s - std::max(finished_s_, launched.begin_s));
-    finished_s_ = done_s;
-    step_s_ = step_s_ == 0 ? took_s : 0.9 * step_s_ + 0.1 * took_s;
     if (state_.step == 1)
         screen_.line(format("first loss %.4f; a uniform guess has ln(%d) = %.4f", stats.loss,
                             choice_.config.vocab_size, std::log(choice_.config.vocab_size)));
@@ -3034,7 +3112,7 @@ inline ordered_json Training::finish(const LaunchedStep& launched, const GPT2Sta
     record["step_ms"] = 1000 * took_s;
     record["epoch"] = launched.epoch;
     record["tokens"] = state_.tokens;
-    record["elapsed_s"] = elapsed_before_s_ + done_s - start_s_;
+    record["elapsed_s"] = elapsed_before_s_ + finished_s_ - start_s_;
     look_for_spike(launched, stats.loss, &record);
     compute_s_ += stats.compute_s;
     timed_steps_++;
@@ -3087,29 +3165,52 @@ inline std::optional<Evaluation> Training::evaluate_windows(size_t windows) {
     return e;
 }
 
+// What the end of a run with a time limit will take is measured after the first step: on as many
+// windows as take long enough for that, the first of which warm up.
+inline void Training::time_windows() {
+    constexpr double kShare = 0.002;  // of the time limit
+    if (goal_.time_limit_s == 0 || !evaluates() || times().window_s > 0) return;
+    if (signal() != 0 || data_error_) return;
+    link_.rest();
+    const size_t first = size_t(o_.batch_size) * size_t(world_), all = all_windows();
+    for (size_t windows = first;; windows *= 2) {
+        if (!evaluate_windows(windows) || windows >= all) return;
+        double took_s = double(windows) * times().window_s;
+        if (windows > first && took_s > kShare * goal_.time_limit_s) return;
+    }
+}
+
 // Evaluates on the part of the validation data that all evaluations on the way share, which decides
 // about *best and patience, and at the end on all of it, which is what the record then says. Sets
-// *last when patience is at its end. Returns false where the data is lost: data_error_ says how.
+// *last when patience is at its end. Returns false where the data is lost: data_error_ says how,
+// and the evaluation is owed.
 inline bool Training::evaluate(ordered_json* record, bool* best, bool* last) {
     if (!evaluates()) return true;
+    state_.owed = *record;
     link_.rest();
     if (!validation_is_intact()) return false;
+    if (*last || signal() != 0 || data_error_) save_ahead();
     std::optional<Evaluation> subset = evaluate_windows(subset_windows());
     if (!subset) return false;
     Evaluation now = *subset;
-    *best = now.loss < state_.best_loss;
-    state_.stale = *best ? 0 : state_.stale + 1;
-    if (*best) state_.best_loss = now.loss, state_.best_step = state_.step;
+    if (state_.evaluated_step != state_.step) {  // else it counts already
+        *best = now.loss < state_.best_loss;
+        state_.stale = *best ? 0 : state_.stale + 1;
+        if (*best) state_.best_loss = now.loss, state_.best_step = state_.step;
+        state_.evaluated_step = state_.step;
+    }
     bool patience_ends = o_.early_stop > 0 && state_.stale >= o_.early_stop;
     if (patience_ends && !*last) {
         *last = true;
         screen_.line(format("early stop: %zu evaluations without gain", state_.stale));
+        save_ahead();
     }
     if (*last && subset_windows() > 0) {
         std::optional<Evaluation> all = evaluate_windows(0);
         if (!all) return false;
         now = *all;
     }
+    state_.owed = nullptr;
     if (*last) final_ = now;
     if (!*last)
         screen_.line(format("step %-7zu validation: %s%s", state_.step,
@@ -3147,6 +3248,7 @@ inline void Training::await_save(bool ends) {
 
 inline void Training::save(bool best, bool last) {
     owes_save_ = false;
+    saved_step_ = state_.step;
     link_.rest();
     await_save(false);
     if (!saver_ && gpt2_shape(model_.get()).zero > 0) gpt2_snapshot_begin(model_.get());
@@ -3165,6 +3267,14 @@ inline void Training::save(bool best, bool last) {
     await_save(false);
 }
 
+// Saves before an evaluation with which the run ends, and which may take long: whatever ends the
+// program meanwhile, no step is lost, and the record is written when the evaluation is made up for.
+inline void Training::save_ahead() {
+    if (saved_step_ == state_.step) return;
+    save(false, false);
+    if (saver_) saver_->hand_over();
+}
+
 // A signal came, or the data of the next step cannot be had: this step is done, and an evaluation
 // that was due is made, so that the run goes on as if nothing had been; where patience ends with
 // it, the run is done. Throws the data's error.
@@ -3181,6 +3291,7 @@ inline int Training::stop(ordered_json* record) {
 // Saves, and ends a run that a signal stopped or, throwing it, an error of its data.
 inline int Training::leave(const ordered_json& record, bool best) {
     write_record(record);
+    if (!state_.owed.is_null()) state_.owed = evaluation_record();
     save(best, false);
     std::string cause = data_error_ ? "stopped" : format("stopped by signal %d", signal());
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
@@ -3190,14 +3301,18 @@ inline int Training::leave(const ordered_json& record, bool best) {
     return 128 + signal();
 }
 
-// A run that is at its goal when it begins: its last evaluation was not possible, or it is asked
-// for no more steps than it has.
-inline int Training::end_at_once() {
-    ordered_json record = {{"event", "evaluation"}, {"step", state_.step}};
-    bool best = false, last = true;
+// What a run owes when it goes on: an evaluation that was not possible, or that did not come to its
+// end; and the last one, where it is asked for no more steps than it has. Returns the exit code of
+// a run that ends with it.
+inline std::optional<int> Training::make_up() {
+    bool best = false, last = is_over();
+    if (!last && state_.owed.is_null()) return {};
+    ordered_json record = std::exchange(state_.owed, nullptr);
+    if (record.is_null()) record = evaluation_record();
     if (!evaluate(&record, &best, &last)) return leave(record, best);
-    if (evaluates()) write_record(record);
+    if (evaluates() || !record.contains("event")) write_record(record);
     save(best, last);
+    if (!last) return {};
     conclude();
     return 0;
 }

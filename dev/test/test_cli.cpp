@@ -570,7 +570,8 @@ std::string read_if_there(const std::string& path) {
     return path_exists(path) ? read_file(path) : "";
 }
 
-// The first signal asks for a save, which fails here and waits for an hour; the second ends it.
+// The first signal asks for a save, which fails here and waits for an hour. What the same event may
+// send with it does not disturb that; a second one of a person ends it.
 TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
     if (kThreadSanitizer) GTEST_SKIP() << kDiesOfTheLimit;
     Call run{folder_, train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps",
@@ -584,8 +585,13 @@ TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
     };
     EXPECT_TRUE(await([&] { return read_if_there(path("run/log.jsonl")).size() > 200; }));
     kill(child, SIGINT);
+    kill(child, SIGTERM);
+    double asked_s = now_s();
     EXPECT_TRUE(await(
         [&] { return read_if_there(path("stderr")).find("in 3600 s") != std::string::npos; }));
+    while (now_s() < asked_s + 1.1) usleep(10000);
+    for (int signal : {SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU}) kill(child, signal);
+    usleep(50000);
     siginfo_t ended = {};
     EXPECT_EQ(waitid(P_PID, id_t(child), &ended, WEXITED | WNOHANG | WNOWAIT), 0);
     EXPECT_EQ(ended.si_pid, 0) << "it waits";
@@ -595,7 +601,10 @@ TEST_F(Cli, ASecondSignalEndsARunAtOnce) {
         return ended.si_pid == child;
     });
     kill(child, SIGKILL);
-    EXPECT_EQ(run.finish(child).code, 128 + SIGTERM);
+    Outcome outcome = run.finish(child);
+    EXPECT_EQ(outcome.code, 128 + SIGTERM);
+    EXPECT_NE(outcome.err.find("warning: a second signal ends the program: "), std::string::npos)
+        << outcome.err;
 }
 
 // A folder that was removed, or moved, and in which another program trains by now.
@@ -613,6 +622,17 @@ TEST_F(Cli, ARunWhoseFolderAnotherHasTakenEnds) {
     EXPECT_EQ(outcome.code, 1);
     EXPECT_NE(outcome.err.find("trains there now"), std::string::npos) << outcome.err;
     EXPECT_FALSE(fs::exists(path("run/last"))) << "nothing is put into their folder";
+}
+
+// The first step takes many times what others do, and says nothing of how long an evaluation takes.
+TEST_F(Cli, ATimeLimitIsNotGivenUpForTheFirstStep) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(30000, 257, 2));
+    Outcome outcome = call(
+        train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes", "--time-limit",
+                     "2", "--eval-every", "0", "--save-every", "0", "--out", "run"}));
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_GT(losses_by_step(path("run")).size(), 3u);
 }
 
 // A kill leaves no time for anything: the run goes on from its last checkpoint and ends with the
@@ -817,7 +837,17 @@ TEST_F(Cli, AShardThatChangesUnderARunEndsIt) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     fs::resize_file(path("val.bin"), 1100);
     expect_error(call.finish(child), 1, "val.bin: had 2024 bytes and has 1100 since");
-    EXPECT_EQ(verify_checkpoint(path("run3/last"))["step"], newest_logged(path("run3/log.jsonl")));
+    json lost = verify_checkpoint(path("run3/last"));
+    EXPECT_EQ(lost["step"], newest_logged(path("run3/log.jsonl")));
+    EXPECT_EQ(lost["owed_evaluation"]["step"], lost["step"]);
+    write_shard(path("val.bin"), random_ids(500, 257, 2));
+    *std::find(call.words.begin(), call.words.end(), "100000000") =
+        std::to_string(lost["step"].get<size_t>() + 1);
+    EXPECT_EQ(call.run().code, 0);
+    EXPECT_NE(
+        read_file(path("run3/log.jsonl"))
+            .find("{\"event\":\"evaluation\",\"step\":" + lost["step"].dump() + ",\"val_loss\":"),
+        std::string::npos);
 }
 
 // Text goes through shards of the program's own, which it does not look at again; where one is cut
@@ -846,6 +876,31 @@ TEST_F(Cli, AFileThatIsCutUnderARunEndsItWithACheckpoint) {
                   newest_logged(path(out + "/log.jsonl")));
         fs::remove(cut);
     }
+}
+
+// The last evaluation may take long, and the steps before it are saved by then.
+TEST_F(Cli, AKillInTheLastEvaluationLosesNoStep) {
+    write_shard(path("a.bin"), random_ids(5000, 257, 1));
+    write_shard(path("val.bin"), random_ids(1000000, 257, 2));
+    Call call{folder_, train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes",
+                                    "--steps", "3", "--eval-every", "0", "--eval-batches", "1",
+                                    "--save-every", "0", "--out", "run"})};
+    pid_t child = call.start();
+    for (int i = 0; i < 3000 && !fs::exists(path("run/last")); i++)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    kill(child, SIGKILL);
+    EXPECT_EQ(call.finish(child).code, 128 + SIGKILL);
+    json saved = verify_checkpoint(path("run/last"));
+    EXPECT_EQ(saved["step"], 3);
+    EXPECT_EQ(saved["finished"], false);
+    write_shard(path("val.bin"), random_ids(500, 257, 2));  // the rest is not to take as long
+    Outcome outcome = call.run();
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["finished"], true);
+    auto losses = losses_by_step(path("run"));
+    ASSERT_EQ(losses.size(), 3u);
+    EXPECT_TRUE(losses[3].first.is_number());
+    EXPECT_TRUE(losses[3].second.is_number());
 }
 
 // The last evaluation is made up for by the same command, once its data is back.

@@ -457,7 +457,7 @@ TEST(Gpus, RanksAreInGroupsOfTheirOwn) {
 #endif
 
 TEST(Gpus, SignalsGoToAllAndSavingIsNotDisturbed) {
-    for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) {
+    for (int signal : kStopSignals) {
         std::string folder = test_folder();
         // Rank 0 saves for longer than the others would be given after a failure.
         std::string script = format(
@@ -478,6 +478,34 @@ TEST(Gpus, SignalsGoToAllAndSavingIsNotDisturbed) {
         EXPECT_EQ(outcome.said, std::to_string(128 + signal));
         for (const char* rank : {"/0", "/1"})
             EXPECT_EQ(read_file(folder + rank), std::to_string(signal) + "\nsaved\n") << "once";
+    }
+}
+
+// A terminal that goes away, or a scheduler, sends another one while rank 0 still saves, and the
+// others have ended by the first.
+TEST(Gpus, SignalsThatFollowDoNotDisturbSaving) {
+    std::string folder = test_folder();
+    std::string script = format(
+        "trap '' TERM; trap 'touch %s/saves$GPT2_RANK; [ $GPT2_RANK = 0 ] && sleep 0.8; "
+        "echo saved >%s/$GPT2_RANK; exit 129' HUP; "
+        "touch %s/ready$GPT2_RANK; while :; do sleep 0.05; done",
+        folder.c_str(), folder.c_str(), folder.c_str());
+    Child child = start_child([&](const Say& say) {
+        for (int signal : {SIGHUP, SIGTERM}) ::signal(signal, SIG_DFL);
+        RanksEnd end = run_script(2, script);
+        say(std::to_string(end.exit_code) + end.text);
+    });
+    auto await = [&](const char* name) {
+        while (!fs::exists(folder + name + "0") || !fs::exists(folder + name + "1")) sleep_s(0.01);
+    };
+    await("/ready");
+    kill(child.pid, SIGHUP);
+    await("/saves");
+    kill(child.pid, SIGTERM);
+    EXPECT_EQ(end_child(std::move(child)).said, "129");
+    for (const char* rank : {"/0", "/1"}) {
+        ASSERT_TRUE(fs::exists(folder + rank));
+        EXPECT_EQ(read_file(folder + rank), "saved\n");
     }
 }
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "../../commands.h"
 #include "models.h"
@@ -465,8 +466,9 @@ TEST(Run, AStateIsReadAsItWasWritten) {
     RunState state;
     state.step = 1, state.tokens = 2, state.position = {3, 4}, state.elapsed_s = 5.5;
     state.best_loss = 6.5, state.best_step = 7, state.stale = 8, state.finished = true;
+    state.evaluated_step = 19, state.owed = {{"event", "evaluation"}, {"step", 1}};
     state.dtype = "bf16", state.goal = {9, 10.5}, state.bad_steps = 11;
-    state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}};
+    state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}}, state.rollbacks = 20;
     json written = json::parse(to_json(state, {}, {}, 1).dump());
     written["step"] = 1u;
     RunState read = read_state(written, "a state");
@@ -630,6 +632,55 @@ TEST(Run, AFinishedRunIsNotTrainedOnUnlessMoreIsAskedFor) {
     EXPECT_EQ(run.train(), 0);
     EXPECT_TRUE(path_exists(run.options.out + ".1/step_00000008")) << "set aside, not lost";
     EXPECT_EQ(run.log().size(), 8u);
+}
+
+// An evaluation counts once, however often a finished run is asked for no more than it has.
+TEST(Run, AFinishedRunThatIsNamedAgainLosesNoPatience) {
+    SmallRun run;
+    run.options.learning_rate = 0;  // so that no evaluation is better than the first
+    EXPECT_EQ(run.train(), 0);
+    json before = run.state();
+    EXPECT_EQ(before.at("evaluations_without_gain"), 2u);
+    run.options.resume = run.options.out;
+    for (int i = 0; i < 2; i++) {
+        EXPECT_EQ(run.train(), 0);
+        for (const char* key : {"step", "finished", "best_step", "evaluations_without_gain"})
+            EXPECT_EQ(run.state().at(key), before.at(key)) << key;
+        EXPECT_EQ(linked_step(run.options.out, "best"), "step_00000002");
+    }
+}
+
+// A run that could not evaluate, or was killed while it did, does so when it goes on, and is then
+// like one that was left alone.
+TEST(Run, AnEvaluationThatIsOwedIsMadeUpFor) {
+    SmallRun whole;
+    EXPECT_EQ(whole.train(), 0);
+    for (bool logged : {true, false}) {
+        SmallRun run;
+        for (int i = 0; i < 2; i++) run.stop_after_one_step();
+        json record = run.log().back();
+        EXPECT_EQ(record.at("step"), 2u);
+        run.change_state("step_00000002", [&](ordered_json& state) {
+            for (const char* key : {"best_step", "evaluated_step"}) state[key] = 0u;
+            state["best_val_loss"] = nullptr;
+            state["owed_evaluation"] = {{"event", "evaluation"}, {"step", 2u}};
+            if (!logged) state["owed_evaluation"] = ordered_json::parse(record.dump());
+        });
+        EXPECT_EQ(run.train(), 0);
+        ASSERT_EQ(run.log().size(), 6u) << "each step once";
+        for (size_t i = 0; i < 6; i++)
+            for (const char* key : {"train_loss", "val_loss"})
+                EXPECT_EQ(run.log()[i].value(key, 0.0), whole.log()[i].value(key, 0.0)) << i;
+        bool event = read_file(run.out("log.jsonl"))
+                         .find(
+                             "{\"event\":\"evaluation\",\"step\":2,"
+                             "\"val_loss\":") != std::string::npos;
+        EXPECT_EQ(event, logged);
+        for (const char* key : {"best_val_loss", "best_step", "evaluations_without_gain"})
+            EXPECT_EQ(run.state().at(key), whole.state().at(key)) << key;
+        EXPECT_TRUE(run.state().at("owed_evaluation").is_null());
+        EXPECT_EQ(linked_step(run.options.out, "best"), linked_step(whole.options.out, "best"));
+    }
 }
 
 TEST(Run, AnotherModelSeedOrTextIsRefusedWithBothValues) {
@@ -1344,6 +1395,29 @@ TEST(Run, GoesBackTenTimesAtMost) {
     EXPECT_EQ(run.train(), 0);
     EXPECT_EQ(run.state().at("skipped_data").size(), 10u);
     EXPECT_EQ(run.log().size(), 220u);
+    run.options.steps = 260;
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_EQ(testing::internal::GetCapturedStderr().find("going back"), std::string::npos);
+    EXPECT_EQ(run.rollbacks().size(), 10u) << "also when it goes on";
+}
+
+// What could not be done does not count: here there is nothing to go back to for long.
+TEST(Run, GoesBackWhenThereIsACheckpoint) {
+    RunWithSpikes run("rollback");
+    run.options.spike_threshold = 0.1, run.options.learning_rate = 0;
+    run.options.steps = 170, run.options.save_every = 130;
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(run.train(), 0);
+    std::string said = testing::internal::GetCapturedStderr();
+    auto times = [&](const std::string& words) {
+        size_t count = 0, at = 0;
+        for (; (at = said.find(words, at)) != std::string::npos; at++) count++;
+        return count;
+    };
+    EXPECT_GE(times("there is no checkpoint yet to go back to"), 10u);
+    EXPECT_EQ(run.rollbacks().size(), 10u);
+    EXPECT_EQ(times("the run has gone back 10 times, the most that it may"), 1u);
 }
 
 // A rate beyond all numbers makes the first update the last one that counts. Whether step 2 is
@@ -1458,6 +1532,68 @@ TEST(Saver, AFailedSaveIsTriedAgainBeforeTheRunEnds) {
     EXPECT_EQ(direct.tries, 1) << "the model is another by now";
 }
 
+// What was the best is named so by what is saved in its place.
+TEST(Saver, TheBestThatWasNotSavedIsNotForgotten) {
+    for (bool background : {true, false}) {
+        for (bool ends : {true, false}) {
+            FailingSaver failing(1, background, 3600);
+            Checkpoint best = failing.checkpoint(1);
+            best.best = true;
+            failing.saver->begin(best);
+            failing.saver->hand_over();
+            failing.saver->wait();
+            EXPECT_EQ(linked_step(failing.out, "best"), "");
+            if (ends) failing.saver->finish(failing.checkpoint(2));
+            else failing.saver->begin(failing.checkpoint(2));
+            failing.saver->hand_over();
+            failing.saver->wait();
+            EXPECT_EQ(linked_step(failing.out, "best"), "step_00000002");
+            failing.saver->finish(failing.checkpoint(3));
+            EXPECT_EQ(linked_step(failing.out, "best"), "step_00000002");
+            EXPECT_EQ(linked_step(failing.out, "last"), "step_00000003");
+        }
+    }
+}
+
+// While it lives no thread can be made: none has a stack larger than all memory.
+struct NoThreads {
+    NoThreads() {
+        pthread_getattr_default_np(&before);
+        pthread_attr_t huge;
+        pthread_attr_init(&huge);
+        pthread_attr_setstacksize(&huge, size_t(1) << 60);
+        pthread_setattr_default_np(&huge);
+        pthread_attr_destroy(&huge);
+    }
+    ~NoThreads() {
+        pthread_setattr_default_np(&before);
+        pthread_attr_destroy(&before);
+    }
+    pthread_attr_t before;
+};
+
+TEST(Saver, SavesInTheForegroundWhereNoThreadCanBeMade) {
+    FailingSaver failing(1, true);
+    {
+        NoThreads none;
+        EXPECT_THROW(std::thread([] {}).join(), std::system_error);
+        failing.saver->begin(failing.checkpoint(1));
+        EXPECT_TRUE(failing.saver->poll()) << "asks for the model as it is by then";
+        failing.saver->begin(failing.checkpoint(2));
+        EXPECT_EQ(linked_step(failing.out, "last"), "step_00000002");
+    }
+    failing.saver->begin(failing.checkpoint(3));
+    gpt2_snapshot_wait(failing.model.get());
+    {
+        NoThreads none;
+        failing.saver->hand_over();
+        EXPECT_EQ(linked_step(failing.out, "last"), "step_00000003");
+    }
+    sigset_t blocked;
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    EXPECT_EQ(sigismember(&blocked, SIGTERM), 0);
+}
+
 TEST(Saver, TheThirdFailureInARowEndsTheRunAndLeavesWhatWas) {
     for (bool background : {true, false}) {
         FailingSaver failing(0, background);
@@ -1534,12 +1670,24 @@ TEST(Run, TwoInOneFolderAreRefused) {
 TEST(Run, AFileNamedStopStopsIt) {
     SmallRun run;
     run.options.steps = 1000000, run.options.save_every = 0;
-    make_folder(run.options.out);
-    write_file_atomic(run.out("stop"), "");
+    std::thread other([&] {
+        while (!path_exists(run.out("best"))) usleep(1000);
+        write_file_atomic(run.out("stop"), "");
+    });
     std::string said = run.train_and_read(128 + SIGTERM);
+    other.join();
     stop_signal() = 0;
     EXPECT_FALSE(path_exists(run.out("stop"))) << "the next command goes on";
     EXPECT_NE(latest_checkpoint(run.options.out), "") << said;
+}
+
+TEST(Run, AnOldFileNamedStopIsRemoved) {
+    SmallRun run;
+    make_folder(run.options.out);
+    write_file_atomic(run.out("stop"), "");
+    std::string said = run.train_and_read();
+    EXPECT_NE(said.find("note       removed an old " + run.out("stop")), std::string::npos) << said;
+    EXPECT_EQ(run.log().size(), 6u);
 }
 
 TEST(Run, AHangUpThatNohupIgnoresStaysIgnored) {
@@ -1677,6 +1825,34 @@ TEST(Run, ATimeLimitFinishesTheRun) {
     EXPECT_TRUE(run.state().at("finished"));
     EXPECT_GE(run.log().size(), 1u);
     EXPECT_TRUE(run.log().back().contains("val_loss"));
+}
+
+// An evaluation that is due before the next step counts: here one after every step takes most of
+// the run.
+TEST(Run, ATimeLimitCountsTheEvaluationsBeforeIt) {
+    SmallRun once, timed;
+    for (SmallRun* run : {&once, &timed}) {
+        write_file_atomic(run->options.data[0], some_text(60000));
+        run->options.eval_every = 1, run->options.eval_batches = 0;
+    }
+    once.options.steps = 1;
+    EXPECT_EQ(once.train(), 0);
+    double begin_s = once.log().back().at("elapsed_s"), all_s = once.state().at("elapsed_s");
+    timed.options.steps = 0;
+    timed.options.time_limit_s = begin_s + 1.4 * (all_s - begin_s) + 0.15;  // not enough for two
+    EXPECT_EQ(timed.train(), 0);
+    double elapsed_s = timed.state().at("elapsed_s");
+    EXPECT_TRUE(timed.log().size() == 1 || elapsed_s <= timed.options.time_limit_s) << elapsed_s;
+}
+
+TEST(Run, BadStepsUseUpATimeLimitToo) {
+    RunWithOneBadWindow run;
+    write_file_atomic(run.folder + "/text.txt", std::string(3000, 'Q'));
+    run.options.max_bad_steps = 0, run.options.overfit_one_batch = true;
+    run.options.steps = 200, run.options.time_limit_s = 0.1;
+    EXPECT_EQ(run.train(), 0);
+    EXPECT_LT(run.log().size(), 10u);
+    EXPECT_EQ(run.state().at("bad_steps_in_a_row"), run.log().size());
 }
 
 // The default model drops where it would learn its text by heart; a run that goes on stays at what
