@@ -1082,8 +1082,8 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
     // A shard outlives its file, so that nothing of this stays behind.
-    TemporaryFolder folder(join_path(fs::temp_directory_path().string(),
-                                     format("%s-%d", gpt2_program(), int(getpid()))));
+    TemporaryFolder folder(
+        temporary_name(join_path(fs::temp_directory_path().string(), gpt2_program())));
     TextCorpus corpus = read_text(o.data);
     shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
     if (shards[0].size() < 2)

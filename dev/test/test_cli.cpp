@@ -381,6 +381,32 @@ TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
     close(full.out_fd);
 }
 
+// What a user names with /dev/stdout, /dev/null or >(...): a link to standard output here, since
+// the program that would replace the machine's own is not to be tried on it.
+TEST_F(Cli, WhatIsWrittenGoesThroughStandardOutputAndPipes) {
+    make_model("bytes");
+    std::vector<std::string> words = {"sample",  "--model",   "run", "--prompt",
+                                      "The cat", "--threads", "1",   "--max-new-tokens",
+                                      "3",       "--out",     "out"};
+    Outcome plain = call(std::vector<std::string>(words.begin(), words.end() - 2));
+    fs::create_symlink("/proc/self/fd/1", path("out"));
+    Outcome out = call(words);
+    EXPECT_EQ(out.code, 0) << out.err;
+    EXPECT_EQ(out.out, plain.out);
+    EXPECT_TRUE(fs::is_symlink(path("out")));
+    words.back() = "pipe";
+    ASSERT_EQ(mkfifo(path("pipe").c_str(), 0600), 0);
+    int reader = open(path("pipe").c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    EXPECT_EQ(call(words).code, 0);
+    std::string text(4096, 0);
+    text.resize(size_t(std::max<ssize_t>(0, read(reader, text.data(), text.size()))));
+    close(reader);
+    EXPECT_EQ(text, plain.out);
+    EXPECT_TRUE(fs::is_fifo(path("pipe")));
+    words.back() = "run";
+    expect_error(call(words), 1, "run: not a regular file");
+}
+
 TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
     make_model();
     int ends[2];
