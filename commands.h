@@ -1074,6 +1074,7 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     std::vector<std::string> paths = expand_paths(o.data, ShardPart::val);
     std::vector<Shard> shards;
     if (!paths.empty() && is_shard(paths[0])) {
+        if (loaded.tokenizer) check_manifest_tokenizer(paths, *loaded.tokenizer);
         for (const std::string& path : paths)
             shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size,
                                 raw_tokens(o.raw_tokens));
@@ -1199,10 +1200,7 @@ inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, link.ranks().rank);
     std::vector<Shard> shards = evaluation_shards(o, loaded);
     std::vector<int> bytes;
-    if (loaded.tokenizer) {
-        bytes = bytes_per_token(*loaded.tokenizer);
-        bytes.resize(size_t(config.vocab_size));  // ids beyond the tokenizer stand for no text
-    }
+    if (loaded.tokenizer) bytes = bytes_per_token(*loaded.tokenizer);
     int separator = o.separate_documents ? document_separator(loaded.tokenizer) : -1;
     Evaluation e =
         evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator, &link);

@@ -402,7 +402,7 @@ inline int accumulation(const TrainOptions& o, int T, int world) {
 struct TrainingData {
     std::optional<Tokenizer> tokenizer;
     std::vector<Shard> train, val;
-    std::vector<int> token_bytes;  // bytes of text by token id; empty when it is not known
+    std::vector<int> token_bytes;  // bytes of text by the tokenizer's ids; empty without one
     size_t train_bytes = 0, val_bytes = 0;
     std::string description;
 };
@@ -591,6 +591,7 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
     for (const std::string& path : paths) data.train.emplace_back(path, vocab_size, raw);
     std::vector<std::string> val = o.val.empty() ? manifest_val(o.data) : o.val;
     if (!val.empty()) val = expand_paths(val, ShardPart::val);
+    if (data.tokenizer) check_manifest_tokenizer(val, *data.tokenizer);
     for (const std::string& path : val) {
         if (!is_shard(path))
             fail_input("%s: text among token shards; give shards for --val too", path.c_str());
@@ -743,7 +744,8 @@ inline double sum_over_ranks(RankLink& link, const std::string& name, double val
 
 // The mean loss over `max_windows` windows spread over the shards, or over all of them (0), in
 // batches of B sequences of T tokens, which the ranks of a job share. bits_per_byte = loss * tokens
-// / (ln 2 * bytes of text). What follows a `separator` (below 0: none) is not predicted.
+// / (ln 2 * bytes of text); ids of the model's that `token_bytes` lacks stand for no text. What
+// follows a `separator` (below 0: none) is not predicted.
 inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
                                  const std::vector<int>& token_bytes, int B, int T,
                                  size_t max_windows, int separator = -1, RankLink* link = nullptr) {
@@ -766,7 +768,8 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
             for (int target : targets) {
                 if (target == kIgnore) continue;
                 result.tokens++;
-                if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
+                bool known = size_t(target) < token_bytes.size();
+                if (known) bytes += size_t(token_bytes[size_t(target)]);
             }
         }
         if (result.tokens == 0)

@@ -781,6 +781,11 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
     expect_train_error({"--data", "shards", "--tokenizer", "tok"}, 2,
                        "made with another tokenizer, \"bytes\"");
+    call({"shard", "--data", "text.txt", "--tokenizer", "tok", "--out", "other"});
+    expect_train_error({"--data", "shards", "--val", "other/val.bin", "--steps", "1"}, 2,
+                       "other/val.bin: made with another tokenizer, \"tok\"");
+    expect_error(call({"evaluate", "--model", "run", "--data", "other"}), 2,
+                 "other/val.bin: made with another tokenizer, \"tok\"");
     EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
     expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
                  "--tokenizer chars");
