@@ -1813,10 +1813,18 @@ inline void end_on_cut_file() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
+// A standard stream that is closed would be the next file that is opened, and what is said would go
+// into that.
+inline void open_standard_streams() {
+    for (int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) _exit(kExitMachine);
+}
+
 // The whole program. Returns the exit code: 0 done, 1 the machine failed, 2 the input was wrong,
 // 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
 inline int run(int argc, char** argv) {
     double start_s = now_s();
+    open_standard_streams();
     end_without_memory();
     end_on_cut_file();
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing

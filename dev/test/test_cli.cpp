@@ -381,6 +381,22 @@ TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
     close(full.out_fd);
 }
 
+// As a daemon may be started: what is said goes nowhere, and not into the files of the run.
+TEST_F(Cli, ClosedStandardStreamsAreNoFiles) {
+    std::string line = "cd '" + folder_ + "' && '" + binary() + "'";
+    for (const std::string& word : train_words(
+             {"--data", "text.txt", "--tokenizer", "bytes", "--steps", "2", "--out", "run"}))
+        line += " " + word;
+    ASSERT_EQ(system((line + " <&- >&- 2>&-").c_str()), 0);
+    std::stringstream log(read_file(path("run/log.jsonl")));
+    size_t records = 0;
+    for (std::string text; std::getline(log, text); records++)
+        EXPECT_TRUE(json::accept(text)) << text;
+    EXPECT_EQ(records, 3u);
+    EXPECT_EQ(read_file(path("run/lock")).rfind("process ", 0), 0u);
+    EXPECT_EQ(read_file(path("run/lock")).find('\n'), std::string::npos);
+}
+
 // What a user names with /dev/stdout, /dev/null or >(...): a link to standard output here, since
 // the program that would replace the machine's own is not to be tried on it.
 TEST_F(Cli, WhatIsWrittenGoesThroughStandardOutputAndPipes) {
