@@ -1416,7 +1416,8 @@ inline std::vector<int> parse_ids(const std::string& text, const std::string& pa
 }
 
 // Decodes numbers from standard input as they come, so that what another program generates can be
-// read while it does; a character is written when its last byte is there.
+// read while it does; a character is written when its last byte is there. Ends early where nobody
+// reads, or the disk is full: run() says which.
 inline void decode_stream(const Tokenizer& tokenizer) {
     std::string word, held;
     size_t at = 0;
@@ -1441,7 +1442,7 @@ inline void decode_stream(const Tokenizer& tokenizer) {
             if (strchr(" \t\r\n", buffer[i]) != nullptr && buffer[i] != '\0') take_word();
             else word += buffer[i];
         }
-        fflush(stdout);
+        if (fflush(stdout) != 0 || ferror(stdout)) return;
     }
     take_word();
     fwrite(held.data(), 1, held.size(), stdout);

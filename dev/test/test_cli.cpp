@@ -436,6 +436,21 @@ TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
     EXPECT_EQ(outcome.err, "");
 }
 
+// Numbers without end, as from a program that generates them.
+TEST_F(Cli, DecodingEndsWithItsReaderAndOnAFullDisk) {
+    auto decode = [&](const std::string& output) {
+        std::string line = "cd '" + folder_ + "' && (yes 65 | timeout 20 '" + binary() +
+                           "' tokenizer decode --tokenizer bytes 2>errors" + output;
+        EXPECT_EQ(system(line.c_str()), 0) << line;
+        return Outcome{std::stoi(read_file(path("code"))), "", read_file(path("errors"))};
+    };
+    Outcome unread = decode("; echo $? >code) | head -c 1 >first");
+    EXPECT_EQ(unread.code, 0) << unread.err;
+    EXPECT_EQ(unread.err, "");
+    EXPECT_EQ(read_file(path("first")), "A");
+    expect_error(decode(" >/dev/full; echo $? >code)"), 1, "standard output: cannot write");
+}
+
 TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
     make_model();
     Outcome long_prompt = call({"sample", "--threads", "1", "--model", "run", "--max-new-tokens",
