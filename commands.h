@@ -269,8 +269,8 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
              "auto goes on with the run in --out, never sets it aside, FOLDER goes on "
              "with the run there");
     add_text(app, "--repeat", o.repeat, "FOLDER",
-             "does the run in FOLDER again, into --out, and compares every loss; no other option "
-             "is needed")
+             "does the run in FOLDER again, into --out, and compares every loss; --resume auto "
+             "goes on with one that was interrupted; no other option goes with it")
         ->default_str("");
 }
 
@@ -679,9 +679,24 @@ inline int compare_runs(const std::string& first, const std::string& second) {
     return 0;
 }
 
-// `train --repeat FOLDER`: the arguments with which the run there began, into another folder.
-inline int repeat_command(const TrainOptions& asked, double start_s) {
-    json start = first_start(asked.repeat);
+// What is given beside --repeat would be lost: a run is done again with its own options.
+inline void check_repeat_options(const CLI::App& command, const TrainOptions& o) {
+    for (const CLI::Option* option : command.get_options()) {
+        std::string name = option->get_name();
+        bool taken = name == "--repeat" || name == "--out" || name == "--resume";
+        if (option->count() > 0 && !taken)
+            fail_input(
+                "%s: a run is repeated with its own options; only --out and --resume go "
+                "with --repeat",
+                name.c_str());
+    }
+    if (o.resume != "auto" && o.resume != "never")
+        fail_input("--resume %s: with --repeat, auto or never", o.resume.c_str());
+}
+
+// The options with which the run in `folder` began, by the first record of its log, and what they
+// leave to the machine as it was. fail_input where one process cannot do the same again.
+inline TrainOptions repeated_options(const std::string& folder, const json& start) {
     Options options;
     CLI::App app;
     add_train_options(app.add_subcommand("train"), options.train);
@@ -691,22 +706,49 @@ inline int repeat_command(const TrainOptions& asked, double start_s) {
         std::reverse(words.begin(), words.end());  // as the parser takes them
         app.parse(words);
     } catch (const std::exception& error) {
-        fail_input("%s: the arguments in its log: %s", asked.repeat.c_str(), error.what());
+        fail_input("%s: the arguments in its log: %s", folder.c_str(), error.what());
     }
+    json settings = start.value("settings", json::object());
+    if (settings.value("steps", json()) == 0)
+        fail_input("%s: a run by the clock, whose rates follow the time; it cannot be repeated",
+                   folder.c_str());
+    if (start.contains("ranks"))
+        fail_input("%s: a run of %zu ranks; one of a single process can be repeated",
+                   folder.c_str(), start["ranks"].size());
     TrainOptions& o = options.train;
+    std::string computing = start.value("computing", "");
+    std::string dtype = computing.substr(0, computing.find_first_of(" ,"));
+    if (!dtype.empty() && dtype != "fp32" && dtype != "bf16")
+        fail_input("%s: a run in %s, in which this program does not compute", folder.c_str(),
+                   one_line(dtype).c_str());
+    if (!dtype.empty()) o.compute.dtype = dtype;
+    o.compute.threads = settings.value("threads", 0);
     o.arguments = start["arguments"].get<std::vector<std::string>>();
-    o.out = asked.out.empty() ? asked.repeat + ".repeat" : asked.out;
-    o.resume = "never", o.repeat = "";
-    o.compute.threads = start.value("settings", json::object()).value("threads", 0);
-    if (start.value("version", "") != gpt2_version())
-        fprintf(stderr, "note: that was version %s, this is %s\n",
-                one_line(start.value("version", "unknown")).c_str(), gpt2_version());
+    return options.train;
+}
+
+// `train --repeat FOLDER`: the run there with the options with which it began, into another folder.
+inline int repeat_command(const TrainOptions& asked, double start_s,
+                          const std::string& how_to_go_on) {
+    std::string first = fs::path(asked.repeat).lexically_normal().string();
+    if (first.size() > 1 && first.ends_with('/')) first.pop_back();
+    json start = first_start(first);
+    TrainOptions o = repeated_options(first, start);
+    o.out = asked.out.empty() ? first + ".repeat" : asked.out;
+    o.resume = asked.resume, o.repeat = "";
+    if (fs::weakly_canonical(fs::absolute(o.out)) == fs::weakly_canonical(fs::absolute(first)))
+        fail_input("--out %s: holds the run that is to be repeated; give another folder",
+                   o.out.c_str());
+    for (auto [key, own] : {std::pair("program", gpt2_program()), {"version", gpt2_version()}})
+        if (start.value(key, "") != own)
+            fprintf(stderr, "note: that was %s %s, this is %s\n", key,
+                    one_line(start.value(key, "unknown")).c_str(), own);
     {
         RankLink alone({}, {});
-        Training training(o, start_s, "", alone);
+        Training training(o, start_s, how_to_go_on, alone);
         if (int code = training.run(); code != 0) return code;
     }
-    return compare_runs(asked.repeat, o.out);
+    return compare_runs(first, o.out);
 }
 
 inline int print_error(const char* message, int code);
@@ -757,7 +799,7 @@ inline int run_on_ranks(const RankOptions& o, char** argv,
 // `argv`: the words of this command.
 inline int train_command(TrainOptions o, double start_s, const std::string& how_to_go_on,
                          char** argv = nullptr) {
-    if (!o.repeat.empty()) return repeat_command(o, start_s);
+    if (!o.repeat.empty()) return repeat_command(o, start_s, how_to_go_on);
     require("--data", !o.data.empty());
     return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
         std::unique_ptr<FILE, int (*)(FILE*)> nowhere(nullptr, fclose);
@@ -1692,15 +1734,6 @@ inline int info_command(const std::vector<std::string>& paths) {
 
 // ==== the program ================================================================================
 
-// A word as a shell reads it back.
-inline std::string shell_quoted(const std::string& word) {
-    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=+,@%";
-    if (!word.empty() && word.find_first_not_of(plain) == std::string::npos) return word;
-    std::string quoted = "'";
-    for (char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
-    return quoted + "'";
-}
-
 // The command line without --out and --resume, to which the folder of the run will be added.
 inline std::string command_to_go_on(int argc, char** argv) {
     std::string line = shell_quoted(argv[0]);
@@ -1758,7 +1791,13 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     if (name == "train") {
         TrainOptions train = o.train;
         train.arguments.assign(argv + 2, argv + argc);
-        return train_command(train, start_s, command_to_go_on(argc, argv), argv);
+        std::string how_to_go_on = command_to_go_on(argc, argv);
+        if (!train.repeat.empty()) {
+            check_repeat_options(*command, train);
+            if (command->count("--resume") == 0) train.resume = "never";
+            how_to_go_on += " --resume auto";
+        }
+        return train_command(train, start_s, how_to_go_on, argv);
     }
     if (name == "plan") return plan_command(o.plan);
     if (name == "sample") return sample_command(o.sample, argv);

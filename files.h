@@ -90,6 +90,15 @@ inline std::string one_line(std::string_view text) {
     return length < text.size() ? line + "..." : line;
 }
 
+// A word as a shell reads it back.
+inline std::string shell_quoted(const std::string& word) {
+    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=+,@%";
+    if (!word.empty() && word.find_first_not_of(plain) == std::string::npos) return word;
+    std::string quoted = "'";
+    for (char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    return quoted + "'";
+}
+
 // The user or a file is wrong: throws an Error with exit code 2. The line says where and what would
 // help.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail_input(const char* pattern,

@@ -3018,7 +3018,7 @@ inline int Training::leave(const ordered_json& record, bool best) {
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
     if (data_error_) std::rethrow_exception(data_error_);
-    screen_.line("go on with: " + how_to_go_on_ + " --out " + folder_.out);
+    screen_.line("go on with: " + how_to_go_on_ + " --out " + shell_quoted(folder_.out));
     return 128 + signal();
 }
 
@@ -3047,5 +3047,5 @@ inline void Training::conclude() {
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));
     if (data_.tokenizer)
         screen_.line(format("try        %s sample --model %s --prompt TEXT", gpt2_program(),
-                            folder_.out.c_str()));
+                            shell_quoted(folder_.out).c_str()));
 }

@@ -742,6 +742,68 @@ TEST_F(Cli, ARunIsRepeatedFromItsLog) {
     expect_error(call({"train", "--repeat", "run"}), 2, "it cannot be repeated");
 }
 
+// In the precision that --dtype auto came to, whatever it comes to here.
+TEST_F(Cli, ARunIsRepeatedInItsPrecision) {
+    for (std::string dtype : {"fp32", "bf16"}) {
+        std::vector<std::string> words = train_words(
+            {"--data", "text.txt", "--tokenizer", "bytes", "--steps", "3", "--out", dtype});
+        *(std::find(words.begin(), words.end(), "--dtype") + 1) = dtype;
+        ASSERT_EQ(call(words).code, 0);
+        std::string log = read_file(path(dtype + "/log.jsonl"));
+        std::string said = "\"--dtype\",\"" + dtype + "\"";
+        ASSERT_NE(log.find(said), std::string::npos) << log;
+        write(dtype + "/log.jsonl",
+              log.replace(log.find(said), said.size(), "\"--dtype\",\"auto\""));
+        Outcome again = call({"train", "--repeat", dtype + "/"});
+        EXPECT_EQ(again.code, 0) << again.err;
+        EXPECT_TRUE(fs::exists(path(dtype + ".repeat/last"))) << "named by a folder with a slash";
+        EXPECT_NE(again.out.find("computing  " + dtype), std::string::npos) << again.out;
+    }
+}
+
+TEST_F(Cli, WhatCannotBeRepeatedIsRefused) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "2",
+                                "--out", "run"}))
+                  .code,
+              0);
+    expect_error(call({"train", "--repeat", "run", "--steps", "3"}), 2,
+                 "--steps: a run is repeated with its own options");
+    expect_error(call({"train", "--repeat", "run", "--resume", "run"}), 2, "--resume run");
+    for (const char* out : {"run", "./run/", "other/../run"})
+        expect_error(call({"train", "--repeat", "run", "--out", out}), 2, "holds the run that is");
+    std::string log = read_file(path("run/log.jsonl"));
+    auto changed = [&](const std::string& part, const std::string& other) {
+        std::string text = log;
+        write("run/log.jsonl", text.replace(text.find(part), part.size(), other));
+        return call({"train", "--repeat", "run"});
+    };
+    expect_error(changed("\"steps\":2", "\"steps\":0"), 2, "run: a run by the clock");
+    expect_error(changed("\"run\":{", "\"ranks\":[\"a\",\"b\"],\"run\":{"), 2, "a run of 2 ranks");
+    expect_error(changed("\"computing\":\"", "\"computing\":\"fp8, "), 2, "a run in fp8");
+    EXPECT_FALSE(fs::exists(path("run.repeat"))) << "nothing was begun";
+}
+
+// The line that says how to go on is a command, and in the end all losses are compared.
+TEST_F(Cli, ARepeatedRunThatWasStoppedGoesOn) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "4",
+                                "--out", "run"}))
+                  .code,
+              0);
+    write("an other/stop", "");
+    Outcome stopped = call({"train", "--repeat", "run", "--out", "an other"});
+    EXPECT_EQ(stopped.code, 143) << stopped.err;
+    std::string begin = "go on with: ", line = stopped.out;
+    ASSERT_NE(line.find(begin), std::string::npos) << stopped.out;
+    line.erase(0, line.find(begin) + begin.size());
+    EXPECT_EQ(
+        system(("cd '" + folder_ + "' && " + line.substr(0, line.find('\n')) + " >said").c_str()),
+        0)
+        << line;
+    std::string said = read_file(path("said"));
+    EXPECT_NE(said.find("going on with an other/step_0000000"), std::string::npos) << said;
+    EXPECT_NE(said.find("repeated   all 4 steps"), std::string::npos) << said;
+}
+
 TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
     std::vector<std::string> words =
         train_words({"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes"});
