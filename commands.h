@@ -98,6 +98,9 @@ CLI::Validator in_range(double low, double high) {
         bool whole = word.find_first_not_of("0123456789+-") == std::string::npos;
         bool decimal = word.find_first_of("xXpP") == std::string::npos;
         bool number = !word.empty() && *end == '\0' && decimal && (whole || !std::is_integral_v<T>);
+        size_t first = word.find_first_not_of("+-");
+        if (number && std::is_integral_v<T> && word[first] == '0' && first + 1 < word.size())
+            return format("%s: leave out the 0 in front, which some read as octal", word.c_str());
         if (number && value >= low && value <= high) return std::string();
         const char* kind = std::is_integral_v<T> ? "a whole number" : "a number";
         return format("%s: must be %s from %.10g to %.10g", word.c_str(), kind, low, high);
@@ -599,11 +602,12 @@ inline std::string nearest(const std::string& word, const std::vector<std::strin
 }
 
 // Finds the first word that is no command and no option of its command, before the parser sees it:
-// fail_input with the nearest one.
-inline void check_words(const CLI::App* app, const std::vector<std::string>& words) {
+// fail_input with the nearest one. Makes two words of `--option=`, for whose value the parser would
+// take the next one.
+inline void check_words(const CLI::App* app, std::vector<std::string>& words) {
     const CLI::App* command = app;
     for (size_t i = 0; i < words.size(); i++) {
-        const std::string& word = words[i];
+        const std::string word = words[i];
         bool commands = !command->get_subcommands({}).empty();
         bool is_option = word.size() >= 2 && word[0] == '-' && (word[1] < '0' || word[1] > '9');
         if (!is_option) {
@@ -620,7 +624,13 @@ inline void check_words(const CLI::App* app, const std::vector<std::string>& wor
         if (name == "--help" || name == "-h") return;
         const CLI::Option* option = command->get_option_no_throw(name);
         if (option == nullptr) fail_unknown_option(command, name);
-        if (option->get_items_expected_max() > 0 && equals == std::string::npos) i++;  // its value
+        if (option->get_items_expected_max() == 0) continue;
+        if (equals == word.size() - 1) {
+            words[i] = name;
+            words.insert(words.begin() + ptrdiff_t(i) + 1, "");
+            equals = std::string::npos;
+        }
+        if (equals == std::string::npos) i++;  // its value
     }
     if (!command->get_subcommands({}).empty()) fail_unknown_command(command, "");
 }
@@ -703,6 +713,7 @@ inline TrainOptions repeated_options(const std::string& folder, const json& star
     std::vector<std::string> words = {"train"};
     try {
         for (const json& word : start["arguments"]) words.push_back(word.get<std::string>());
+        check_words(&app, words);
         std::reverse(words.begin(), words.end());  // as the parser takes them
         app.parse(words);
     } catch (const std::exception& error) {
@@ -1819,9 +1830,11 @@ inline int parse_and_call(int argc, char** argv, double start_s) {
     app.formatter(std::make_shared<HelpFormatter>());
     app.require_subcommand(1);
     add_commands(&app, options);
-    check_words(&app, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+    std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
+    check_words(&app, words);
+    std::reverse(words.begin(), words.end());  // as the parser takes them
     try {
-        app.parse(argc, argv);
+        app.parse(words);
     } catch (const CLI::CallForHelp&) {
         printf("%s", app.help().c_str());
         return 0;

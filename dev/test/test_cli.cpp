@@ -74,6 +74,8 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
                               {"--batch-size", "two"},
                               {"--batch-size", "1.5"},
                               {"--steps", "0"},
+                              {"--steps", "010"},
+                              {"--seed", "+07"},
                               {"--learning-rate", "nan"},
                               {"--learning-rate", "NaN"},
                               {"--learning-rate", "inf"},
@@ -467,6 +469,23 @@ TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
     Outcome empty = call({"sample", "--threads", "1", "--model", "run", "--prompt", ""});
     EXPECT_EQ(empty.code, 0);
     EXPECT_EQ(empty.err, "");
+}
+
+// The word behind `--prompt=` is no prompt.
+TEST_F(Cli, AnEmptyValueMayStandBehindAnEqualsSign) {
+    make_model();
+    std::vector<std::string> words = {"sample",    "--model",          "run",
+                                      "--prompt=", "--max-new-tokens", "3"};
+    Outcome equals = call(words);
+    EXPECT_EQ(equals.code, 0) << equals.err;
+    words[3] = "--prompt";
+    words.insert(words.begin() + 4, "");
+    EXPECT_EQ(equals.out, call(words).out);
+    EXPECT_EQ(call({"sample", "--model", "run", "--max-new-tokens", "3", "--prompt="}).out,
+              equals.out);
+    words[4] = "mat=";
+    EXPECT_EQ(call(words).out.rfind("mat=", 0), 0u) << "a value of its own";
+    expect_error(call({"sample", "--model", "run", "--seed="}), 2, "--seed");
 }
 
 TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
