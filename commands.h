@@ -32,6 +32,7 @@ struct SampleOptions {
 
 struct EvaluateOptions {
     std::string model, tokenizer, hellaswag, weights, out, raw_tokens = "no";
+    std::string jsonl_field = kJsonlField;
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
@@ -385,6 +386,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     add_text(app, "--out", o.out, "FILE.jsonl",
              "with --hellaswag: gets the losses and predictions of every example, a line each");
     add_raw_tokens(app, o.raw_tokens);
+    add_jsonl_field(app, o.jsonl_field);
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
                "tokens in a window")
@@ -424,6 +426,7 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_paths(encode, "--in", o.documents,
               "text: a file, or several and folders, with <|endoftext|> between them")
         ->default_str("standard input");
+    add_jsonl_field(encode, o.jsonl_field);
     add_text(encode, "--out", o.out, "FILE",
              "IDS.npy (int32) or SHARD.bin (uint16; uint32 for more than 65,536 tokens)")
         ->default_str("standard output, ids with spaces between");
@@ -1138,7 +1141,7 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     // A shard outlives its file, so that nothing of this stays behind.
     TemporaryFolder folder(
         temporary_name(join_path(fs::temp_directory_path().string(), gpt2_program())));
-    TextCorpus corpus = read_text(o.data);
+    TextCorpus corpus = read_text(o.data, o.jsonl_field);
     shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
     if (shards[0].size() < 2)
         fail_input("%s: a single token leaves nothing to predict; give more text",
@@ -1421,7 +1424,7 @@ inline int encode_command(const TokenizerOptions& o) {
         corpus.text = read_input(o.documents.empty() ? "" : o.documents[0]);
         corpus.document_ends = {corpus.text.size()};
     } else {
-        corpus = read_text(o.documents);
+        corpus = read_text(o.documents, o.jsonl_field);
     }
     std::string missing;
     std::vector<int> ids = encode_corpus(o, corpus, tokenizer, &missing);

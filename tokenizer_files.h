@@ -690,7 +690,7 @@ inline void TokenizerReader::read_ranks(std::string_view text, std::optional<Pat
         if (encoding.ranks == ranks) known = encoding, is_known = true;
     if (!is_known && !pattern)
         refuse("the end", format("%d ranks do not tell by what text is split; name it with "
-                                 "--pattern gpt2, cl100k or o200k",
+                                 "`tokenizer convert` and --pattern gpt2, cl100k or o200k",
                                  ranks));
     tokenizer.pattern_ = known.pattern;
     while (tokenizer.vocab_size() < known.tokens) {
@@ -738,7 +738,7 @@ inline void TokenizerReader::read_llmc(std::string_view text, std::optional<Patt
                    std::string(kEndOfText));
     if (!pattern && tokens != 50257)
         refuse("byte 8", format("%u tokens do not tell by what text is split; name it with "
-                                "--pattern gpt2, cl100k or o200k",
+                                "`tokenizer convert` and --pattern gpt2, cl100k or o200k",
                                 tokens));
     tokenizer.end_of_text_ = int(end_of_text);
     for (int id = 0; id < int(tokens); id++) {

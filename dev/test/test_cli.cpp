@@ -1096,6 +1096,17 @@ TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
     more.insert(more.end(), {"--data", "text.jsonl", "--jsonl-field", "body"});
     EXPECT_EQ(call(train_words(more)).code, 0);
     expect_train_error({"--data", "text.jsonl", "--steps", "1"}, 2, "line 1: no field \"text\"");
+    std::vector<std::string> evaluate = {"evaluate", "--model", "lines", "--data", "text.jsonl"};
+    expect_error(call(evaluate), 2, "--jsonl-field");
+    evaluate.insert(evaluate.end(), {"--jsonl-field", "body"});
+    EXPECT_EQ(call(evaluate).code, 0);
+    std::vector<std::string> encode = {"tokenizer", "encode", "--tokenizer",
+                                       "bytes",     "--in",   "text.jsonl"};
+    expect_error(call(encode), 2, "--jsonl-field");
+    encode.insert(encode.end(), {"--jsonl-field", "body"});
+    std::string ids_of_text = call(encode).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "bytes"}, ids_of_text).out.substr(0, 10),
+              text.substr(0, 10));
     for (char c : text) ids += c, ids += '\0';
     write("raw.bin", ids);
     Outcome raw = call(train_words({"--data", "raw.bin", "--raw-tokens", "uint16", "--tokenizer",

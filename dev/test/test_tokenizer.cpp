@@ -1483,11 +1483,11 @@ TEST(Tokenizer, RanksOfUnknownNumberNeedAPattern) {
     EXPECT_EQ(error_of([&] { Tokenizer::load(ranks); }),
               "2 " + ranks +
                   ": the end: 299 ranks do not tell by what text is split; name it with "
-                  "--pattern gpt2, cl100k or o200k");
+                  "`tokenizer convert` and --pattern gpt2, cl100k or o200k");
     EXPECT_EQ(error_of([&] { Tokenizer::load(bin); }),
               "2 " + bin +
                   ": byte 8: 300 tokens do not tell by what text is split; name it with "
-                  "--pattern gpt2, cl100k or o200k");
+                  "`tokenizer convert` and --pattern gpt2, cl100k or o200k");
     std::vector<std::string> notes =
         tokenizer.save_as(TokenizerFormat::tiktoken, test_folder() + "/x");
     EXPECT_EQ(notes, (std::vector<std::string>{
