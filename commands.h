@@ -1163,9 +1163,8 @@ inline TargetLosses target_losses(GPT2* model) {
 
 // A line for each example: its label, the loss of each ending (a sum over `tokens` targets), and
 // what was predicted from the sums and from the means.
-inline void write_choice_lines(const std::string& path, const std::vector<ChoiceExample>& examples,
+inline void write_choice_lines(AtomicFile* file, const std::vector<ChoiceExample>& examples,
                                const std::vector<ChoiceScore>& scores) {
-    std::string text;
     for (size_t i = 0; i < scores.size(); i++) {
         ordered_json line;
         line["example"] = i;
@@ -1174,9 +1173,10 @@ inline void write_choice_lines(const std::string& path, const std::vector<Choice
         line["tokens"] = scores[i].tokens;
         line["prediction"] = scores[i].prediction();
         line["prediction_norm"] = scores[i].prediction_norm();
-        text += json_text(line, -1) + "\n";
+        std::string text = json_text(line, -1) + "\n";
+        file->write(text.data(), text.size());
     }
-    write_file_atomic(path, text);
+    file->commit();
 }
 
 // The scores of all examples, on rank 0, from the ranks that made them.
@@ -1204,6 +1204,8 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
     std::string folder = resolve_model(o.model);
     GPT2Config config = read_any_config(folder);
     std::optional<Tokenizer> tokenizer = model_tokenizer(o.tokenizer, folder, config);
+    std::optional<AtomicFile> out;  // opened before what takes long
+    if (rank == 0 && !o.out.empty()) out.emplace(o.out);
     std::vector<ChoiceExample> examples =
         read_hellaswag(o.hellaswag, tokenizer ? &*tokenizer : nullptr, config.vocab_size);
     GPT2Shape shape = choose_shape(o.compute, o.weights);
@@ -1222,7 +1224,7 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
                 "from the left\n",
                 with_commas(result.rows_cut).c_str(), with_commas(4 * result.examples).c_str(),
                 context);
-    if (!o.out.empty()) write_choice_lines(o.out, examples, scores);
+    if (out) write_choice_lines(&*out, examples, scores);
     if (!o.as_json) {
         printf("acc_norm %.4f (%s of %s), acc %.4f (%s), give or take %.4f\n", result.acc_norm(),
                with_commas(result.correct_norm).c_str(), with_commas(result.examples).c_str(),
@@ -1286,6 +1288,9 @@ inline int evaluate_command(const EvaluateOptions& o, char** argv) {
     bool choices = !o.hellaswag.empty();
     if (choices && !o.data.empty()) fail_input("--data and --hellaswag: give one of them");
     if (!choices && !o.out.empty()) fail_input("--out: is for --hellaswag");
+    std::error_code ignored;
+    if (choices && fs::equivalent(o.hellaswag, o.out, ignored))
+        fail_input("--out %s: is the file of --hellaswag; give another", o.out.c_str());
     require("--data", choices || !o.data.empty());
     return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
         return choices ? hellaswag_on_rank(o, link) : evaluate_on_rank(o, link);
@@ -1415,6 +1420,13 @@ inline void print_token_stats(const std::vector<int>& ids, size_t bytes,
 }
 
 inline int encode_command(const TokenizerOptions& o) {
+    bool shard = o.out.ends_with(".bin");
+    if (!o.out.empty() && o.stats) fail_input("--stats: in place of ids; leave out --out");
+    if (!o.out.empty() && !shard && !o.out.ends_with(".npy"))
+        fail_input(
+            "--out %s: must end in .npy or .bin; numbers go to standard output, without "
+            "--out",
+            o.out.c_str());
     Tokenizer tokenizer = given_tokenizer(o);
     TextCorpus corpus;
     std::error_code ignored;
@@ -1435,8 +1447,7 @@ inline int encode_command(const TokenizerOptions& o) {
         print_token_stats(ids, corpus.text.size(), tokenizer);
         return 0;
     }
-    if (o.out.ends_with(".bin"))
-        write_shard(o.out, ids, false, shard_width(tokenizer.vocab_size()));
+    if (shard) write_shard(o.out, ids, false, shard_width(tokenizer.vocab_size()));
     else if (!o.out.empty()) write_npy(o.out, ids, {ids.size()});
     if (!o.out.empty()) return 0;
     std::string line;

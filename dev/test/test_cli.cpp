@@ -1085,6 +1085,10 @@ TEST_F(Cli, HellaSwagIsScored) {
     error({"--hellaswag", "hs.jsonl", "--data", "text.txt"}, "--data and --hellaswag");
     error({"--data", "text.txt", "--out", "x"}, "--out: is for --hellaswag");
     error({"--hellaswag", "none.jsonl"}, "none.jsonl: cannot open");
+    error({"--hellaswag", "hs.jsonl", "--out", "./hs.jsonl"}, "is the file of --hellaswag");
+    EXPECT_EQ(read_file(path("hs.jsonl")), lines);
+    expect_error(call({"evaluate", "--model", "run", "--hellaswag", "bad.jsonl", "--out", "run"}),
+                 1, "run: not a regular file");
 }
 
 TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
@@ -1215,6 +1219,11 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
         EXPECT_NE(ids.find(end), std::string::npos) << ids;
         EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids).out, text);
     }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--out", "ids.txt"}, text), 2,
+                 "--out ids.txt: must end in .npy or .bin");
+    expect_error(
+        call({"tokenizer", "encode", "--tokenizer", "tok", "--stats", "--out", "ids.npy"}, text), 2,
+        "--stats");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "forbid"}, text),
                  2, "byte 10");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "<|x|>"}, text), 2,
