@@ -765,6 +765,8 @@ inline int repeat_command(const TrainOptions& asked, double start_s,
     return compare_runs(first, o.out);
 }
 
+constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
+
 inline int print_error(const char* message, int code);
 
 // How this rank meets the others and watches them. What ends the job is said by rank 0, or by all
@@ -781,22 +783,40 @@ inline LinkOptions link_options(const RankOptions& o, int rank) {
     return options;
 }
 
+// What `command` returns or, where it fails on any rank, the first failure: thrown by rank 0, and
+// on the others the exit code.
+inline int end_as_all(RankLink& link, const std::function<int(RankLink&)>& command) {
+    const Ranks& ranks = link.ranks();
+    auto fail = [&](int exit_code, const char* text) {
+        Error first = link.report_failure(exit_code, text);
+        if (ranks.rank == 0) throw first;
+        return first.exit_code;
+    };
+    try {
+        int code = command(link);
+        link.finish(kPatience_s);  // rank 0 may be saving
+        return code;
+    } catch (const Error& error) {
+        return fail(error.exit_code, error.what());
+    } catch (const std::bad_alloc&) {
+        if (ranks.world == 1) throw;
+        return fail(kExitMachine, kOutOfMemory);
+    } catch (const std::exception& error) {
+        if (ranks.world == 1) throw;
+        return fail(kExitMachine, error.what());
+    }
+}
+
 // Runs `command` as one rank of a job, or alone. An error on any rank is an error of all.
 inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
                        const std::function<int(RankLink&)>& command) {
     if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
         fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
     RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
-    try {
+    return end_as_all(link, [&](RankLink& own) {
         if (ranks.world > 1) gpt2_select_device(ranks.local_rank);
-        int code = command(link);
-        link.finish(kPatience_s);  // rank 0 may be saving
-        return code;
-    } catch (const Error& error) {
-        Error first = link.report_failure(error.exit_code, error.what());
-        if (ranks.rank == 0) throw first;
-        return first.exit_code;
-    }
+        return command(own);
+    });
 }
 
 // The same on every rank, which --gpus starts with the words `argv` of this command.
@@ -1783,8 +1803,6 @@ inline int print_error(const char* message, int code) {
     funlockfile(stderr);
     return code;
 }
-
-constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
 
 // Says it once, whichever threads run out of memory together: the others wait for the end.
 inline int say_out_of_memory() {

@@ -1243,6 +1243,36 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
         EXPECT_NE(stats.out.find(part), std::string::npos) << part << " in " << stats.out;
 }
 
+// Where one rank runs out of memory, rank 0 says so, and not that it ended without a word.
+TEST_F(Cli, ARankWithoutMemoryIsAnErrorOfAll) {
+    pid_t children[2];
+    for (int rank : {0, 1}) {
+        children[rank] = fork();
+        if (children[rank] != 0) continue;
+        Ranks ranks{rank, 2, rank, 2, "the test", "a job of the test"};
+        std::string said = error_of([&] {
+            RankLink link(ranks, choose_meeting(ranks, "file:" + path("meet")));
+            int code = end_as_all(link, [](RankLink& own) {
+                if (own.ranks().rank == 1) throw std::bad_alloc();
+                own.barrier("what rank 1 does not come to", 20);
+                return 0;
+            });
+            fail_machine("the exit code %d", code);
+        });
+        write_file_atomic(path(format("said%d", rank)), said);
+        _exit(0);
+    }
+    for (pid_t child : children) {
+        int status = -1;
+        waitpid(child, &status, 0);
+        EXPECT_EQ(status, 0);
+    }
+    std::string said = read_file(path("said0"));
+    EXPECT_EQ(said.rfind("1 rank 1 ", 0), 0u) << said;
+    EXPECT_NE(said.find(kOutOfMemory), std::string::npos) << said;
+    EXPECT_EQ(read_file(path("said1")), "1 the exit code 1");
+}
+
 // ==== the CUDA program alone =====================================================================
 
 // These run where the program is train_gpt2cu, on the emulator or on a card: what it says of
