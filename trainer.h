@@ -346,18 +346,24 @@ inline void override_size(const char* option, int given, int* size, const std::s
     *size = given;
 }
 
+// Whether a folder holds a model, or checkpoints of one.
+inline bool holds_model(const std::string& folder) {
+    return path_exists(join_path(folder, "config.json")) || !list_steps(folder, "").empty();
+}
+
 // --model and what overrides it. A folder's weights fix its sizes: fail_input where they differ.
 inline ModelChoice choose_model(const ModelOptions& o) {
     ModelChoice choice{default_config(), "", false};
-    std::error_code ignored;
-    if (fs::is_directory(o.model, ignored) || o.model.ends_with(".bin")) {
+    bool named = named_config(o.model, &choice.config);
+    // A folder gpt2/ may hold no more than GPT-2's vocabulary: see find_gpt2_tokenizer.
+    if (is_folder(o.model) ? !named || holds_model(o.model) : o.model.ends_with(".bin")) {
         choice.folder = resolve_model(o.model);
         choice.config = read_any_config(choice.folder);
         choice.fixed_vocab = true;
     } else if (o.model.ends_with(".json")) {
         choice.config = read_config(o.model);
         choice.fixed_vocab = true;
-    } else if (!o.model.empty() && !named_config(o.model, &choice.config)) {
+    } else if (!o.model.empty() && !named) {
         fail_input(
             "--model %s: no such folder, and none of tiny, small, medium, gpt2, gpt2-medium, "
             "gpt2-large, gpt2-xl, dN, a config.json, or a FILE.bin of llm.c",
@@ -1277,9 +1283,10 @@ inline std::string identity_difference(const json& stored, const ordered_json& m
         std::string theirs = "nothing";
         if (stored.contains(key)) theirs = stored[key].dump();
         else if (first_identity().contains(key)) theirs = first_identity()[key].dump();
-        if (theirs != value.dump())
+        std::string ours = json_text(value, -1);
+        if (theirs != ours)
             return format("%s is %s there and %s here", key.c_str(), one_line(theirs).c_str(),
-                          one_line(value.dump()).c_str());
+                          one_line(ours).c_str());
     }
     return "";
 }
@@ -2479,7 +2486,7 @@ inline void Training::look_for_stop_file() {
 inline void Training::compare_ranks() {
     std::vector<NamedText> list = {{"the program", std::string(gpt2_program())},
                                    {"its version", gpt2_version()}};
-    for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
+    for (const auto& [key, value] : identity_.items()) list.push_back({key, json_text(value, -1)});
     GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value(), world_);
     shape.recompute = 0;  // each rank as much as its memory asks for
     ordered_json settings = run_settings(o_, goal_, shape);
@@ -2523,8 +2530,8 @@ inline void Training::share_state() {
     ordered_json root = to_json(state_, identity_, settings_, o_.seed);
     root["step"] = state_.step;
     root["elapsed_before_s"] = elapsed_before_s_;
-    json theirs =
-        parse_json(link_.broadcast("the state of the run", root.dump(), kPatience_s), "rank 0");
+    json theirs = parse_json(
+        link_.broadcast("the state of the run", json_text(root, -1), kPatience_s), "rank 0");
     if (!leads()) {
         state_ = read_state(theirs, "rank 0");
         elapsed_before_s_ = theirs.value("elapsed_before_s", 0.0);

@@ -507,6 +507,34 @@ TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
                      option);
 }
 
+// As GPT-2's vocabulary is put into gpt2/.
+TEST_F(Cli, AFolderOfAVocabularyHidesNoModelOfItsName) {
+    write("small/vocab.bpe", "#version: 0.2\n");
+    Outcome plan = call({"plan", "--model", "small"});
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_NE(plan.out.find("4 layers"), std::string::npos) << plan.out;
+    write("small/config.json", "{}");
+    expect_error(call({"plan", "--model", "small"}), 2, "small/config.json");
+    write("other/vocab.bpe", "#version: 0.2\n");
+    expect_error(call({"plan", "--model", "other"}), 2, "other: neither a model folder");
+}
+
+TEST_F(Cli, AFolderNeedNotBeNamedInUtf8) {
+    make_model("bytes");
+    fs::copy(fs::canonical(path("run/last")), path("caf\351"));
+    std::vector<std::string> words = {"train",     "--model",  "caf\351",
+                                      "--data",    "text.txt", "--out",
+                                      "on",        "--dtype",  dtype_name(test_dtype()),
+                                      "--threads", "1",        "--steps",
+                                      "1"};
+    Outcome first = call(words);
+    EXPECT_EQ(first.code, 0) << first.err;
+    words.back() = "2";
+    Outcome second = call(words);
+    EXPECT_EQ(second.code, 0) << second.err;
+    EXPECT_NE(second.out.find("going on with on/step_00000001"), std::string::npos) << second.out;
+}
+
 TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
     expect_error(call({"sample", "--model", "missing"}), 2, "missing");
     expect_error(call({"sample", "--model", "text.txt"}), 2, "text.txt");
