@@ -443,6 +443,9 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
             refuse(place, "has no content or no id");
         if (!flag(token, place, "special", false))
             refuse(place + ".special", "false is not supported: only special tokens may be added");
+        for (const char* key : {"lstrip", "rstrip", "single_word"})
+            if (flag(token, place, key, false))
+                refuse(place + "." + key, "true is not supported; false is");
         int id = read_id(*id_field, place);
         int known = id_of.try_emplace(content->get<std::string>(), id).first->second;
         if (known != id)
