@@ -32,6 +32,7 @@ struct SampleOptions {
 
 struct EvaluateOptions {
     std::string model, tokenizer, hellaswag, weights, out, raw_tokens = "no";
+    std::string jsonl_field = kJsonlField;
     std::vector<std::string> data;
     int sequence_length = 0, batch_size = 8;
     ComputeOptions compute;
@@ -98,6 +99,9 @@ CLI::Validator in_range(double low, double high) {
         bool whole = word.find_first_not_of("0123456789+-") == std::string::npos;
         bool decimal = word.find_first_of("xXpP") == std::string::npos;
         bool number = !word.empty() && *end == '\0' && decimal && (whole || !std::is_integral_v<T>);
+        size_t first = word.find_first_not_of("+-");
+        if (number && std::is_integral_v<T> && word[first] == '0' && first + 1 < word.size())
+            return format("%s: leave out the 0 in front, which some read as octal", word.c_str());
         if (number && value >= low && value <= high) return std::string();
         const char* kind = std::is_integral_v<T> ? "a whole number" : "a number";
         return format("%s: must be %s from %.10g to %.10g", word.c_str(), kind, low, high);
@@ -272,8 +276,8 @@ inline void add_watch_options(CLI::App* app, TrainOptions& o) {
              "auto goes on with the run in --out, never sets it aside, FOLDER goes on "
              "with the run there");
     add_text(app, "--repeat", o.repeat, "FOLDER",
-             "does the run in FOLDER again, into --out, and compares every loss; no other option "
-             "is needed")
+             "does the run in FOLDER again, into --out, and compares every loss; --resume auto "
+             "goes on with one that was interrupted; no other option goes with it")
         ->default_str("");
 }
 
@@ -385,6 +389,7 @@ inline void add_evaluate_options(CLI::App* app, EvaluateOptions& o) {
     add_text(app, "--out", o.out, "FILE.jsonl",
              "with --hellaswag: gets the losses and predictions of every example, a line each");
     add_raw_tokens(app, o.raw_tokens);
+    add_jsonl_field(app, o.jsonl_field);
     add_text(app, "--tokenizer", o.tokenizer, "gpt2|bytes|FILE", "in place of the folder's own");
     add_number(app, "--sequence-length", o.sequence_length, 1, 1 << 20, "TOKENS",
                "tokens in a window")
@@ -424,6 +429,7 @@ inline void add_tokenizer_commands(CLI::App* app, TokenizerOptions& o) {
     add_paths(encode, "--in", o.documents,
               "text: a file, or several and folders, with <|endoftext|> between them")
         ->default_str("standard input");
+    add_jsonl_field(encode, o.jsonl_field);
     add_text(encode, "--out", o.out, "FILE",
              "IDS.npy (int32) or SHARD.bin (uint16; uint32 for more than 65,536 tokens)")
         ->default_str("standard output, ids with spaces between");
@@ -602,11 +608,12 @@ inline std::string nearest(const std::string& word, const std::vector<std::strin
 }
 
 // Finds the first word that is no command and no option of its command, before the parser sees it:
-// fail_input with the nearest one.
-inline void check_words(const CLI::App* app, const std::vector<std::string>& words) {
+// fail_input with the nearest one. Makes two words of `--option=`, for whose value the parser would
+// take the next one.
+inline void check_words(const CLI::App* app, std::vector<std::string>& words) {
     const CLI::App* command = app;
     for (size_t i = 0; i < words.size(); i++) {
-        const std::string& word = words[i];
+        const std::string word = words[i];
         bool commands = !command->get_subcommands({}).empty();
         bool is_option = word.size() >= 2 && word[0] == '-' && (word[1] < '0' || word[1] > '9');
         if (!is_option) {
@@ -623,7 +630,13 @@ inline void check_words(const CLI::App* app, const std::vector<std::string>& wor
         if (name == "--help" || name == "-h") return;
         const CLI::Option* option = command->get_option_no_throw(name);
         if (option == nullptr) fail_unknown_option(command, name);
-        if (option->get_items_expected_max() > 0 && equals == std::string::npos) i++;  // its value
+        if (option->get_items_expected_max() == 0) continue;
+        if (equals == word.size() - 1) {
+            words[i] = name;
+            words.insert(words.begin() + ptrdiff_t(i) + 1, "");
+            equals = std::string::npos;
+        }
+        if (equals == std::string::npos) i++;  // its value
     }
     if (!command->get_subcommands({}).empty()) fail_unknown_command(command, "");
 }
@@ -682,35 +695,80 @@ inline int compare_runs(const std::string& first, const std::string& second) {
     return 0;
 }
 
-// `train --repeat FOLDER`: the arguments with which the run there began, into another folder.
-inline int repeat_command(const TrainOptions& asked, double start_s) {
-    json start = first_start(asked.repeat);
+// What is given beside --repeat would be lost: a run is done again with its own options.
+inline void check_repeat_options(const CLI::App& command, const TrainOptions& o) {
+    for (const CLI::Option* option : command.get_options()) {
+        std::string name = option->get_name();
+        bool taken = name == "--repeat" || name == "--out" || name == "--resume";
+        if (option->count() > 0 && !taken)
+            fail_input(
+                "%s: a run is repeated with its own options; only --out and --resume go "
+                "with --repeat",
+                name.c_str());
+    }
+    if (o.resume != "auto" && o.resume != "never")
+        fail_input("--resume %s: with --repeat, auto or never", o.resume.c_str());
+}
+
+// The options with which the run in `folder` began, by the first record of its log, and what they
+// leave to the machine as it was. fail_input where one process cannot do the same again.
+inline TrainOptions repeated_options(const std::string& folder, const json& start) {
     Options options;
     CLI::App app;
     add_train_options(app.add_subcommand("train"), options.train);
     std::vector<std::string> words = {"train"};
     try {
         for (const json& word : start["arguments"]) words.push_back(word.get<std::string>());
+        check_words(&app, words);
         std::reverse(words.begin(), words.end());  // as the parser takes them
         app.parse(words);
     } catch (const std::exception& error) {
-        fail_input("%s: the arguments in its log: %s", asked.repeat.c_str(), error.what());
+        fail_input("%s: the arguments in its log: %s", folder.c_str(), error.what());
     }
+    json settings = start.value("settings", json::object());
+    if (settings.value("steps", json()) == 0)
+        fail_input("%s: a run by the clock, whose rates follow the time; it cannot be repeated",
+                   folder.c_str());
+    if (start.contains("ranks"))
+        fail_input("%s: a run of %zu ranks; one of a single process can be repeated",
+                   folder.c_str(), start["ranks"].size());
     TrainOptions& o = options.train;
+    std::string computing = start.value("computing", "");
+    std::string dtype = computing.substr(0, computing.find_first_of(" ,"));
+    if (!dtype.empty() && dtype != "fp32" && dtype != "bf16")
+        fail_input("%s: a run in %s, in which this program does not compute", folder.c_str(),
+                   one_line(dtype).c_str());
+    if (!dtype.empty()) o.compute.dtype = dtype;
+    o.compute.threads = settings.value("threads", 0);
     o.arguments = start["arguments"].get<std::vector<std::string>>();
-    o.out = asked.out.empty() ? asked.repeat + ".repeat" : asked.out;
-    o.resume = "never", o.repeat = "";
-    o.compute.threads = start.value("settings", json::object()).value("threads", 0);
-    if (start.value("version", "") != gpt2_version())
-        fprintf(stderr, "note: that was version %s, this is %s\n",
-                one_line(start.value("version", "unknown")).c_str(), gpt2_version());
+    return options.train;
+}
+
+// `train --repeat FOLDER`: the run there with the options with which it began, into another folder.
+inline int repeat_command(const TrainOptions& asked, double start_s,
+                          const std::string& how_to_go_on) {
+    std::string first = fs::path(asked.repeat).lexically_normal().string();
+    if (first.size() > 1 && first.ends_with('/')) first.pop_back();
+    json start = first_start(first);
+    TrainOptions o = repeated_options(first, start);
+    o.out = asked.out.empty() ? first + ".repeat" : asked.out;
+    o.resume = asked.resume, o.repeat = "";
+    if (fs::weakly_canonical(fs::absolute(o.out)) == fs::weakly_canonical(fs::absolute(first)))
+        fail_input("--out %s: holds the run that is to be repeated; give another folder",
+                   o.out.c_str());
+    for (auto [key, own] : {std::pair("program", gpt2_program()), {"version", gpt2_version()}})
+        if (start.value(key, "") != own)
+            fprintf(stderr, "note: that was %s %s, this is %s\n", key,
+                    one_line(start.value(key, "unknown")).c_str(), own);
     {
         RankLink alone({}, {});
-        Training training(o, start_s, "", alone);
+        Training training(o, start_s, how_to_go_on, alone);
         if (int code = training.run(); code != 0) return code;
     }
-    return compare_runs(asked.repeat, o.out);
+    return compare_runs(first, o.out);
 }
+
+constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
 
 inline int print_error(const char* message, int code);
 
@@ -728,6 +786,30 @@ inline LinkOptions link_options(const RankOptions& o, int rank) {
     return options;
 }
 
+// What `command` returns or, where it fails on any rank, the first failure: thrown by rank 0, and
+// on the others the exit code.
+inline int end_as_all(RankLink& link, const std::function<int(RankLink&)>& command) {
+    const Ranks& ranks = link.ranks();
+    auto fail = [&](int exit_code, const char* text) {
+        Error first = link.report_failure(exit_code, text);
+        if (ranks.rank == 0) throw first;
+        return first.exit_code;
+    };
+    try {
+        int code = command(link);
+        link.finish(kPatience_s);  // rank 0 may be saving
+        return code;
+    } catch (const Error& error) {
+        return fail(error.exit_code, error.what());
+    } catch (const std::bad_alloc&) {
+        if (ranks.world == 1) throw;
+        return fail(kExitMachine, kOutOfMemory);
+    } catch (const std::exception& error) {
+        if (ranks.world == 1) throw;
+        return fail(kExitMachine, error.what());
+    }
+}
+
 // Runs `command` as one rank of a job, or alone. An error on any rank is an error of all.
 inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
                        const std::function<int(RankLink&)>& command) {
@@ -736,16 +818,10 @@ inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
     RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
     // Other launchers can show a rank its own card alone, as srun --gpus-per-task=1 does.
     bool sees_all = ranks.source == kOwnVariables.source;
-    try {
+    return end_as_all(link, [&](RankLink& own) {
         if (ranks.world > 1) gpt2_select_device(ranks.local_rank, sees_all);
-        int code = command(link);
-        link.finish(kPatience_s);  // rank 0 may be saving
-        return code;
-    } catch (const Error& error) {
-        Error first = link.report_failure(error.exit_code, error.what());
-        if (ranks.rank == 0) throw first;
-        return first.exit_code;
-    }
+        return command(own);
+    });
 }
 
 // The same on every rank, which --gpus starts with the words `argv` of this command.
@@ -762,7 +838,7 @@ inline int run_on_ranks(const RankOptions& o, char** argv,
 // `argv`: the words of this command.
 inline int train_command(TrainOptions o, double start_s, const std::string& how_to_go_on,
                          char** argv = nullptr) {
-    if (!o.repeat.empty()) return repeat_command(o, start_s);
+    if (!o.repeat.empty()) return repeat_command(o, start_s, how_to_go_on);
     require("--data", !o.data.empty());
     return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
         std::unique_ptr<FILE, int (*)(FILE*)> nowhere(nullptr, fclose);
@@ -1079,6 +1155,7 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     std::vector<std::string> paths = expand_paths(o.data, ShardPart::val);
     std::vector<Shard> shards;
     if (!paths.empty() && is_shard(paths[0])) {
+        if (loaded.tokenizer) check_manifest_tokenizer(paths, *loaded.tokenizer);
         for (const std::string& path : paths)
             shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size,
                                 raw_tokens(o.raw_tokens));
@@ -1087,9 +1164,9 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
     // A shard outlives its file, so that nothing of this stays behind.
-    TemporaryFolder folder(join_path(fs::temp_directory_path().string(),
-                                     format("%s-%d", gpt2_program(), int(getpid()))));
-    TextCorpus corpus = read_text(o.data);
+    TemporaryFolder folder(
+        temporary_name(join_path(fs::temp_directory_path().string(), gpt2_program())));
+    TextCorpus corpus = read_text(o.data, o.jsonl_field);
     shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
     if (shards[0].size() < 2)
         fail_input("%s: a single token leaves nothing to predict; give more text",
@@ -1111,9 +1188,8 @@ inline TargetLosses target_losses(GPT2* model) {
 
 // A line for each example: its label, the loss of each ending (a sum over `tokens` targets), and
 // what was predicted from the sums and from the means.
-inline void write_choice_lines(const std::string& path, const std::vector<ChoiceExample>& examples,
+inline void write_choice_lines(AtomicFile* file, const std::vector<ChoiceExample>& examples,
                                const std::vector<ChoiceScore>& scores) {
-    std::string text;
     for (size_t i = 0; i < scores.size(); i++) {
         ordered_json line;
         line["example"] = i;
@@ -1122,9 +1198,10 @@ inline void write_choice_lines(const std::string& path, const std::vector<Choice
         line["tokens"] = scores[i].tokens;
         line["prediction"] = scores[i].prediction();
         line["prediction_norm"] = scores[i].prediction_norm();
-        text += json_text(line, -1) + "\n";
+        std::string text = json_text(line, -1) + "\n";
+        file->write(text.data(), text.size());
     }
-    write_file_atomic(path, text);
+    file->commit();
 }
 
 // The scores of all examples, on rank 0, from the ranks that made them.
@@ -1152,6 +1229,8 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
     std::string folder = resolve_model(o.model);
     GPT2Config config = read_any_config(folder);
     std::optional<Tokenizer> tokenizer = model_tokenizer(o.tokenizer, folder, config);
+    std::optional<AtomicFile> out;  // opened before what takes long
+    if (rank == 0 && !o.out.empty()) out.emplace(o.out);
     std::vector<ChoiceExample> examples =
         read_hellaswag(o.hellaswag, tokenizer ? &*tokenizer : nullptr, config.vocab_size);
     GPT2Shape shape = choose_shape(o.compute, o.weights);
@@ -1170,7 +1249,7 @@ inline int hellaswag_on_rank(const EvaluateOptions& o, RankLink& link) {
                 "from the left\n",
                 with_commas(result.rows_cut).c_str(), with_commas(4 * result.examples).c_str(),
                 context);
-    if (!o.out.empty()) write_choice_lines(o.out, examples, scores);
+    if (out) write_choice_lines(&*out, examples, scores);
     if (!o.as_json) {
         printf("acc_norm %.4f (%s of %s), acc %.4f (%s), give or take %.4f\n", result.acc_norm(),
                with_commas(result.correct_norm).c_str(), with_commas(result.examples).c_str(),
@@ -1204,10 +1283,7 @@ inline int evaluate_on_rank(const EvaluateOptions& o, RankLink& link) {
     LoadedModel loaded = load_for_inference(o.model, o.tokenizer, shape, link.ranks().rank);
     std::vector<Shard> shards = evaluation_shards(o, loaded);
     std::vector<int> bytes;
-    if (loaded.tokenizer) {
-        bytes = bytes_per_token(*loaded.tokenizer);
-        bytes.resize(size_t(config.vocab_size));  // ids beyond the tokenizer stand for no text
-    }
+    if (loaded.tokenizer) bytes = bytes_per_token(*loaded.tokenizer);
     int separator = o.separate_documents ? document_separator(loaded.tokenizer) : -1;
     Evaluation e =
         evaluate_model(loaded.model.get(), shards, bytes, shape.B, shape.T, 0, separator, &link);
@@ -1237,6 +1313,9 @@ inline int evaluate_command(const EvaluateOptions& o, char** argv) {
     bool choices = !o.hellaswag.empty();
     if (choices && !o.data.empty()) fail_input("--data and --hellaswag: give one of them");
     if (!choices && !o.out.empty()) fail_input("--out: is for --hellaswag");
+    std::error_code ignored;
+    if (choices && fs::equivalent(o.hellaswag, o.out, ignored))
+        fail_input("--out %s: is the file of --hellaswag; give another", o.out.c_str());
     require("--data", choices || !o.data.empty());
     return run_on_ranks(o.ranks, argv, [&](RankLink& link) {
         return choices ? hellaswag_on_rank(o, link) : evaluate_on_rank(o, link);
@@ -1366,6 +1445,13 @@ inline void print_token_stats(const std::vector<int>& ids, size_t bytes,
 }
 
 inline int encode_command(const TokenizerOptions& o) {
+    bool shard = o.out.ends_with(".bin");
+    if (!o.out.empty() && o.stats) fail_input("--stats: in place of ids; leave out --out");
+    if (!o.out.empty() && !shard && !o.out.ends_with(".npy"))
+        fail_input(
+            "--out %s: must end in .npy or .bin; numbers go to standard output, without "
+            "--out",
+            o.out.c_str());
     Tokenizer tokenizer = given_tokenizer(o);
     TextCorpus corpus;
     std::error_code ignored;
@@ -1375,7 +1461,7 @@ inline int encode_command(const TokenizerOptions& o) {
         corpus.text = read_input(o.documents.empty() ? "" : o.documents[0]);
         corpus.document_ends = {corpus.text.size()};
     } else {
-        corpus = read_text(o.documents);
+        corpus = read_text(o.documents, o.jsonl_field);
     }
     std::string missing;
     std::vector<int> ids = encode_corpus(o, corpus, tokenizer, &missing);
@@ -1386,8 +1472,7 @@ inline int encode_command(const TokenizerOptions& o) {
         print_token_stats(ids, corpus.text.size(), tokenizer);
         return 0;
     }
-    if (o.out.ends_with(".bin"))
-        write_shard(o.out, ids, false, shard_width(tokenizer.vocab_size()));
+    if (shard) write_shard(o.out, ids, false, shard_width(tokenizer.vocab_size()));
     else if (!o.out.empty()) write_npy(o.out, ids, {ids.size()});
     if (!o.out.empty()) return 0;
     std::string line;
@@ -1423,7 +1508,8 @@ inline std::vector<int> parse_ids(const std::string& text, const std::string& pa
 }
 
 // Decodes numbers from standard input as they come, so that what another program generates can be
-// read while it does; a character is written when its last byte is there.
+// read while it does; a character is written when its last byte is there. Ends early where nobody
+// reads, or the disk is full: run() says which.
 inline void decode_stream(const Tokenizer& tokenizer) {
     std::string word, held;
     size_t at = 0;
@@ -1448,7 +1534,7 @@ inline void decode_stream(const Tokenizer& tokenizer) {
             if (strchr(" \t\r\n", buffer[i]) != nullptr && buffer[i] != '\0') take_word();
             else word += buffer[i];
         }
-        fflush(stdout);
+        if (fflush(stdout) != 0 || ferror(stdout)) return;
     }
     take_word();
     fwrite(held.data(), 1, held.size(), stdout);
@@ -1698,15 +1784,6 @@ inline int info_command(const std::vector<std::string>& paths) {
 
 // ==== the program ================================================================================
 
-// A word as a shell reads it back.
-inline std::string shell_quoted(const std::string& word) {
-    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=+,@%";
-    if (!word.empty() && word.find_first_not_of(plain) == std::string::npos) return word;
-    std::string quoted = "'";
-    for (char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
-    return quoted + "'";
-}
-
 // The command line without --out and --resume, to which the folder of the run will be added.
 inline std::string command_to_go_on(int argc, char** argv) {
     std::string line = shell_quoted(argv[0]);
@@ -1731,8 +1808,6 @@ inline int print_error(const char* message, int code) {
     funlockfile(stderr);
     return code;
 }
-
-constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch needs less";
 
 // Says it once, whichever threads run out of memory together: the others wait for the end.
 inline int say_out_of_memory() {
@@ -1764,7 +1839,13 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     if (name == "train") {
         TrainOptions train = o.train;
         train.arguments.assign(argv + 2, argv + argc);
-        return train_command(train, start_s, command_to_go_on(argc, argv), argv);
+        std::string how_to_go_on = command_to_go_on(argc, argv);
+        if (!train.repeat.empty()) {
+            check_repeat_options(*command, train);
+            if (command->count("--resume") == 0) train.resume = "never";
+            how_to_go_on += " --resume auto";
+        }
+        return train_command(train, start_s, how_to_go_on, argv);
     }
     if (name == "plan") return plan_command(o.plan);
     if (name == "sample") return sample_command(o.sample, argv);
@@ -1786,9 +1867,11 @@ inline int parse_and_call(int argc, char** argv, double start_s) {
     app.formatter(std::make_shared<HelpFormatter>());
     app.require_subcommand(1);
     add_commands(&app, options);
-    check_words(&app, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+    std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
+    check_words(&app, words);
+    std::reverse(words.begin(), words.end());  // as the parser takes them
     try {
-        app.parse(argc, argv);
+        app.parse(words);
     } catch (const CLI::CallForHelp&) {
         printf("%s", app.help().c_str());
         return 0;
@@ -1820,10 +1903,18 @@ inline void end_on_cut_file() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
+// A standard stream that is closed would be the next file that is opened, and what is said would go
+// into that.
+inline void open_standard_streams() {
+    for (int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) _exit(kExitMachine);
+}
+
 // The whole program. Returns the exit code: 0 done, 1 the machine failed, 2 the input was wrong,
 // 130 and 143 stopped by a signal after a clean save. Errors are one line on stderr.
 inline int run(int argc, char** argv) {
     double start_s = now_s();
+    open_standard_streams();
     end_without_memory();
     end_on_cut_file();
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing

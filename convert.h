@@ -713,7 +713,7 @@ inline void export_folder(const ExportRequest& request) {
     const StoredModel& model = request.model;
     std::string out = fs::path(request.out).lexically_normal().string();
     if (out.ends_with('/')) out.pop_back();
-    TemporaryFolder folder(out + format(".%d.tmp", int(getpid())));
+    TemporaryFolder folder(temporary_name(out));
     std::map<std::string, FileDigest> digests =
         write_hub_tensors(folder.path(), model, request.format, request.max_shard_bytes);
     if (request.state != nullptr)
@@ -792,7 +792,7 @@ inline void export_llmc(const ExportRequest& request) {
     if (strcmp(request.format.option, "fp16") == 0)
         fail_input("--export-dtype fp16: llm.c has none; give fp32 or bf16");
     const char* lost = "the disk did not keep what was written";
-    TemporaryFolder folder(request.out + format(".%d.tmp", int(getpid())));
+    TemporaryFolder folder(temporary_name(request.out));
     std::string path = join_path(folder.path(), "model.bin");
     FileDigest digest = write_llmc_model(path, config, request.model.tensors, request.format);
     if (!(digest_file(path) == digest)) fail_machine("%s: %s", request.out.c_str(), lost);

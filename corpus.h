@@ -976,7 +976,9 @@ class ShardBuilder {
         lock_.fd = open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
         if (lock_.fd < 0) fail_errno(name, "create");
         lock_.path = name;
-        if (flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 || !is_still_there(lock_.fd, name)) {
+        // A file system without locks is passed over.
+        bool taken = flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+        if (taken || !is_still_there(lock_.fd, name)) {
             lock_.path.clear();
             fail_input(
                 "%s: another program makes shards in this folder; wait for it, or give "

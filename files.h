@@ -15,6 +15,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdarg>
@@ -22,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -86,6 +88,15 @@ inline std::string one_line(std::string_view text) {
     for (char& c : line)
         if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
     return length < text.size() ? line + "..." : line;
+}
+
+// A word as a shell reads it back.
+inline std::string shell_quoted(const std::string& word) {
+    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=+,@%";
+    if (!word.empty() && word.find_first_not_of(plain) == std::string::npos) return word;
+    std::string quoted = "'";
+    for (char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    return quoted + "'";
 }
 
 // The user or a file is wrong: throws an Error with exit code 2. The line says where and what would
@@ -456,24 +467,56 @@ inline bool is_still_there(int fd, const std::string& path) {
     return held.st_ino == there.st_ino && held.st_dev == there.st_dev;
 }
 
-// Writes `path` so that it appears whole or not at all: bytes go to `path`.PID.tmp (two programs
-// may write the same file, and the last one wins), commit() flushes,
-// syncs and renames it, and destruction without commit() removes it. Every failure throws with exit
-// code 1.
+// What the links lead to that `path` may be, whether it is there or not.
+inline std::string follow_links(const std::string& path) {
+    constexpr int kMostLinks = 40;  // as the kernel follows
+    std::error_code error;
+    fs::path at = path;
+    for (int links = 0; fs::is_symlink(at, error); links++) {
+        if (links == kMostLinks) errno = ELOOP, fail_errno(path, "follow the link");
+        at = at.parent_path() / fs::read_symlink(at, error);
+        if (error)
+            fail_machine("%s: cannot read the link: %s", path.c_str(), error.message().c_str());
+    }
+    return at.string();
+}
+
+// A name beside `path` for what is to be renamed to it. The number of the process alone would not
+// do: in two containers it may be the same.
+inline std::string temporary_name(const std::string& path) {
+    static std::atomic<uint64_t> calls = 0;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t facts[] = {uint64_t(now.tv_sec), uint64_t(now.tv_nsec), calls++};
+    auto number = uint32_t(hash_bytes(facts, sizeof facts, uint64_t(getpid())));
+    return path + format(".%d.%08x.tmp", int(getpid()), unsigned(number));
+}
+
+// Writes `path` so that it appears whole or not at all: bytes go to a file beside it (two programs
+// may write the same file, and the last one wins), commit() flushes, syncs and renames it, and
+// destruction without commit() removes it. Where `path` is a link, what it leads to is replaced. A
+// device of characters, a pipe, and what this program's standard output is are written to as they
+// are; what else is no regular file is refused. Every failure throws with exit code 1.
 class AtomicFile {
   public:
-    explicit AtomicFile(const std::string& path)
-        : path_(path), temporary_(path + format(".%d.tmp", int(getpid()))) {
-        fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-        if (fd_ < 0) fail("create");
+    explicit AtomicFile(const std::string& path) : path_(path) {
+        struct stat there;
+        bool exists = stat(path.c_str(), &there) == 0;
+        if (exists && is_stream(there)) {
+            open_stream(there);
+            return;
+        }
+        if (exists && !S_ISREG(there.st_mode)) fail_machine("%s: not a regular file", path.c_str());
+        target_ = follow_links(path);
+        create();
+        if (exists) fchmod(fd_, there.st_mode & 0777);
     }
     AtomicFile(const AtomicFile&) = delete;
     AtomicFile& operator=(const AtomicFile&) = delete;
     ~AtomicFile() {
-        if (fd_ >= 0) {
-            close(fd_);
-            unlink(temporary_.c_str());
-        }
+        if (fd_ < 0) return;
+        close(fd_);
+        if (!streams()) unlink(temporary_.c_str());
     }
 
     void write(const void* data, size_t size) {
@@ -483,15 +526,14 @@ class AtomicFile {
             memcpy(buffer_.get() + buffered_, bytes, part);
             buffered_ += part, bytes += part, size -= part;
             if (buffered_ < kBufferSize) return;
-            go_direct(fd_, true);  // whole blocks so far
+            if (!streams()) go_direct(fd_, true);  // whole blocks so far
             flush();
         }
     }
 
     // Overwrites bytes [offset, offset + size) of what was written so far.
     void rewrite(const void* data, size_t size, size_t offset) {
-        go_direct(fd_, false);
-        flush();
+        flush_rest();
         const char* from = static_cast<const char*>(data);
         while (size > 0) {
             ssize_t written = pwrite(fd_, from, size, off_t(offset));
@@ -502,17 +544,20 @@ class AtomicFile {
     }
 
     void commit() {
-        go_direct(fd_, false);
-        flush();
+        flush_rest();
+        if (streams()) {
+            if (close(std::exchange(fd_, -1)) != 0) fail("write");
+            return;
+        }
         if (fsync(fd_) != 0) fail("sync");
         int fd = std::exchange(fd_, -1);
-        if (close(fd) != 0 || rename(temporary_.c_str(), path_.c_str()) != 0) {
+        if (close(fd) != 0 || rename(temporary_.c_str(), target_.c_str()) != 0) {
             int code = errno;
             unlink(temporary_.c_str());
             errno = code;
             fail("write");
         }
-        sync_folder(fs::path(path_).parent_path().string());
+        sync_folder(fs::path(target_).parent_path().string());
     }
 
   private:
@@ -520,6 +565,41 @@ class AtomicFile {
 
     [[noreturn]] void fail(const char* action) {
         fail_machine("%s: cannot %s: %s", path_.c_str(), action, strerror(errno));
+    }
+
+    // The standard stream of this program that a file is; -1: none.
+    static int standard_stream(const struct stat& file) {
+        for (int fd : {STDOUT_FILENO, STDERR_FILENO}) {
+            struct stat own;
+            bool open = fstat(fd, &own) == 0;
+            if (open && own.st_ino == file.st_ino && own.st_dev == file.st_dev) return fd;
+        }
+        return -1;
+    }
+    static bool is_stream(const struct stat& file) {
+        return S_ISCHR(file.st_mode) || S_ISFIFO(file.st_mode) || standard_stream(file) >= 0;
+    }
+    // A standard stream goes on where it is: opened by its name it would begin again, if at all.
+    void open_stream(const struct stat& file) {
+        int fd = standard_stream(file);
+        fd_ = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1)
+                      : open(path_.c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
+        if (fd_ < 0) fail("open");
+    }
+    bool streams() const { return temporary_.empty(); }
+
+    void create() {
+        int tries = 100;
+        do {
+            temporary_ = temporary_name(target_);
+            fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+        } while (fd_ < 0 && errno == EEXIST && --tries > 0);
+        if (fd_ < 0) fail("create");
+    }
+
+    void flush_rest() {
+        if (!streams()) go_direct(fd_, false);
+        flush();
     }
     void flush() {
         const char* data = buffer_.get();
@@ -536,7 +616,8 @@ class AtomicFile {
         }
     }
 
-    std::string path_, temporary_;
+    std::string path_;
+    std::string target_, temporary_;  // behind the links, and what is renamed to that; no stream's
     std::unique_ptr<char, decltype(&free)> buffer_ = aligned_memory(kBufferSize);
     size_t buffered_ = 0;
     int fd_ = -1;

@@ -443,6 +443,9 @@ inline void TokenizerReader::read_vocabulary(const json& root, const json& model
             refuse(place, "has no content or no id");
         if (!flag(token, place, "special", false))
             refuse(place + ".special", "false is not supported: only special tokens may be added");
+        for (const char* key : {"lstrip", "rstrip", "single_word"})
+            if (flag(token, place, key, false))
+                refuse(place + "." + key, "true is not supported; false is");
         int id = read_id(*id_field, place);
         int known = id_of.try_emplace(content->get<std::string>(), id).first->second;
         if (known != id)
@@ -690,7 +693,7 @@ inline void TokenizerReader::read_ranks(std::string_view text, std::optional<Pat
         if (encoding.ranks == ranks) known = encoding, is_known = true;
     if (!is_known && !pattern)
         refuse("the end", format("%d ranks do not tell by what text is split; name it with "
-                                 "--pattern gpt2, cl100k or o200k",
+                                 "`tokenizer convert` and --pattern gpt2, cl100k or o200k",
                                  ranks));
     tokenizer.pattern_ = known.pattern;
     while (tokenizer.vocab_size() < known.tokens) {
@@ -738,7 +741,7 @@ inline void TokenizerReader::read_llmc(std::string_view text, std::optional<Patt
                    std::string(kEndOfText));
     if (!pattern && tokens != 50257)
         refuse("byte 8", format("%u tokens do not tell by what text is split; name it with "
-                                "--pattern gpt2, cl100k or o200k",
+                                "`tokenizer convert` and --pattern gpt2, cl100k or o200k",
                                 tokens));
     tokenizer.end_of_text_ = int(end_of_text);
     for (int id = 0; id < int(tokens); id++) {

@@ -347,18 +347,24 @@ inline void override_size(const char* option, int given, int* size, const std::s
     *size = given;
 }
 
+// Whether a folder holds a model, or checkpoints of one.
+inline bool holds_model(const std::string& folder) {
+    return path_exists(join_path(folder, "config.json")) || !list_steps(folder, "").empty();
+}
+
 // --model and what overrides it. A folder's weights fix its sizes: fail_input where they differ.
 inline ModelChoice choose_model(const ModelOptions& o) {
     ModelChoice choice{default_config(), "", false};
-    std::error_code ignored;
-    if (fs::is_directory(o.model, ignored) || o.model.ends_with(".bin")) {
+    bool named = named_config(o.model, &choice.config);
+    // A folder gpt2/ may hold no more than GPT-2's vocabulary: see find_gpt2_tokenizer.
+    if (is_folder(o.model) ? !named || holds_model(o.model) : o.model.ends_with(".bin")) {
         choice.folder = resolve_model(o.model);
         choice.config = read_any_config(choice.folder);
         choice.fixed_vocab = true;
     } else if (o.model.ends_with(".json")) {
         choice.config = read_config(o.model);
         choice.fixed_vocab = true;
-    } else if (!o.model.empty() && !named_config(o.model, &choice.config)) {
+    } else if (!o.model.empty() && !named) {
         fail_input(
             "--model %s: no such folder, and none of tiny, small, medium, gpt2, gpt2-medium, "
             "gpt2-large, gpt2-xl, dN, a config.json, or a FILE.bin of llm.c",
@@ -403,7 +409,7 @@ inline int accumulation(const TrainOptions& o, int T, int world) {
 struct TrainingData {
     std::optional<Tokenizer> tokenizer;
     std::vector<Shard> train, val;
-    std::vector<int> token_bytes;  // bytes of text by token id; empty when it is not known
+    std::vector<int> token_bytes;  // bytes of text by the tokenizer's ids; empty without one
     size_t train_bytes = 0, val_bytes = 0;
     std::string description;
 };
@@ -592,6 +598,7 @@ inline TrainingData read_shard_data(const TrainOptions& o, const ModelChoice& mo
     for (const std::string& path : paths) data.train.emplace_back(path, vocab_size, raw);
     std::vector<std::string> val = o.val.empty() ? manifest_val(o.data) : o.val;
     if (!val.empty()) val = expand_paths(val, ShardPart::val);
+    if (data.tokenizer) check_manifest_tokenizer(val, *data.tokenizer);
     for (const std::string& path : val) {
         if (!is_shard(path))
             fail_input("%s: text among token shards; give shards for --val too", path.c_str());
@@ -744,7 +751,8 @@ inline double sum_over_ranks(RankLink& link, const std::string& name, double val
 
 // The mean loss over `max_windows` windows spread over the shards, or over all of them (0), in
 // batches of B sequences of T tokens, which the ranks of a job share. bits_per_byte = loss * tokens
-// / (ln 2 * bytes of text). What follows a `separator` (below 0: none) is not predicted.
+// / (ln 2 * bytes of text); ids of the model's that `token_bytes` lacks stand for no text. What
+// follows a `separator` (below 0: none) is not predicted.
 inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
                                  const std::vector<int>& token_bytes, int B, int T,
                                  size_t max_windows, int separator = -1, RankLink* link = nullptr) {
@@ -767,7 +775,8 @@ inline Evaluation evaluate_model(GPT2* model, const std::vector<Shard>& shards,
             for (int target : targets) {
                 if (target == kIgnore) continue;
                 result.tokens++;
-                if (!token_bytes.empty()) bytes += size_t(token_bytes[size_t(target)]);
+                bool known = size_t(target) < token_bytes.size();
+                if (known) bytes += size_t(token_bytes[size_t(target)]);
             }
         }
         if (result.tokens == 0)
@@ -1331,11 +1340,12 @@ inline std::string identity_difference(const json& stored, const ordered_json& m
         std::string theirs = "nothing";
         if (stored.contains(key)) theirs = stored[key].dump();
         else if (first_identity().contains(key)) theirs = first_identity()[key].dump();
+        std::string ours = json_text(value, -1);
         bool same =
             key == "started from" && stored.contains(key) && leads_to_the_same(stored[key], value);
-        if (!same && theirs != value.dump())
+        if (!same && theirs != ours)
             return format("%s is %s there and %s here", key.c_str(), one_line(theirs).c_str(),
-                          one_line(value.dump()).c_str());
+                          one_line(ours).c_str());
     }
     return "";
 }
@@ -2358,16 +2368,16 @@ class Training {
     size_t all_windows() const { return count_tokens(data_.val) / size_t(T_) + 1; }
     size_t windows_on_the_way() const {
         return subset_windows() > 0 ? std::min(subset_windows(), all_windows()) : all_windows();
+    }
 
-        // The settings of this run, and what its evaluations are of.
-        ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
-            ordered_json settings = run_settings(o, goal_, shape);
-            if (!evaluates()) return settings;
-            EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
-            settings["validation data"] = hash_text(data_hash(val_hashes_));
-            settings["windows of an evaluation"] = loader.windows();
-            return settings;
-        }
+    // The settings of this run, and what its evaluations are of.
+    ordered_json settings_of(const TrainOptions& o, const GPT2Shape& shape) const {
+        ordered_json settings = run_settings(o, goal_, shape);
+        if (!evaluates()) return settings;
+        EvalLoader loader(data_.val, o.batch_size, T_, subset_windows(), separator_);
+        settings["validation data"] = hash_text(data_hash(val_hashes_));
+        settings["windows of an evaluation"] = loader.windows();
+        return settings;
     }
 
     // Seconds that the end of the run will take, from what the same has taken so far.
@@ -2710,7 +2720,7 @@ inline void Training::look_for_stop_file() {
 inline void Training::compare_ranks() {
     std::vector<NamedText> list = {{"the program", std::string(gpt2_program())},
                                    {"its version", gpt2_version()}};
-    for (const auto& [key, value] : identity_.items()) list.push_back({key, value.dump()});
+    for (const auto& [key, value] : identity_.items()) list.push_back({key, json_text(value, -1)});
     GPT2Shape shape = training_shape(o_, choice_.config, T_, data_.tokenizer.has_value(), world_);
     shape.recompute = 0;  // each rank as much as its memory asks for
     ordered_json settings = settings_of(o_, shape);
@@ -2754,8 +2764,8 @@ inline void Training::share_state() {
     ordered_json root = to_json(state_, identity_, settings_, o_.seed);
     root["step"] = state_.step;
     root["elapsed_before_s"] = elapsed_before_s_;
-    json theirs =
-        parse_json(link_.broadcast("the state of the run", root.dump(), kPatience_s), "rank 0");
+    json theirs = parse_json(
+        link_.broadcast("the state of the run", json_text(root, -1), kPatience_s), "rank 0");
     if (!leads()) {
         state_ = read_state(theirs, "rank 0");
         elapsed_before_s_ = theirs.value("elapsed_before_s", 0.0);
@@ -3297,7 +3307,7 @@ inline int Training::leave(const ordered_json& record, bool best) {
     screen_.line(format("%s at step %zu; saved %s", cause.c_str(), state_.step,
                         join_path(folder_.out, step_name(state_.step)).c_str()));
     if (data_error_) std::rethrow_exception(data_error_);
-    screen_.line("go on with: " + how_to_go_on_ + " --out " + folder_.out);
+    screen_.line("go on with: " + how_to_go_on_ + " --out " + shell_quoted(folder_.out));
     return 128 + signal();
 }
 
@@ -3331,5 +3341,5 @@ inline void Training::conclude() {
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));
     if (data_.tokenizer)
         screen_.line(format("try        %s sample --model %s --prompt TEXT", gpt2_program(),
-                            folder_.out.c_str()));
+                            shell_quoted(folder_.out).c_str()));
 }

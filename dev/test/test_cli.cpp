@@ -74,6 +74,8 @@ TEST_F(Cli, ValuesOutOfRangeAreRefused) {
                               {"--batch-size", "two"},
                               {"--batch-size", "1.5"},
                               {"--steps", "0"},
+                              {"--steps", "010"},
+                              {"--seed", "+07"},
                               {"--learning-rate", "nan"},
                               {"--learning-rate", "NaN"},
                               {"--learning-rate", "inf"},
@@ -381,6 +383,48 @@ TEST_F(Cli, AFullDiskEndsTheRunWithOneLine) {
     close(full.out_fd);
 }
 
+// As a daemon may be started: what is said goes nowhere, and not into the files of the run.
+TEST_F(Cli, ClosedStandardStreamsAreNoFiles) {
+    std::string line = "cd '" + folder_ + "' && '" + binary() + "'";
+    for (const std::string& word : train_words(
+             {"--data", "text.txt", "--tokenizer", "bytes", "--steps", "2", "--out", "run"}))
+        line += " " + word;
+    ASSERT_EQ(system((line + " <&- >&- 2>&-").c_str()), 0);
+    std::stringstream log(read_file(path("run/log.jsonl")));
+    size_t records = 0;
+    for (std::string text; std::getline(log, text); records++)
+        EXPECT_TRUE(json::accept(text)) << text;
+    EXPECT_EQ(records, 3u);
+    EXPECT_EQ(read_file(path("run/lock")).rfind("process ", 0), 0u);
+    EXPECT_EQ(read_file(path("run/lock")).find('\n'), std::string::npos);
+}
+
+// What a user names with /dev/stdout, /dev/null or >(...): a link to standard output here, since
+// the program that would replace the machine's own is not to be tried on it.
+TEST_F(Cli, WhatIsWrittenGoesThroughStandardOutputAndPipes) {
+    make_model("bytes");
+    std::vector<std::string> words = {"sample",  "--model",   "run", "--prompt",
+                                      "The cat", "--threads", "1",   "--max-new-tokens",
+                                      "3",       "--out",     "out"};
+    Outcome plain = call(std::vector<std::string>(words.begin(), words.end() - 2));
+    fs::create_symlink("/proc/self/fd/1", path("out"));
+    Outcome out = call(words);
+    EXPECT_EQ(out.code, 0) << out.err;
+    EXPECT_EQ(out.out, plain.out);
+    EXPECT_TRUE(fs::is_symlink(path("out")));
+    words.back() = "pipe";
+    ASSERT_EQ(mkfifo(path("pipe").c_str(), 0600), 0);
+    int reader = open(path("pipe").c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    EXPECT_EQ(call(words).code, 0);
+    std::string text(4096, 0);
+    text.resize(size_t(std::max<ssize_t>(0, read(reader, text.data(), text.size()))));
+    close(reader);
+    EXPECT_EQ(text, plain.out);
+    EXPECT_TRUE(fs::is_fifo(path("pipe")));
+    words.back() = "run";
+    expect_error(call(words), 1, "run: not a regular file");
+}
+
 TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
     make_model();
     int ends[2];
@@ -392,6 +436,21 @@ TEST_F(Cli, AReaderThatGoesAwayIsNoError) {
     close(ends[1]);
     EXPECT_EQ(outcome.code, 0) << outcome.err;
     EXPECT_EQ(outcome.err, "");
+}
+
+// Numbers without end, as from a program that generates them.
+TEST_F(Cli, DecodingEndsWithItsReaderAndOnAFullDisk) {
+    auto decode = [&](const std::string& output) {
+        std::string line = "cd '" + folder_ + "' && (yes 65 | timeout 20 '" + binary() +
+                           "' tokenizer decode --tokenizer bytes 2>errors" + output;
+        EXPECT_EQ(system(line.c_str()), 0) << line;
+        return Outcome{std::stoi(read_file(path("code"))), "", read_file(path("errors"))};
+    };
+    Outcome unread = decode("; echo $? >code) | head -c 1 >first");
+    EXPECT_EQ(unread.code, 0) << unread.err;
+    EXPECT_EQ(unread.err, "");
+    EXPECT_EQ(read_file(path("first")), "A");
+    expect_error(decode(" >/dev/full; echo $? >code)"), 1, "standard output: cannot write");
 }
 
 TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
@@ -412,6 +471,23 @@ TEST_F(Cli, APromptIsCroppedAndItsUnknownCharactersDropped) {
     EXPECT_EQ(empty.err, "");
 }
 
+// The word behind `--prompt=` is no prompt.
+TEST_F(Cli, AnEmptyValueMayStandBehindAnEqualsSign) {
+    make_model();
+    std::vector<std::string> words = {"sample",    "--model",          "run",
+                                      "--prompt=", "--max-new-tokens", "3"};
+    Outcome equals = call(words);
+    EXPECT_EQ(equals.code, 0) << equals.err;
+    words[3] = "--prompt";
+    words.insert(words.begin() + 4, "");
+    EXPECT_EQ(equals.out, call(words).out);
+    EXPECT_EQ(call({"sample", "--model", "run", "--max-new-tokens", "3", "--prompt="}).out,
+              equals.out);
+    words[4] = "mat=";
+    EXPECT_EQ(call(words).out.rfind("mat=", 0), 0u) << "a value of its own";
+    expect_error(call({"sample", "--model", "run", "--seed="}), 2, "--seed");
+}
+
 TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
     make_model();
     std::vector<std::string> words = {"sample",           "--model", "run",    "--prompt", "The",
@@ -429,6 +505,34 @@ TEST_F(Cli, SamplesAreRepeatableAndTheirOptionsChecked) {
     for (auto [option, value] : cases)
         expect_error(call({"sample", "--threads", "1", "--model", "run", option, value}), 2,
                      option);
+}
+
+// As GPT-2's vocabulary is put into gpt2/.
+TEST_F(Cli, AFolderOfAVocabularyHidesNoModelOfItsName) {
+    write("small/vocab.bpe", "#version: 0.2\n");
+    Outcome plan = call({"plan", "--model", "small"});
+    EXPECT_EQ(plan.code, 0) << plan.err;
+    EXPECT_NE(plan.out.find("4 layers"), std::string::npos) << plan.out;
+    write("small/config.json", "{}");
+    expect_error(call({"plan", "--model", "small"}), 2, "small/config.json");
+    write("other/vocab.bpe", "#version: 0.2\n");
+    expect_error(call({"plan", "--model", "other"}), 2, "other: neither a model folder");
+}
+
+TEST_F(Cli, AFolderNeedNotBeNamedInUtf8) {
+    make_model("bytes");
+    fs::copy(fs::canonical(path("run/last")), path("caf\351"));
+    std::vector<std::string> words = {"train",     "--model",  "caf\351",
+                                      "--data",    "text.txt", "--out",
+                                      "on",        "--dtype",  dtype_name(test_dtype()),
+                                      "--threads", "1",        "--steps",
+                                      "1"};
+    Outcome first = call(words);
+    EXPECT_EQ(first.code, 0) << first.err;
+    words.back() = "2";
+    Outcome second = call(words);
+    EXPECT_EQ(second.code, 0) << second.err;
+    EXPECT_NE(second.out.find("going on with on/step_00000001"), std::string::npos) << second.out;
 }
 
 TEST_F(Cli, ModelFoldersOfOtherKindsAreRefused) {
@@ -705,6 +809,68 @@ TEST_F(Cli, ARunIsRepeatedFromItsLog) {
     expect_error(call({"train", "--repeat", "run"}), 2, "it cannot be repeated");
 }
 
+// In the precision that --dtype auto came to, whatever it comes to here.
+TEST_F(Cli, ARunIsRepeatedInItsPrecision) {
+    for (std::string dtype : {"fp32", "bf16"}) {
+        std::vector<std::string> words = train_words(
+            {"--data", "text.txt", "--tokenizer", "bytes", "--steps", "3", "--out", dtype});
+        *(std::find(words.begin(), words.end(), "--dtype") + 1) = dtype;
+        ASSERT_EQ(call(words).code, 0);
+        std::string log = read_file(path(dtype + "/log.jsonl"));
+        std::string said = "\"--dtype\",\"" + dtype + "\"";
+        ASSERT_NE(log.find(said), std::string::npos) << log;
+        write(dtype + "/log.jsonl",
+              log.replace(log.find(said), said.size(), "\"--dtype\",\"auto\""));
+        Outcome again = call({"train", "--repeat", dtype + "/"});
+        EXPECT_EQ(again.code, 0) << again.err;
+        EXPECT_TRUE(fs::exists(path(dtype + ".repeat/last"))) << "named by a folder with a slash";
+        EXPECT_NE(again.out.find("computing  " + dtype), std::string::npos) << again.out;
+    }
+}
+
+TEST_F(Cli, WhatCannotBeRepeatedIsRefused) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "2",
+                                "--out", "run"}))
+                  .code,
+              0);
+    expect_error(call({"train", "--repeat", "run", "--steps", "3"}), 2,
+                 "--steps: a run is repeated with its own options");
+    expect_error(call({"train", "--repeat", "run", "--resume", "run"}), 2, "--resume run");
+    for (const char* out : {"run", "./run/", "other/../run"})
+        expect_error(call({"train", "--repeat", "run", "--out", out}), 2, "holds the run that is");
+    std::string log = read_file(path("run/log.jsonl"));
+    auto changed = [&](const std::string& part, const std::string& other) {
+        std::string text = log;
+        write("run/log.jsonl", text.replace(text.find(part), part.size(), other));
+        return call({"train", "--repeat", "run"});
+    };
+    expect_error(changed("\"steps\":2", "\"steps\":0"), 2, "run: a run by the clock");
+    expect_error(changed("\"run\":{", "\"ranks\":[\"a\",\"b\"],\"run\":{"), 2, "a run of 2 ranks");
+    expect_error(changed("\"computing\":\"", "\"computing\":\"fp8, "), 2, "a run in fp8");
+    EXPECT_FALSE(fs::exists(path("run.repeat"))) << "nothing was begun";
+}
+
+// The line that says how to go on is a command, and in the end all losses are compared.
+TEST_F(Cli, ARepeatedRunThatWasStoppedGoesOn) {
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "4",
+                                "--out", "run"}))
+                  .code,
+              0);
+    write("an other/stop", "");
+    Outcome stopped = call({"train", "--repeat", "run", "--out", "an other"});
+    EXPECT_EQ(stopped.code, 143) << stopped.err;
+    std::string begin = "go on with: ", line = stopped.out;
+    ASSERT_NE(line.find(begin), std::string::npos) << stopped.out;
+    line.erase(0, line.find(begin) + begin.size());
+    EXPECT_EQ(
+        system(("cd '" + folder_ + "' && " + line.substr(0, line.find('\n')) + " >said").c_str()),
+        0)
+        << line;
+    std::string said = read_file(path("said"));
+    EXPECT_NE(said.find("going on with an other/step_0000000"), std::string::npos) << said;
+    EXPECT_NE(said.find("repeated   all 4 steps"), std::string::npos) << said;
+}
+
 TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
     std::vector<std::string> words =
         train_words({"--data", "text.txt", "--steps", "2", "--tokenizer", "bytes"});
@@ -775,6 +941,11 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
     expect_train_error({"--data", "shards", "--tokenizer", "tok"}, 2,
                        "made with another tokenizer, \"bytes\"");
+    call({"shard", "--data", "text.txt", "--tokenizer", "tok", "--out", "other"});
+    expect_train_error({"--data", "shards", "--val", "other/val.bin", "--steps", "1"}, 2,
+                       "other/val.bin: made with another tokenizer, \"tok\"");
+    expect_error(call({"evaluate", "--model", "run", "--data", "other"}), 2,
+                 "other/val.bin: made with another tokenizer, \"tok\"");
     EXPECT_NE(call({"info", "shards/val.bin"}).out.find("token shard"), std::string::npos);
     expect_error(call({"shard", "--data", "text.txt", "--tokenizer", "chars", "--out", "x"}), 2,
                  "--tokenizer chars");
@@ -997,6 +1168,10 @@ TEST_F(Cli, HellaSwagIsScored) {
     error({"--hellaswag", "hs.jsonl", "--data", "text.txt"}, "--data and --hellaswag");
     error({"--data", "text.txt", "--out", "x"}, "--out: is for --hellaswag");
     error({"--hellaswag", "none.jsonl"}, "none.jsonl: cannot open");
+    error({"--hellaswag", "hs.jsonl", "--out", "./hs.jsonl"}, "is the file of --hellaswag");
+    EXPECT_EQ(read_file(path("hs.jsonl")), lines);
+    expect_error(call({"evaluate", "--model", "run", "--hellaswag", "bad.jsonl", "--out", "run"}),
+                 1, "run: not a regular file");
 }
 
 TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
@@ -1008,6 +1183,17 @@ TEST_F(Cli, LinesOfJsonAndRawTokensTrain) {
     more.insert(more.end(), {"--data", "text.jsonl", "--jsonl-field", "body"});
     EXPECT_EQ(call(train_words(more)).code, 0);
     expect_train_error({"--data", "text.jsonl", "--steps", "1"}, 2, "line 1: no field \"text\"");
+    std::vector<std::string> evaluate = {"evaluate", "--model", "lines", "--data", "text.jsonl"};
+    expect_error(call(evaluate), 2, "--jsonl-field");
+    evaluate.insert(evaluate.end(), {"--jsonl-field", "body"});
+    EXPECT_EQ(call(evaluate).code, 0);
+    std::vector<std::string> encode = {"tokenizer", "encode", "--tokenizer",
+                                       "bytes",     "--in",   "text.jsonl"};
+    expect_error(call(encode), 2, "--jsonl-field");
+    encode.insert(encode.end(), {"--jsonl-field", "body"});
+    std::string ids_of_text = call(encode).out;
+    EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "bytes"}, ids_of_text).out.substr(0, 10),
+              text.substr(0, 10));
     for (char c : text) ids += c, ids += '\0';
     write("raw.bin", ids);
     Outcome raw = call(train_words({"--data", "raw.bin", "--raw-tokens", "uint16", "--tokenizer",
@@ -1116,6 +1302,11 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
         EXPECT_NE(ids.find(end), std::string::npos) << ids;
         EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids).out, text);
     }
+    expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--out", "ids.txt"}, text), 2,
+                 "--out ids.txt: must end in .npy or .bin");
+    expect_error(
+        call({"tokenizer", "encode", "--tokenizer", "tok", "--stats", "--out", "ids.npy"}, text), 2,
+        "--stats");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "forbid"}, text),
                  2, "byte 10");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "<|x|>"}, text), 2,
@@ -1133,6 +1324,36 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
           "documents    2, of 4 to 38 tokens; half have at most 4, nine in ten 38, 99 in 100 "
           "38\n"})
         EXPECT_NE(stats.out.find(part), std::string::npos) << part << " in " << stats.out;
+}
+
+// Where one rank runs out of memory, rank 0 says so, and not that it ended without a word.
+TEST_F(Cli, ARankWithoutMemoryIsAnErrorOfAll) {
+    pid_t children[2];
+    for (int rank : {0, 1}) {
+        children[rank] = fork();
+        if (children[rank] != 0) continue;
+        Ranks ranks{rank, 2, rank, 2, "the test", "a job of the test"};
+        std::string said = error_of([&] {
+            RankLink link(ranks, choose_meeting(ranks, "file:" + path("meet")));
+            int code = end_as_all(link, [](RankLink& own) {
+                if (own.ranks().rank == 1) throw std::bad_alloc();
+                own.barrier("what rank 1 does not come to", 20);
+                return 0;
+            });
+            fail_machine("the exit code %d", code);
+        });
+        write_file_atomic(path(format("said%d", rank)), said);
+        _exit(0);
+    }
+    for (pid_t child : children) {
+        int status = -1;
+        waitpid(child, &status, 0);
+        EXPECT_EQ(status, 0);
+    }
+    std::string said = read_file(path("said0"));
+    EXPECT_EQ(said.rfind("1 rank 1 ", 0), 0u) << said;
+    EXPECT_NE(said.find(kOutOfMemory), std::string::npos) << said;
+    EXPECT_EQ(read_file(path("said1")), "1 the exit code 1");
 }
 
 // ==== the CUDA program alone =====================================================================

@@ -4,9 +4,11 @@
 #include "../../dataloader.h"
 
 #include <gtest/gtest.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <numeric>
 #include <random>
@@ -61,6 +63,61 @@ DataRows data_rows(DataLoader& loader, int batches, int B, int T) {
 }
 
 }  // namespace
+
+// ---- files that are written ----
+
+// As in two containers, whose programs may have one number.
+TEST(AtomicFile, TwoThatWriteOneFileDoNotShareWhatTheyWrite) {
+    std::string folder = test_folder(), path = folder + "/a";
+    {
+        AtomicFile first(path), second(path), third(path);
+        first.write("first", 5);
+        second.write("second", 6);
+        first.commit();
+        EXPECT_EQ(read_file(path), "first");
+        second.commit();
+    }
+    EXPECT_EQ(read_file(path), "second");
+    EXPECT_EQ(std::distance(fs::directory_iterator(folder), {}), 1) << "something is left";
+}
+
+TEST(AtomicFile, ALinkStaysAndSoDoesTheModeOfWhatItLeadsTo) {
+    std::string folder = test_folder(), path = data_put(folder + "/a", "old");
+    fs::permissions(path, fs::perms::owner_read | fs::perms::owner_write);
+    fs::create_directory(folder + "/links");
+    fs::create_symlink("../a", folder + "/links/b");
+    fs::create_symlink(folder + "/links/b", folder + "/c");
+    write_file_atomic(folder + "/c", "new");
+    EXPECT_EQ(fs::read_symlink(folder + "/c"), folder + "/links/b");
+    EXPECT_EQ(fs::read_symlink(folder + "/links/b"), "../a");
+    EXPECT_EQ(read_file(path), "new");
+    EXPECT_EQ(fs::status(path).permissions(), fs::perms::owner_read | fs::perms::owner_write);
+    fs::create_symlink("none", folder + "/links/to_nothing");
+    write_file_atomic(folder + "/links/to_nothing", "there");
+    EXPECT_EQ(read_file(folder + "/links/none"), "there");
+    fs::create_symlink("round", folder + "/round");
+    EXPECT_NE(error_of([&] { write_file_atomic(folder + "/round", "x"); }), "");
+    EXPECT_TRUE(fs::is_symlink(folder + "/round"));
+}
+
+TEST(AtomicFile, DevicesAndPipesAreWrittenToAndFoldersRefused) {
+    std::string folder = test_folder(), pipe = folder + "/pipe", device = folder + "/device";
+    EXPECT_EQ(error_of([&] { write_file_atomic(folder, "x"); }),
+              "1 " + folder + ": not a regular file");
+    ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+    int reader = open(pipe.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    write_file_atomic(pipe, "through");
+    char text[16];
+    EXPECT_EQ(read(reader, text, sizeof text), 7);
+    close(reader);
+    EXPECT_TRUE(fs::is_fifo(pipe));
+    if (mknod(device.c_str(), S_IFCHR | 0600, makedev(1, 7)) != 0)
+        GTEST_SKIP() << "no devices can be made here";
+    std::string error = error_of([&] { write_file_atomic(device, "x"); });
+    bool opened = error.find("cannot open") == std::string::npos;  // some volumes allow no devices
+    EXPECT_EQ(error, opened ? "1 " + device + ": cannot write: No space left on device" : error);
+    EXPECT_TRUE(fs::is_character_file(device));
+}
 
 // ---- .npy ----
 

@@ -1932,6 +1932,25 @@ TEST(Evaluate, CountsEveryTokenOnceWhateverTheBatch) {
     EXPECT_EQ(evaluate_model(model.get(), shards, bytes, 4, 8, 2).tokens, 16u);
 }
 
+TEST(Evaluate, IdsThatTheTokenizerLacksStandForNoText) {
+    std::string path = test_folder() + "/a.bin";
+    GPT2Config config;
+    config.vocab_size = 60000, config.context = 8;
+    config.layers = 1, config.heads = 1, config.channels = 4;
+    GPT2Ptr model(gpt2_create(config, GPT2Shape{4, 8}));
+    gpt2_initialise(model.get(), 1);
+    std::vector<int> ids = random_ids(1000, config.vocab_size, 1);
+    for (size_t i = 0; i < ids.size(); i += 10) ids[i] = 'a';
+    write_shard(path, ids);
+    size_t bytes =
+        size_t(std::count_if(ids.begin() + 1, ids.end(), [](int id) { return id < 256; }));
+    std::vector<Shard> shards{Shard(path, config.vocab_size)};
+    Evaluation e =
+        evaluate_model(model.get(), shards, bytes_per_token(Tokenizer::bytes()), 4, 8, 0);
+    EXPECT_EQ(e.tokens, ids.size() - 1);
+    EXPECT_NEAR(e.bits_per_byte, e.loss * double(e.tokens) / (M_LN2 * double(bytes)), 1e-9);
+}
+
 TEST(Evaluate, LeavesOutWhatFollowsTheEndOfADocument) {
     std::string path = test_folder() + "/a.bin";
     GPT2Config config;

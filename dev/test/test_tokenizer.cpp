@@ -1153,6 +1153,8 @@ TEST(Tokenizer, ReadsHuggingFaceFiles) {
     file["model"].erase("type");  // as older files have it
     file["model"]["unk_token"] = "<|endoftext|>";
     file["model"]["continuing_subword_prefix"] = "";
+    for (const char* key : {"lstrip", "rstrip", "single_word"})
+        file["added_tokens"][0][key] = false;
     file["post_processor"] = nullptr;
     expect_same(load(), plain);
     file["post_processor"] = {{"type", "TemplateProcessing"},
@@ -1238,6 +1240,9 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
         {"/added_tokens/0", 1, "2 added_tokens[0]: has no content or no id"},
         {"/added_tokens/0/content", "", "2 added_tokens[0]: has no content"},
         {"/added_tokens/0/special", false, "2 added_tokens[0].special: false is not supported"},
+        {"/added_tokens/0/lstrip", true, "2 added_tokens[0].lstrip: true is not supported"},
+        {"/added_tokens/0/rstrip", true, "2 added_tokens[0].rstrip: true is not supported"},
+        {"/added_tokens/0/single_word", true, "2 added_tokens[0].single_word: true is not"},
         {"/added_tokens/0/id", 259, "2 model.vocab: id 259 in a vocabulary of 259 tokens"},
         {"/added_tokens/0/id", 7, "2 model.vocab: two tokens have the id 7"},
         {"/added_tokens/0/content", "he", "2 added_tokens[0]: id 258, but model.vocab gives"},
@@ -1483,11 +1488,11 @@ TEST(Tokenizer, RanksOfUnknownNumberNeedAPattern) {
     EXPECT_EQ(error_of([&] { Tokenizer::load(ranks); }),
               "2 " + ranks +
                   ": the end: 299 ranks do not tell by what text is split; name it with "
-                  "--pattern gpt2, cl100k or o200k");
+                  "`tokenizer convert` and --pattern gpt2, cl100k or o200k");
     EXPECT_EQ(error_of([&] { Tokenizer::load(bin); }),
               "2 " + bin +
                   ": byte 8: 300 tokens do not tell by what text is split; name it with "
-                  "--pattern gpt2, cl100k or o200k");
+                  "`tokenizer convert` and --pattern gpt2, cl100k or o200k");
     std::vector<std::string> notes =
         tokenizer.save_as(TokenizerFormat::tiktoken, test_folder() + "/x");
     EXPECT_EQ(notes, (std::vector<std::string>{
