@@ -852,12 +852,19 @@ TEST_F(Cli, WhatCannotBeRepeatedIsRefused) {
 
 // The line that says how to go on is a command, and in the end all losses are compared.
 TEST_F(Cli, ARepeatedRunThatWasStoppedGoesOn) {
-    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "4",
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "3000",
                                 "--out", "run"}))
                   .code,
               0);
-    write("an other/stop", "");
-    Outcome stopped = call({"train", "--repeat", "run", "--out", "an other"});
+    Call again{folder_, {"train", "--repeat", "run", "--out", "an other"}};
+    pid_t child = again.start();
+    std::error_code none_yet;
+    for (int i = 0; i < 30000; i++) {  // until it trains
+        usleep(1000);
+        if (fs::file_size(path("an other/log.jsonl"), none_yet) > 200 && !none_yet) break;
+    }
+    kill(child, SIGTERM);
+    Outcome stopped = again.finish(child);
     EXPECT_EQ(stopped.code, 143) << stopped.err;
     std::string begin = "go on with: ", line = stopped.out;
     ASSERT_NE(line.find(begin), std::string::npos) << stopped.out;
@@ -867,8 +874,8 @@ TEST_F(Cli, ARepeatedRunThatWasStoppedGoesOn) {
         0)
         << line;
     std::string said = read_file(path("said"));
-    EXPECT_NE(said.find("going on with an other/step_0000000"), std::string::npos) << said;
-    EXPECT_NE(said.find("repeated   all 4 steps"), std::string::npos) << said;
+    EXPECT_NE(said.find("going on with an other/step_0000"), std::string::npos) << said;
+    EXPECT_NE(said.find("repeated   all 3000 steps"), std::string::npos) << said;
 }
 
 TEST_F(Cli, WithoutOutEveryFinishedRunKeepsItsFolder) {
