@@ -197,11 +197,14 @@ struct Goal {
 };
 
 // Part of the run that lies behind, 0 to 1, when `step` updates are done and `elapsed_s` of the
-// limit are used, of which the last `reserve_s` are for the final evaluation and save.
-inline double run_progress(const Goal& goal, size_t step, double elapsed_s, double reserve_s) {
+// limit are used, of which the first `begun_s` went before the training did, and the last
+// `reserve_s` are for the final evaluation and save.
+inline double run_progress(const Goal& goal, size_t step, double elapsed_s, double reserve_s,
+                           double begun_s) {
     if (goal.steps > 0) return std::min(1.0, double(step) / double(goal.steps));
-    double usable = goal.time_limit_s - reserve_s;
-    return usable > elapsed_s ? std::max(0.0, elapsed_s / usable) : 1.0;
+    double end_s = goal.time_limit_s - reserve_s;
+    if (elapsed_s >= end_s) return 1;
+    return std::clamp((elapsed_s - begun_s) / (end_s - begun_s), 0.0, 1.0);
 }
 
 // The rate of the update that follows `step` updates. It rises linearly over the warm-up, then
@@ -1131,6 +1134,7 @@ struct RunState {
     double best_loss = INFINITY;      // of the evaluations on the way
     size_t best_step = 0, stale = 0;  // evaluations since the best
     size_t evaluated_step = 0;        // the last one whose evaluation is in these
+    double begun_s = 0;               // where a schedule by the clock begins, as elapsed_s counts
     ordered_json owed;  // the record that an evaluation is yet to be made for; null: none is
     bool finished = false;
     std::string dtype = "fp32";  // of the steps since the run was last started
@@ -1170,6 +1174,7 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
     root["best_step"] = state.best_step;
     root["evaluations_without_gain"] = state.stale;
     root["evaluated_step"] = state.evaluated_step;
+    root["begun_s"] = state.begun_s;
     root["owed_evaluation"] = state.owed;
     root["finished"] = state.finished;
     root["dtype"] = state.dtype;
@@ -1191,6 +1196,7 @@ inline ordered_json to_json(const RunState& state, const ordered_json& identity,
 inline void read_later_state(const json& root, RunState* state) {
     state->dtype = root.value("dtype", state->dtype);
     if (root.contains("evaluated_step")) state->evaluated_step = count_of(root["evaluated_step"]);
+    state->begun_s = root.value("begun_s", 0.0);
     json owed = root.value("owed_evaluation", json());
     if (owed.is_object()) state->owed = ordered_json::parse(owed.dump());
     if (root.contains("bad_steps_in_a_row"))
@@ -2880,7 +2886,10 @@ inline void Training::fetch_batches() {
 // kept for when this step is done. All batches of a step are there before its first forward pass,
 // because loss and gradient are means over the targets that count in the whole step.
 inline LaunchedStep Training::launch() {
-    double progress = run_progress(goal_, launched_, times().elapsed_s, reserve_s());
+    // Reading data is no training yet, nor are the first step, which is slow, and what follows it.
+    if (launched_ < 2) state_.begun_s = times().elapsed_s;
+    double progress =
+        run_progress(goal_, launched_, times().elapsed_s, reserve_s(), state_.begun_s);
     LaunchedStep now{launched_ + 1,
                      learning_rate(o_, goal_, launched_, progress),
                      fetched_from_,
@@ -3138,7 +3147,7 @@ inline void Training::show_progress(double loss, double rate, double grad_norm) 
     if (peak_.flops > 0)
         p.peak_share = operations_per_token(choice_.config, T_) * p.tokens_per_s / peak_.flops;
     if (p.peak_share > 1) p.peak_share = 0;  // it was measured while others had a part of it
-    p.fraction = run_progress(goal_, state_.step, elapsed_s(), reserve_s());
+    p.fraction = run_progress(goal_, state_.step, elapsed_s(), reserve_s(), state_.begun_s);
     p.eta_s = INFINITY;
     if (goal_.steps > 0) p.eta_s = double(goal_.steps - state_.step) * step_s_ + reserve_s();
     if (goal_.time_limit_s > 0) {

@@ -145,7 +145,7 @@ TrainOptions schedule_options(const std::string& schedule) {
 // The rate of update `step` in a run of 14 steps, 10 of them after the warm-up.
 double rate_of(const std::string& schedule, size_t step) {
     Goal goal{14, 0};
-    return learning_rate(schedule_options(schedule), goal, step, run_progress(goal, step, 0, 0));
+    return learning_rate(schedule_options(schedule), goal, step, run_progress(goal, step, 0, 0, 0));
 }
 
 TEST(Schedule, WarmUpRisesLinearlyToTheHighestRate) {
@@ -191,13 +191,16 @@ TEST(Schedule, TheWarmUpIsATenthOfTheRunUnlessItIsGiven) {
 
 TEST(Schedule, FollowsTheClockWhenOnlyTimeIsLimited) {
     Goal goal{0, 100};
-    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 0, 20), 0.0);
-    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 40, 20), 0.5);
-    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 90, 20), 1.0);
-    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 1, 200), 1.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 0, 20, 0), 0.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 40, 20, 0), 0.5);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 90, 20, 0), 1.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 1, 200, 0), 1.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 40, 20, 40), 0.0);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 60, 20, 40), 0.5);
+    EXPECT_DOUBLE_EQ(run_progress(goal, 7, 80, 20, 80), 1.0);
     EXPECT_DOUBLE_EQ(learning_rate(schedule_options("linear"), goal, 7, 0.5), 0.6);
     Goal both{10, 100};
-    EXPECT_DOUBLE_EQ(run_progress(both, 5, 90, 20), 0.5) << "steps decide where they are given";
+    EXPECT_DOUBLE_EQ(run_progress(both, 5, 90, 20, 0), 0.5) << "steps decide where they are given";
 }
 
 TEST(Options, NumbersOutsideTheirRangeAreRefused) {
@@ -466,7 +469,8 @@ TEST(Run, AStateIsReadAsItWasWritten) {
     RunState state;
     state.step = 1, state.tokens = 2, state.position = {3, 4}, state.elapsed_s = 5.5;
     state.best_loss = 6.5, state.best_step = 7, state.stale = 8, state.finished = true;
-    state.evaluated_step = 19, state.owed = {{"event", "evaluation"}, {"step", 1}};
+    state.evaluated_step = 19, state.begun_s = 21.5,
+    state.owed = {{"event", "evaluation"}, {"step", 1}};
     state.dtype = "bf16", state.goal = {9, 10.5}, state.bad_steps = 11;
     state.trend = {12.5, 13.5, 14}, state.skipped = {{15, 16}, {17, 18}}, state.rollbacks = 20;
     json written = json::parse(to_json(state, {}, {}, 1).dump());
@@ -1843,6 +1847,21 @@ TEST(Run, ATimeLimitCountsTheEvaluationsBeforeIt) {
     EXPECT_EQ(timed.train(), 0);
     double elapsed_s = timed.state().at("elapsed_s");
     EXPECT_TRUE(timed.log().size() == 1 || elapsed_s <= timed.options.time_limit_s) << elapsed_s;
+}
+
+// What it took to read the data is not a part of the schedule: the warm-up is as long as ever.
+TEST(Run, AScheduleByTheClockBeginsWithTheTraining) {
+    SmallRun run;
+    run.options.steps = 0, run.options.time_limit_s = 1000.5, run.options.warmup = -1;
+    EXPECT_EQ(train_command(run.options, now_s() - 1000, ""), 0);
+    std::vector<json> log = run.log();
+    ASSERT_GT(log.size(), 10u);
+    for (int i : {0, 1})
+        EXPECT_LE(log[size_t(i)].at("learning_rate"), 0.011 * run.options.learning_rate);
+    EXPECT_LE(log.back().at("learning_rate"), 0.1 * run.options.learning_rate);
+    double highest = 0;
+    for (const json& record : log) highest = std::max(highest, double(record.at("learning_rate")));
+    EXPECT_GT(highest, 0.8 * run.options.learning_rate);
 }
 
 TEST(Run, BadStepsUseUpATimeLimitToo) {
