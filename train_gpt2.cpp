@@ -2575,30 +2575,32 @@ static void shorten_waits(char** argv) {
     execv("/proc/self/exe", argv);    // where that fails, it goes on as it is
 }
 
-// Whether this processor has the instructions of the one that the program was built for.
-static bool runs_here() {
+#    ifdef __x86_64__
+// Ends the program on a processor that lacks instructions of the one that it was built for, before
+// anything uses them.
+__attribute__((constructor(101), target("no-avx"))) static void refuse_other_processor() {
+    __builtin_cpu_init();
     bool runs = true;
-#    ifdef __AVX2__
+#        ifdef __AVX2__
     runs = runs && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#    endif
-#    ifdef __AVX512F__
+#        endif
+#        ifdef __AVX512F__
     runs = runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-#    endif
-#    ifdef __AVX512BF16__
+#        endif
+#        ifdef __AVX512BF16__
     runs = runs && __builtin_cpu_supports("avx512bf16");
-#    endif
-    return runs;
+#        endif
+    if (runs) return;
+    static const char kWhy[] =
+        "error: this program was built for another processor, whose instructions this one lacks: "
+        "build it here (make clean, make), or for both with ARCH=-march=x86-64-v3\n";
+    [[maybe_unused]] ssize_t written = write(STDERR_FILENO, kWhy, sizeof(kWhy) - 1);
+    _exit(kExitMachine);
 }
+#    endif
 
 // Weak: the tests, which are linked with this file, have a main of their own.
 __attribute__((weak)) int main(int argc, char** argv) {
-    if (!runs_here()) {
-        fputs(
-            "error: this program was built for another processor, whose instructions this one "
-            "lacks: build it here (make clean, make), or for both with ARCH=-march=x86-64-v3\n",
-            stderr);
-        return kExitMachine;
-    }
     shorten_waits(argv);
     return run(argc, argv);
 }
