@@ -1288,9 +1288,9 @@ Product forward_product(int BT, int C, int OC, cublasLtEpilogue_t epilogue) {
 
 // out = inp weight^T + bias
 // out (BT,OC) is written; inp (BT,C), weight (OC,C), bias (OC) or null
-template <class Float, class Out>
-void matmul_forward(Out* out, const Float* inp, const Float* weight, const Float* bias, int BT,
-                    int C, int OC, Products& products) {
+template <class Float, class Out = Float>
+void matmul_forward(std::type_identity_t<Out>* out, const Float* inp, const Float* weight,
+                    const Float* bias, int BT, int C, int OC, Products& products) {
     cublasLtEpilogue_t epilogue =
         bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     products.run(forward_product<Float, Out>(BT, C, OC, epilogue).of(out, weight, inp), out, weight,
@@ -4457,8 +4457,7 @@ static void head_forward(GPT2* model, const int* targets) {
     for (int first = 0; first < BT; first += held) {
         int rows = std::min(held, BT - first);
         const Float* lnf = a.lnf + size_t(first) * C;
-        matmul_forward(logits, lnf, weight, static_cast<const Float*>(nullptr), rows, C, Vp,
-                       *model->products);
+        matmul_forward<Float, Logit>(logits, lnf, weight, nullptr, rows, C, Vp, *model->products);
         if (pass.logits != nullptr)
             copy_logits(model, pass.logits + size_t(first) * V, logits, rows);
         if (targets == nullptr) continue;
@@ -4568,8 +4567,9 @@ static void model_generate(GPT2* model, const int* tokens, int B, int n, int pos
     int held = logits_held<float>(model);
     for (int first = 0; first < B; first += held) {
         int rows = std::min(held, B - first);
-        matmul_forward(exact, a.branch + size_t(first) * C, config.tied ? p.wte : p.headw,
-                       static_cast<const Float*>(nullptr), rows, int(C), Vp, *model->products);
+        matmul_forward<Float, float>(exact, a.branch + size_t(first) * C,
+                                     config.tied ? p.wte : p.headw, nullptr, rows, int(C), Vp,
+                                     *model->products);
         copy_logits(model, logits + size_t(first) * size_t(config.vocab_size), exact, rows);
     }
 }
