@@ -1577,8 +1577,10 @@ struct NoThreads {
 };
 
 TEST(Saver, SavesInTheForegroundWhereNoThreadCanBeMade) {
-    FailingSaver failing(1, true);
-    {
+    // Where a thread makes the copy that is saved, there is none either.
+    bool copies_in_a_thread = std::string(gpt2_program()) == "train_gpt2";
+    FailingSaver failing(copies_in_a_thread ? 1 : 0, true);
+    if (copies_in_a_thread) {
         NoThreads none;
         EXPECT_THROW(std::thread([] {}).join(), std::system_error);
         failing.saver->begin(failing.checkpoint(1));
@@ -1852,7 +1854,8 @@ TEST(Run, ATimeLimitCountsTheEvaluationsBeforeIt) {
 // What it took to read the data is not a part of the schedule: the warm-up is as long as ever.
 TEST(Run, AScheduleByTheClockBeginsWithTheTraining) {
     SmallRun run;
-    run.options.steps = 0, run.options.time_limit_s = 1000.5, run.options.warmup = -1;
+    run.options.steps = 0, run.options.time_limit_s = 1001, run.options.warmup = -1;
+    run.options.eval_every = 0;
     EXPECT_EQ(train_command(run.options, now_s() - 1000, ""), 0);
     std::vector<json> log = run.log();
     ASSERT_GT(log.size(), 10u);
