@@ -747,8 +747,7 @@ inline TrainOptions repeated_options(const std::string& folder, const json& star
 // `train --repeat FOLDER`: the run there with the options with which it began, into another folder.
 inline int repeat_command(const TrainOptions& asked, double start_s,
                           const std::string& how_to_go_on) {
-    std::string first = fs::path(asked.repeat).lexically_normal().string();
-    if (first.size() > 1 && first.ends_with('/')) first.pop_back();
+    std::string first = without_slashes(fs::path(asked.repeat).lexically_normal().string());
     json start = first_start(first);
     TrainOptions o = repeated_options(first, start);
     o.out = asked.out.empty() ? first + ".repeat" : asked.out;

@@ -2982,8 +2982,10 @@ __global__ void __launch_bounds__(kMostThreads)
     }
 }
 
-// loss = log(sum_j exp(logit_j)) - logit_target;  dlogit_j = (softmax_j - [j = target]) *
-// loss_scale. losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
+// loss = log(sum_j exp(logit_j)) - logit_target
+// dlogit_j = (softmax_j - [j = target]) * loss_scale
+//
+// losses (BT) is written, 0 where the target is -1. logits (BT,Vp): only V take part;
 // with `gradient` they are replaced by dlogits, 0 in the padding and where the target is -1.
 template <class Float>
 void classifier_forward(float* losses, Float* logits, const int* targets, double loss_scale,
