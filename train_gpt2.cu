@@ -15,6 +15,8 @@
 #    include <nccl.h>
 #endif
 
+#include <sys/file.h>
+
 #include <cassert>
 #include <map>
 #include <thread>
@@ -937,7 +939,8 @@ static void check(cublasStatus_t status, const std::string& what) {
 //
 // Deterministic products never add up parts of a sum in place, in an order that is not fixed. Two
 // algorithms may still round differently: it is the file of winners that makes two runs agree, and
-// where it cannot be written the library's own first choice is taken without timing.
+// where it cannot be written the library's own first choice is taken without timing. One program at
+// a time adds to that file: of two, the second would lose what the first goes by.
 class Products {
   public:
     Products(const ProductOptions& options, cudaStream_t stream)
@@ -949,7 +952,7 @@ class Products {
         uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
         if (options.deterministic) reductions &= ~uint32_t(CUBLASLT_REDUCTION_SCHEME_INPLACE);
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
-        if (!options.cache_folder.empty()) read_winners();
+        if (!options.cache_folder.empty() && !options.tune) read_winners();
     }
     ~Products() {
         for (auto& entry : plans_) destroy(entry.second);
@@ -992,10 +995,20 @@ class Products {
     // Calls `use` with the products being timed as they are met, and writes the winners.
     template <class Use>
     void tune(Use use) {
-        if (!options_.tune || !cache_is_writable()) return;
+        if (!options_.tune) return;
+        bool writable = cache_is_writable();
+        Turn turn(options_.cache_folder);
+        if (!options_.cache_folder.empty()) read_winners();
+        if (!writable) return;
         tuning_ = true;
         use();
         tuning_ = false;
+        if (untimed_ > 0)
+            fprintf(stderr,
+                    "%s: note: the card has no memory left to time products: the library's first "
+                    "proposals for %d of them are taken%s\n",
+                    gpt2_program(), untimed_,
+                    options_.cache_folder.empty() ? "" : (" and kept in " + cache_file()).c_str());
         if (changed_) write_winners();
     }
 
@@ -1117,7 +1130,11 @@ class Products {
         TuningMemory memory(*this, (size_t(m) + size_t(n)) * size_t(k) * narrow +
                                        size_t(m) * size_t(n) * (wide + narrow) +
                                        (size_t(m) + size_t(n)) * 4);
-        if (memory.at(0) == nullptr) return;  // no room to time it: the first proposal stays
+        if (memory.at(0) == nullptr) {  // no room to time it: the first proposal stays
+            untimed_++;
+            keep_algorithm(product, p);
+            return;
+        }
         const void* A = memory.take(size_t(m) * size_t(k) * narrow);
         const void* B = memory.take(size_t(n) * size_t(k) * narrow);
         void* D = memory.take(size_t(m) * size_t(n) * wide);
@@ -1134,6 +1151,10 @@ class Products {
             double ms = time_ms([&] { multiply(product, p, proposals[i].algo, D, A, B); });
             if (ms < best_ms) best_ms = ms, p.algorithm = proposals[i].algo;
         }
+        keep_algorithm(product, p);
+    }
+
+    void keep_algorithm(const Product& product, const Plan& p) {
         std::string hex;
         const auto* bytes = reinterpret_cast<const unsigned char*>(&p.algorithm);
         for (size_t i = 0; i < sizeof(p.algorithm); i++) hex += format("%02x", bytes[i]);
@@ -1207,6 +1228,28 @@ class Products {
 
     // ---- the file of winners ----
 
+    // While it lives, no other program times products for the file: an flock on its folder, for
+    // which it waits a minute. A file system without locks is passed over.
+    class Turn {
+      public:
+        explicit Turn(const std::string& folder)
+            : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+            constexpr int kTries = 1200;
+            for (int i = 0; fd_ >= 0 && i < kTries; i++) {
+                if (flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+                usleep(50000);
+            }
+        }
+        ~Turn() {
+            if (fd_ >= 0) close(fd_);
+        }
+        Turn(const Turn&) = delete;
+        Turn& operator=(const Turn&) = delete;
+
+      private:
+        int fd_;
+    };
+
     std::string cache_file() const {
         int device = 0;
         cudaDeviceProp card;
@@ -1263,6 +1306,7 @@ class Products {
     std::map<std::string, Plan> plans_;
     std::map<std::string, std::string> winners_;
     bool tuning_ = false, changed_ = false;
+    int untimed_ = 0;  // products that were met while tuning, without memory to time them in
 };
 
 // Bits of a hash of its place, made a number between 1 and 2 of either sign in float and, both

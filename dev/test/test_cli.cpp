@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -734,9 +735,9 @@ TEST_F(Cli, ATimeLimitIsNotGivenUpForTheFirstStep) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     write_shard(path("val.bin"), random_ids(30000, 257, 2));
     auto train = [&](const char* out, const char* goal, const std::string& value) {
-        Outcome outcome = call(train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer",
-                                            "bytes", "--eval-every", "0", "--save-every", "0",
-                                            "--out", out, goal, value}));
+        Outcome outcome = call(
+            train_words({"--data", "a.bin", "--val", "val.bin", "--tokenizer", "bytes",
+                         "--eval-every", "0", "--save-every", "0", "--out", out, goal, value}));
         EXPECT_EQ(outcome.code, 0) << outcome.err;
         return losses_by_step(path(out)).size();
     };
@@ -1497,50 +1498,105 @@ TEST_F(Cuda, Tf32RoundsProductsAndNothingElse) {
     EXPECT_NEAR(exact, rounded, 0x1p-10 * exact);
 }
 
-// A model whose products are large enough to be timed.
-TEST_F(Cuda, TimedProductsAreKeptAndABrokenFileIsMadeAnew) {
-    std::vector<std::string> words = {
+// Runs of a model whose products are large enough to be timed.
+class CudaProducts : public Cuda {
+  protected:
+    // One step in a new folder.
+    Outcome run(const std::vector<std::pair<const char*, std::string>>& more = {}) const {
+        fs::remove_all(path("run"));
+        std::vector<std::pair<const char*, std::string>> variables = {{"XDG_CACHE_HOME", cache()}};
+        variables.insert(variables.end(), more.begin(), more.end());
+        return call_with(variables, words_);
+    }
+    std::string cache() const { return path("products"); }
+    // The file of winners; "" where there is none.
+    std::string file() const {
+        std::vector<std::string> files;
+        for (const auto& entry : fs::recursive_directory_iterator(cache()))
+            if (entry.is_regular_file()) files.push_back(entry.path().string());
+        EXPECT_LE(files.size(), 1u);
+        return files.empty() ? "" : files[0];
+    }
+    static size_t winners(const std::string& text) {
+        return json::parse(text).at("winners").size();
+    }
+
+    const std::vector<std::string> words_ = {
         "train", "--data",       "text.txt", "--tokenizer",       "bytes", "--layers",
         "1",     "--heads",      "2",        "--channels",        "128",   "--context",
         "64",    "--batch-size", "8",        "--sequence-length", "64",    "--steps",
         "1",     "--out",        "run"};
-    std::string cache = path("products");
-    auto run = [&] {
-        fs::remove_all(path("run"));
-        Outcome outcome = call_with({{"XDG_CACHE_HOME", cache}}, words);
-        EXPECT_EQ(outcome.code, 0) << outcome.err;
-        return outcome;
-    };
-    run();
-    std::vector<fs::path> files;
-    for (const auto& entry : fs::recursive_directory_iterator(cache))
-        if (entry.is_regular_file()) files.push_back(entry.path());
-    ASSERT_EQ(files.size(), 1u);
-    std::string first = read_file(files[0].string());
-    EXPECT_GT(json::parse(first).at("winners").size(), 5u);
+};
+
+TEST_F(CudaProducts, AreTimedOnceAndABrokenFileIsMadeAnew) {
+    EXPECT_EQ(run().code, 0);
+    std::string first = read_file(file());
+    EXPECT_GT(winners(first), 5u);
     std::vector<double> losses = logged_losses(path("run/log.jsonl"));
-    run();
-    EXPECT_EQ(read_file(files[0].string()), first) << "nothing is timed a second time";
+    EXPECT_EQ(run().code, 0);
+    EXPECT_EQ(read_file(file()), first) << "nothing is timed a second time";
     EXPECT_EQ(logged_losses(path("run/log.jsonl")), losses) << "the same winners, the same bits";
 
     std::string wrong_value = first;
     wrong_value.replace(wrong_value.find("\": \"") + 4, 4, "zzzz");
     for (const std::string& broken : {std::string("{"), std::string("[]"), first.substr(0, 40),
                                       std::string("{\"winners\": {\"a\": 1}}")}) {
-        write_file_atomic(files[0].string(), broken);
+        write_file_atomic(file(), broken);
         Outcome outcome = run();
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
         EXPECT_NE(outcome.err.find("not a file of timed products; made anew"), std::string::npos)
             << broken;
         EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
-        EXPECT_EQ(json::parse(read_file(files[0].string())).at("winners").size(),
-                  json::parse(first).at("winners").size());
+        EXPECT_EQ(winners(read_file(file())), winners(first));
     }
-    write_file_atomic(files[0].string(), wrong_value);
+    write_file_atomic(file(), wrong_value);
     EXPECT_EQ(run().err, "") << "an algorithm that the library refuses is replaced";
 
-    fs::remove_all(path("run"));
-    Outcome outcome = call_with({{"XDG_CACHE_HOME", "/dev/null"}}, words);
+    Outcome outcome = run({{"XDG_CACHE_HOME", "/dev/null"}});
     EXPECT_EQ(outcome.code, 0) << "no cache can be written: " << outcome.err;
+}
+
+// What another program has timed meanwhile stays in the file, and is not timed again.
+TEST_F(CudaProducts, WaitForAnotherProgramThatTimesThem) {
+    EXPECT_EQ(run().code, 0);
+    std::string name = file(), first = read_file(name);
+    fs::remove(name);
+    int folder = open(fs::path(name).parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    ASSERT_EQ(flock(folder, LOCK_EX), 0);
+    Outcome outcome;
+    std::thread program([&] { outcome = run(); });
+    // It has taken its folder, and comes to its products now.
+    while (!fs::exists(path("run/lock"))) usleep(10000);
+    usleep(100000);
+    EXPECT_FALSE(fs::exists(name));
+    ordered_json more = ordered_json::parse(first);
+    more["winners"]["of another"] = "00";
+    write_file_atomic(name, more.dump(1) + "\n");
+    close(folder);
+    program.join();
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(read_file(name), more.dump(1) + "\n");
+}
+
+// Without memory to time a product in, the next run has the same algorithms all the same.
+TEST_F(CudaProducts, ThatCannotBeTimedAreKeptToo) {
+    EXPECT_EQ(run().code, 0);
+    size_t all = winners(read_file(file()));
+    bool seen = false;
+    for (int n = 1; !seen; n++) {
+        ASSERT_LT(n, 100) << "no product lacks memory";
+        fs::remove_all(cache());
+        Outcome outcome = run({{"EMU_FAIL_MALLOC", std::to_string(n)}});
+        seen = outcome.err.find("has no memory left to time products") != std::string::npos;
+        if (!seen) continue;
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_EQ(outcome.error_lines(), 1u) << outcome.err;
+        EXPECT_EQ(winners(read_file(file())), all);
+    }
+    std::string kept = read_file(file());
+    Outcome again = run();
+    EXPECT_EQ(again.err, "");
+    EXPECT_EQ(read_file(file()), kept);
 }
 
 // A run that one program begins, the other goes on with and the first ends has the losses of the
