@@ -158,7 +158,7 @@ class TextFile {
         hash_.add(in.data(), used);
         at_ += used;
         bool all_read = at_ == file_->size();
-        if (all_read && between_ && made < kStep) ended_ = true;
+        if (all_read && between_) ended_ = true;  // behind a frame no text of it is held back
         else if (used == 0 && made == 0)
             fail_input("%s: byte %zu: the packed text is cut short; fetch it again", path().c_str(),
                        at_);

@@ -174,6 +174,11 @@ TEST(Packed, TextIsTheTextThatWasPacked) {
         std::string half = text.substr(0, 1500000), rest = text.substr(1500000);
         corpus_put(path, packer.pack(half) + packer.pack("") + packer.pack(rest));
         EXPECT_EQ(read_text({path}).text, text) << "of several frames";
+        for (size_t size : {1 << 17, 1 << 18, 1 << 19, 3 << 18, 1 << 20, 1 << 21})
+            for (size_t more : {size_t(0), size_t(1)}) {  // of bytes that a buffer may have
+                corpus_put(path, packer.pack(text.substr(0, size + more)));
+                EXPECT_EQ(read_text({path}).text, text.substr(0, size + more));
+            }
         corpus_put(path, packer.pack(""));
         expect_refused(corpus_read_error(path), path + ": empty");
         std::string lines = folder + "/b.jsonl" + packer.extension;
