@@ -244,10 +244,12 @@ inline std::string field_text(std::string_view json_line, const std::string& fie
                               const std::string& path, size_t line) {
     FieldReader reader(field);
     const char *at = path.c_str(), *name = field.c_str();
+    // A zero byte is the end to the library, which would pass over what is behind it.
+    size_t zero = json_line.find('\0');
     bool parsed = json::sax_parse(json_line.begin(), json_line.end(), &reader);
-    if (!parsed)
+    if (!parsed || zero != json_line.npos)
         fail_input("%s: line %zu: byte %zu: not valid JSON; mend or remove the line", at, line,
-                   reader.error_byte);
+                   parsed ? zero + 1 : reader.error_byte);
     if (!reader.is_object) fail_input("%s: line %zu: no JSON object; remove the line", at, line);
     if (reader.times == 0)
         fail_input("%s: line %zu: no field \"%s\"; name the one with the text with --jsonl-field",

@@ -407,13 +407,15 @@ inline void go_direct([[maybe_unused]] int fd, [[maybe_unused]] bool direct) {
 }
 
 // Parses JSON text; `where` names it in the error. Text from strangers may nest without end, and
-// the library would follow it down the stack, so depth is bounded first.
+// the library would follow it down the stack, so depth is bounded first. It also takes a zero byte
+// for the end, and would pass over what is behind it.
 inline json parse_json(std::string_view text, const std::string& where) {
     constexpr int kDeepest = 64;
     int depth = 0;
     bool quoted = false;
     for (size_t i = 0; i < text.size(); i++) {
         char c = text[i];
+        if (c == '\0') fail_input("%s: byte %zu: not valid JSON", where.c_str(), i + 1);
         if (quoted) {
             if (c == '\\') i++;
             else if (c == '"') quoted = false;

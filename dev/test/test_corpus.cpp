@@ -266,6 +266,10 @@ TEST(JsonLines, ThatAreNoneAreRefusedByTheirNumber) {
          {"{", "{\"text\"", "x", "{\"text\": \"x\"} {}", "{\"text\": \"\\ud800\"}",
           "{\"text\": \"\xff\"}", "{'text': 'x'}", "{\"text\": \"x\",}", "{\"n\": 1e999}"})
         expect_refused(error(line), "not valid JSON; mend or remove the line");
+    std::string holes("\0\0", 2);  // as a disk leaves them where the power was cut
+    expect_refused(error("{\"text\": \"x\"}" + holes + "{\"text\": \"y\"}"), at + "byte 14: not");
+    expect_refused(error("{\"text\": \"x\"}" + holes), at + "byte 14: not valid JSON");
+    expect_refused(error(holes + "{\"text\": \"x\"}"), at + "byte 1: not valid JSON");
     for (const char* line : {"1", "null", "\"text\"", "[]", "[{\"text\": \"x\"}]"})
         expect_refused(error(line), at + "no JSON object");
     expect_refused(error("{}"), at + "no field \"text\"; name the one");

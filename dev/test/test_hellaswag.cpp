@@ -220,6 +220,8 @@ TEST(HellaSwagLines, ThatAreNoExamplesAreRefusedByNumber) {
                    "an array of 4");
     expect_refused(line_error(replaced(line, "\"x\"", "\"\xff\"")), "line 2: byte");
     expect_refused(line_error(std::string(2000, '[')), "nested deeper");
+    expect_refused(line_error(line + std::string(1, '\0') + line),
+                   format("line 2: byte %zu: not valid JSON", line.size() + 1));
     expect_refused(error_of([] { read_choices(choice_file("\n \n", "hs.jsonl")); }),
                    "holds no examples");
     std::string path = choice_file(line, "hs.jsonl");

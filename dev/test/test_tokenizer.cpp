@@ -1351,6 +1351,7 @@ TEST(Tokenizer, RefusesFilesThatAreSomethingElse) {
                   "2 no tokenizer: neither tokenizer.json, vocab.json, merges (first line "
                   "`#version`), .tiktoken nor llm.c's tokenizer.bin");
     expect_start(load_error("{}"), "2 model:");
+    EXPECT_EQ(load_error("{}\000{}"sv), "2 byte 3: not valid JSON");
     std::string folder = test_folder();
     EXPECT_EQ(error_of([&] { Tokenizer::load(folder); }),
               "2 " + folder + ": the folder holds no tokenizer.json, vocab.json or encoder.json");
