@@ -909,7 +909,9 @@ class ShardBuilder {
 
     ShardReport run() {
         files_ = corpus_files();
-        reader_.emplace(files_, request_.jsonl_field, request_.clean);
+        // Between `well` and `-known` no merge goes, but to a vocabulary of words that is a word.
+        bool whole = request_.clean || tokenizer_.kind() == Tokenizer::Kind::words;
+        reader_.emplace(files_, request_.jsonl_field, whole);
         make_folder(request_.out);
         lock_folder();
         remove_leftovers();

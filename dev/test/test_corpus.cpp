@@ -522,6 +522,17 @@ TEST(ShardFolder, HoldsTheTokensOfTheText) {
     EXPECT_EQ(Tokenizer::load(out).fingerprint(), files.tokenizer.fingerprint());
 }
 
+// A document of more than a unit has a hyphen wherever it might be cut.
+TEST(ShardFolder, HoldsWordsWhole) {
+    CorpusFiles files;
+    std::string text;
+    while (text.size() < 5 * CorpusReader::kUnitBytes / 2) text += "well-known ";
+    files.tokenizer = Tokenizer::words("well-known", false);
+    files.request.data = {corpus_put(files.folder + "/t.txt", text)};
+    ASSERT_EQ(files.error("out"), "");
+    EXPECT_EQ(corpus_ids(files.folder + "/out", 1), files.tokenizer.encode(text));
+}
+
 TEST(ShardFolder, StandsForItsPartsAmongPaths) {
     CorpusFiles files;
     files.build("out");
