@@ -1355,6 +1355,7 @@ inline int tokenizer_train_command(const TokenizerOptions& o) {
     training.pattern = pattern_of(o.pattern);
     training.min_frequency = o.min_frequency;
     training.threads = o.threads;
+    training.document_ends = corpus.document_ends;
     training.progress = training_bar(stderr);
     Tokenizer tokenizer = Tokenizer::train_bpe(corpus.text, o.vocab_size, training);
     make_folder(o.out);

@@ -638,6 +638,8 @@ struct BpeTraining {
     Pattern pattern = Pattern::gpt2;
     uint64_t min_frequency = 1;  // pairs that are rarer in the text are not joined
     int threads = 0;             // that count words; 0: as many as there are cores
+    // Where the documents end that the text is joined of, ascending: a piece lies in one of them.
+    std::span<const size_t> document_ends;
     // Told now and then how many merges have been learned, of how many at most; at the end all.
     std::function<void(int done, int most)> progress;
 };
@@ -666,8 +668,10 @@ struct Tokenizer {
     // The distinct words of `text` (see for_each_word) in the order of their bytes. With `unknown`
     // also <|endoftext|> and <|unk|>, which stands for all other words; without, encode fails on
     // one. Text comes back with one space between words and none before punctuation. Fails on text
-    // that is empty or not UTF-8, and on more than kMaxVocabulary tokens.
-    static Tokenizer words(std::string_view text, bool unknown);
+    // that is empty or not UTF-8, and on more than kMaxVocabulary tokens. A word ends where one of
+    // the documents does that the text is joined of.
+    static Tokenizer words(std::string_view text, bool unknown,
+                           std::span<const size_t> document_ends = {});
 
     // Byte-level BPE learned from `text`: the 256 bytes in GPT-2's order, merges in the order they
     // were learned, <|endoftext|> last. Each merge takes the most frequent pair of adjacent tokens,
@@ -959,7 +963,8 @@ inline void Tokenizer::add_word(std::string_view word) {
     id_of_word_[std::string(word)] = add_token(bytes.append(word));
 }
 
-inline Tokenizer Tokenizer::words(std::string_view text, bool unknown) {
+inline Tokenizer Tokenizer::words(std::string_view text, bool unknown,
+                                  std::span<const size_t> document_ends) {
     for (size_t i = 0; i < text.size();) {
         auto [symbol, length] = character_at(text, i);
         if (symbol >= kInvalidByte)
@@ -967,7 +972,14 @@ inline Tokenizer Tokenizer::words(std::string_view text, bool unknown) {
         i += length;
     }
     std::set<std::string_view> distinct;
-    for_each_word(text, [&](std::string_view word) { distinct.insert(word); });
+    size_t begin = 0;
+    auto add_up_to = [&](size_t end) {
+        for_each_word(text.substr(begin, end - begin),
+                      [&](std::string_view word) { distinct.insert(word); });
+        begin = end;
+    };
+    for (size_t end : document_ends) add_up_to(std::min(end, text.size()));
+    add_up_to(text.size());
     for (std::string_view special : {kEndOfText, kUnknown})
         if (unknown) distinct.erase(special);
     if (distinct.empty()) fail_input("the text has no words: a vocabulary needs at least one");
@@ -1704,18 +1716,25 @@ class WordCounts {
 // The distinct pieces of the text in the order of their first appearance. Each thread counts parts
 // of the text, cut where that changes no piece, and the counts are added up.
 template <Pattern pattern>
-std::vector<CountedWord> count_words(std::string_view text, int threads) {
-    size_t workers = encoding_threads(text.size(), threads);
+std::vector<CountedWord> count_words(std::string_view text, const BpeTraining& training) {
+    std::span<const size_t> ends = training.document_ends;
+    size_t workers = encoding_threads(text.size(), training.threads);
     std::vector<size_t> cuts = safe_cuts(text, workers);
     std::vector<WordCounts> counts(workers);
     std::atomic<size_t> free_part = 0;
     run_threads(workers, [&](size_t worker) {
         for (size_t i; (i = free_part++) + 1 < cuts.size();) {
-            std::string_view part = text.substr(0, cuts[i + 1]);
-            for (size_t begin = cuts[i]; begin < part.size();) {
-                size_t end = piece_end<pattern>(part, begin);
-                counts[worker].add(part.substr(begin, end - begin));
-                begin = end;
+            size_t begin = cuts[i];
+            auto next = std::upper_bound(ends.begin(), ends.end(), begin);
+            while (begin < cuts[i + 1]) {
+                size_t stop = cuts[i + 1];
+                if (next != ends.end()) stop = std::min(stop, *next++);
+                std::string_view part = text.substr(0, stop);
+                while (begin < stop) {
+                    size_t end = piece_end<pattern>(part, begin);
+                    counts[worker].add(part.substr(begin, end - begin));
+                    begin = end;
+                }
             }
         }
     });
@@ -1739,9 +1758,8 @@ class BpeTrainer {
     BpeTrainer(std::string_view text, const std::array<int, 256>& id_of_byte,
                const BpeTraining& training)
         : min_frequency_(std::max<uint64_t>(training.min_frequency, 1)) {
-        lay_out(with_pattern(
-                    training.pattern,
-                    [&](auto pattern) { return count_words<pattern()>(text, training.threads); }),
+        lay_out(with_pattern(training.pattern,
+                             [&](auto pattern) { return count_words<pattern()>(text, training); }),
                 id_of_byte);
         for (uint32_t position = 0; position < symbols_.size(); position++)
             if (uint32_t next = symbols_[position].next; next != kEnd)

@@ -463,10 +463,17 @@ inline Tokenizer load_tokenizer(const std::string& name) {
 }
 
 // Trains a BPE on text, or takes the one of the same text and size that CACHE_FOLDER keeps. One
-// there that is damaged is made anew.
+// there that is damaged is made anew. Of `ends`, of documents, those within the text count.
 inline Tokenizer train_bpe_cached(std::string_view text, int vocab_size,
-                                  const std::string& cache_folder) {
-    std::string hash = hash_text(hash_bytes(text.data(), text.size()));
+                                  const std::string& cache_folder,
+                                  std::span<const size_t> ends = {}) {
+    BpeTraining training;
+    auto last = std::lower_bound(ends.begin(), ends.end(), text.size());
+    training.document_ends = ends.first(size_t(last - ends.begin()));
+    uint64_t key = hash_bytes(text.data(), text.size());
+    if (!training.document_ends.empty())
+        key = hash_bytes(training.document_ends.data(), training.document_ends.size_bytes(), key);
+    std::string hash = hash_text(key);
     fs::path folder = fs::path(cache_folder) / format("bpe-%d-%s", vocab_size, hash.c_str());
     std::error_code ignored;
     if (fs::exists(folder / "tokenizer.json", ignored)) {
@@ -474,19 +481,21 @@ inline Tokenizer train_bpe_cached(std::string_view text, int vocab_size,
             return Tokenizer::load(folder.string());
         } catch (const Error&) { fs::remove_all(folder, ignored); }
     }
-    Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size);
+    Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size, training);
     make_folder(folder.string());
     tokenizer.save(folder.string());
     return tokenizer;
 }
 
-// The tokenizer that --tokenizer names, learned from the training text where it is learned.
+// The tokenizer that --tokenizer names, learned from the training text where it is learned. Its
+// documents end at `ends`, of which some may lie behind the text.
 inline Tokenizer make_tokenizer(const std::string& name, std::string_view text,
-                                const std::string& cache_folder) {
+                                std::span<const size_t> ends, const std::string& cache_folder) {
     if (name == "chars") return Tokenizer::chars(text);
-    if (name == "words" || name == "words:unk") return Tokenizer::words(text, name != "words");
+    if (name == "words" || name == "words:unk")
+        return Tokenizer::words(text, name != "words", ends);
     if (name == "auto")
-        return train_bpe_cached(text, default_vocab_size(text.size()), cache_folder);
+        return train_bpe_cached(text, default_vocab_size(text.size()), cache_folder, ends);
     if (!name.starts_with("bpe:")) return load_tokenizer(name);
     std::string digits = name.substr(4);
     bool number = !digits.empty() && digits.size() < 7 &&
@@ -495,7 +504,7 @@ inline Tokenizer make_tokenizer(const std::string& name, std::string_view text,
     if (size < 257 || size > 65536)
         fail_input("--tokenizer %s: the size must be a whole number from 257 to 65536",
                    name.c_str());
-    return train_bpe_cached(text, size, cache_folder);
+    return train_bpe_cached(text, size, cache_folder, ends);
 }
 
 // The tokenizer of a model on disk: its folder's own or, where a model of 50257 tokens has none
@@ -528,7 +537,10 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
         fail_input("%s: %zu bytes are too few to train on; give more text", o.data[0].c_str(),
                    size);
     size_t whole = begin;  // where no word is cut
-    while (whole < size && corpus.text[whole] != ' ' && corpus.text[whole] != '\n') whole++;
+    const std::vector<size_t>& ends = corpus.document_ends;
+    while (!std::binary_search(ends.begin(), ends.end(), whole) && corpus.text[whole] != ' ' &&
+           corpus.text[whole] != '\n')
+        whole++;
     TrainingData data;
     size_t learned = o.tokenizer == "words" ? size : o.tokenizer == "words:unk" ? whole : begin;
     std::string_view text = std::string_view(corpus.text).substr(0, learned);
@@ -536,7 +548,7 @@ inline TrainingData read_text_data(const TrainOptions& o, const ModelChoice& mod
     if (!data.tokenizer && o.tokenizer == "auto" && !model.folder.empty())
         fail_input("%s: has no tokenizer; name the one it was trained with, with --tokenizer",
                    model.folder.c_str());
-    if (!data.tokenizer) data.tokenizer = make_tokenizer(o.tokenizer, text, cache_folder);
+    if (!data.tokenizer) data.tokenizer = make_tokenizer(o.tokenizer, text, ends, cache_folder);
     if (data.tokenizer->kind() == Tokenizer::Kind::words) begin = whole;
     data.token_bytes = bytes_per_token(*data.tokenizer);
     data.train.push_back(text_shard(corpus, 0, begin, *data.tokenizer, cache_folder));

@@ -416,6 +416,25 @@ TEST(Data, ATrainedTokenizerIsKeptAndADamagedOneMadeAnew) {
     EXPECT_NE(train_bpe_cached(text, 280, folder).fingerprint(), first) << "taken from the cache";
     write_file_atomic(file, "{");
     EXPECT_EQ(train_bpe_cached(text, 280, folder).fingerprint(), first);
+    std::vector<size_t> whole = {text.size(), text.size() + 5}, each(text.size());
+    std::iota(each.begin(), each.end(), 1);
+    EXPECT_EQ(train_bpe_cached(text, 280, folder, whole).fingerprint(), first);
+    EXPECT_EQ(train_bpe_cached(text, 280, folder, each).vocab_size(), 257);
+}
+
+TEST(Data, WordsEndWhereDocumentsDo) {
+    std::string folder = test_folder(), lines;
+    for (int i = 0; i < 10; i++) lines += "{\"text\": \"one two\"}\n";
+    write_file_atomic(folder + "/t.jsonl", lines);
+    TrainOptions o;
+    o.data = {folder + "/t.jsonl"};
+    for (const char* tokenizer : {"words", "words:unk"}) {
+        o.tokenizer = tokenizer;
+        TrainingData data = read_text_data(o, ModelChoice(), folder + "/cache");
+        EXPECT_EQ(data.tokenizer->encode("one two").size(), 2u);
+        EXPECT_EQ(data.train_bytes, 63u);
+        EXPECT_EQ(data.val_bytes, 7u) << "the last of ten documents";
+    }
 }
 
 TEST(Run, WritesOneRecordAStepAndAModelThatLoads) {

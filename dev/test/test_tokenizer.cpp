@@ -964,6 +964,34 @@ TEST(Tokenizer, TrainingIsTheSameOnAnyNumberOfThreads) {
               (std::vector<int>{0, 256, 512, 768, 1024, 1243, 0, 256, 512, 768, 1024, 1243}));
 }
 
+// As if something stood between them that is no part of any other piece.
+TEST(Tokenizer, PiecesAndWordsEndWhereDocumentsDo) {
+    using namespace tokenizer_test;
+    std::mt19937 random(27);
+    std::string text, apart;
+    std::vector<size_t> ends;
+    while (text.size() < 1 << 21) {
+        std::string document;
+        for (size_t words = 1 + random() % 3; words > 0; words--)
+            document += format("%x%s", unsigned(random() % 3000), words > 1 ? " " : "zz");
+        text += document, apart += document + "\n";
+        ends.push_back(text.size());
+    }
+    for (Pattern pattern : kAllPatterns) {
+        BpeTraining how;
+        how.pattern = pattern, how.threads = 1;
+        Tokenizer expected = Tokenizer::train_bpe(apart, 700, how);
+        how.document_ends = ends;
+        for (int threads : {1, 3}) {
+            how.threads = threads;
+            expect_same(Tokenizer::train_bpe(text, 700, how), expected);
+        }
+    }
+    std::vector<size_t> behind = {3, 6, 9};  // the last is not of the text
+    EXPECT_EQ(Tokenizer::words("onetwo", false, behind).encode("one two"),
+              (std::vector<int>{0, 1}));
+}
+
 TEST(Tokenizer, MinimumFrequencyEndsTraining) {
     BpeTraining how;
     how.min_frequency = 3;  // ab 3 times; then " ab" and "abc" twice each
