@@ -991,14 +991,16 @@ class ShardBuilder {
         }
     }
 
-    // What a kill left of files that were being written.
+    // What a kill left of files that were being written, and nothing else: the folder may have been
+    // there before.
     void remove_leftovers() const {
         for (const auto& entry : fs::directory_iterator(request_.out)) {
-            std::string name = entry.path().filename().string();
-            bool ours = name.starts_with("train_") || name.starts_with("val") ||
-                        name.starts_with("manifest.json.") || name.starts_with("progress.json.") ||
-                        name.starts_with("tokenizer");
-            if (ours && name.ends_with(".tmp")) fs::remove(entry.path());
+            std::string name = target_of_temporary(entry.path().filename().string());
+            bool shard =
+                name.ends_with(".bin") && (name.starts_with("train_") || name.starts_with("val"));
+            bool ours = shard || name == "manifest.json" || name == "progress.json" ||
+                        name == "tokenizer.json" || name == "tokenizer_config.json";
+            if (ours && entry.is_regular_file()) fs::remove(entry.path());
         }
     }
 

@@ -494,6 +494,20 @@ inline std::string temporary_name(const std::string& path) {
     return path + format(".%d.%08x.tmp", int(getpid()), unsigned(number));
 }
 
+// What a file of such a name was to be renamed to; "" where the name is no such.
+inline std::string target_of_temporary(std::string name) {
+    auto drop_end = [&](const char* digits) {  // a dot and some of these
+        size_t dot = name.find_last_not_of(digits);
+        bool there = dot != name.npos && name[dot] == '.' && dot + 1 < name.size();
+        name.resize(there ? dot : 0);
+    };
+    if (!name.ends_with(".tmp")) return "";
+    name.resize(name.size() - strlen(".tmp"));
+    drop_end("0123456789abcdef");
+    drop_end("0123456789");
+    return name;
+}
+
 // Writes `path` so that it appears whole or not at all: bytes go to a file beside it (two programs
 // may write the same file, and the last one wins), commit() flushes, syncs and renames it, and
 // destruction without commit() removes it. Where `path` is a link, what it leads to is replaced. A

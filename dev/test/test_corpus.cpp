@@ -779,7 +779,20 @@ TEST(ShardFolder, KeepsOutOfFoldersThatAreInUse) {
     ASSERT_EQ(flock(fd, LOCK_EX), 0);
     expect_refused(files.error("out"), "another program makes shards in this folder");
     close(fd);
+    // What a kill left goes, what others put there stays.
+    const std::vector<std::string> others = {
+        "train_notes.tmp",           "values.tmp",          "val.bin.tmp",
+        "tokenizer.json.7.tmp",      "train_0.bin.7.x.tmp", "train_0.7.0a1b.tmp",
+        "train_0.bin.7.0a1b.tmp.old"};
+    for (const std::string& name : others) corpus_put(out + "/" + name, "mine");
+    fs::create_directories(out + "/val.bin.8.0a1b2c3d.tmp/x");
+    for (const char* name : {"train_000000.bin", "val.bin", "manifest.json", "tokenizer.json"})
+        corpus_put(temporary_name(out + "/" + name), "cut");
     EXPECT_EQ(files.error("out"), "");
+    for (const std::string& name : others) EXPECT_EQ(fs::remove(out + "/" + name), true) << name;
+    EXPECT_EQ(fs::remove_all(out + "/val.bin.8.0a1b2c3d.tmp"), 2u);
+    for (const auto& [name, content] : files.files("out"))
+        EXPECT_FALSE(name.ends_with(".tmp")) << name;
     // In a folder of its own text, it does not take its shards for text.
     files.build("data/shards");
     EXPECT_EQ(files.files("data/shards").size(), files.files("out").size());
