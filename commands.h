@@ -1598,7 +1598,10 @@ inline void print_shard_report(const ShardOptions& o, const ShardReport& report)
             "%s\n",
             with_commas(totals.documents).c_str(), length("min").c_str(), length("max").c_str(),
             length("median").c_str(), length("p90").c_str(), length("p99").c_str());
-        printf("context    %s holds nine in ten documents whole\n", length("context").c_str());
+        bool less = report.document_tokens.value("p90", size_t(0)) >=
+                    report.document_tokens.value("context", size_t(0));
+        printf("context    %s holds nine in ten documents whole%s\n", length("context").c_str(),
+               less ? ", or as much as is supported" : "");
     }
     printf("%s: %s training and %s validation tokens in %s files, of %s documents, %s bytes%s\n",
            out, with_commas(report.train_tokens).c_str(), with_commas(report.val_tokens).c_str(),

@@ -941,7 +941,15 @@ TEST_F(Cli, ShardsMadeFromTextTrain) {
     }
     EXPECT_EQ(tokens, read_file(path("text.txt")).size());
     EXPECT_EQ(json::parse(read_file(path("shards/manifest.json"))).at("tokens"), tokens);
+    EXPECT_NE(made.out.find(" holds nine in ten documents whole\n"), std::string::npos) << made.out;
     EXPECT_NE(call(words).out.find("it was ready already"), std::string::npos);
+    write("long.txt", std::string(65536, 'a'));
+    Outcome stats =
+        call({"shard", "--data", "long.txt", "--tokenizer", "bytes", "--out", "long", "--stats"});
+    EXPECT_NE(
+        stats.out.find("65,536 holds nine in ten documents whole, or as much as is supported"),
+        std::string::npos)
+        << stats.out;
     words[8] = "501";
     expect_error(call(words), 2, "was begun with --shard-tokens 500, and this is 501");
     Outcome trained = call(train_words({"--data", "shards/train_*.bin", "--val", "shards/val.bin",
