@@ -1373,9 +1373,11 @@ inline Tokenizer given_tokenizer(const TokenizerOptions& o) {
     return Tokenizer::load(o.tokenizer, pattern_of(o.file_pattern));
 }
 
-// Encodes every document as --special says, with the end of text between them.
+// Encodes every document as --special says, with the end of text between them. `source` is where a
+// single one is from.
 inline std::vector<int> encode_corpus(const TokenizerOptions& o, const TextCorpus& corpus,
-                                      const Tokenizer& tokenizer, std::string* missing) {
+                                      const std::string& source, const Tokenizer& tokenizer,
+                                      std::string* missing) {
     bool plain = o.special == "text", forbid = o.special == "forbid";
     std::vector<std::string> names;
     for (size_t begin = 0; !plain && begin <= o.special.size();) {
@@ -1386,12 +1388,15 @@ inline std::vector<int> encode_corpus(const TokenizerOptions& o, const TextCorpu
     if (forbid || o.special == "allow") names = {"all"};
     std::vector<int> specials, ids;
     if (!plain) specials = tokenizer.special_tokens(names);
-    size_t begin = 0;
+    size_t begin = 0, number = 0;
     for (size_t end : corpus.document_ends) {
         std::string_view text = std::string_view(corpus.text).substr(begin, end - begin);
         if (begin > 0 && tokenizer.end_of_text() >= 0) ids.push_back(tokenizer.end_of_text());
-        if (plain) tokenizer.encode(text, ids, missing, o.threads);
-        else tokenizer.encode_specials(text, specials, forbid, ids, missing);
+        number++;
+        at_place(source.empty() ? format("--in: document %zu", number) : source, [&] {
+            if (plain) tokenizer.encode(text, ids, missing, o.threads);
+            else tokenizer.encode_specials(text, specials, forbid, ids, missing);
+        });
         begin = end;
     }
     return ids;
@@ -1463,8 +1468,9 @@ inline int encode_command(const TokenizerOptions& o) {
     } else {
         corpus = read_text(o.documents, o.jsonl_field);
     }
-    std::string missing;
-    std::vector<int> ids = encode_corpus(o, corpus, tokenizer, &missing);
+    std::string missing, source = o.documents.empty() ? "standard input" : "";
+    if (one) source = o.documents[0];
+    std::vector<int> ids = encode_corpus(o, corpus, source, tokenizer, &missing);
     if (!missing.empty())
         fprintf(stderr, "note: characters that the vocabulary lacks are dropped: %s\n",
                 one_line(missing).c_str());
@@ -1507,18 +1513,29 @@ inline std::vector<int> parse_ids(const std::string& text, const std::string& pa
     }
 }
 
+// Fails on ids that the vocabulary lacks; `before`: how many come before them in `path`.
+inline void check_ids(const std::vector<int>& ids, const Tokenizer& tokenizer,
+                      const std::string& path, size_t before = 0) {
+    for (size_t i = 0; i < ids.size(); i++)
+        if (ids[i] < 0 || ids[i] >= tokenizer.vocab_size())
+            fail_input(
+                "%s: number %zu is %d, the vocabulary has ids 0 to %d; give the --tokenizer "
+                "that they are from",
+                path.empty() ? "standard input" : path.c_str(), before + i + 1, ids[i],
+                tokenizer.vocab_size() - 1);
+}
+
 // Decodes numbers from standard input as they come, so that what another program generates can be
 // read while it does; a character is written when its last byte is there. Ends early where nobody
 // reads, or the disk is full: run() says which.
 inline void decode_stream(const Tokenizer& tokenizer) {
     std::string word, held;
-    size_t at = 0;
-    bool first = true;
+    size_t at = 0, words = 0;
     auto take_word = [&] {
         if (word.empty()) return;
         std::vector<int> id = parse_ids(word, "", at - word.size());
-        held += tokenizer.decode_next(id.at(0), first);
-        first = false;
+        check_ids(id, tokenizer, "", words);
+        held += tokenizer.decode_next(id.at(0), words++ == 0);
         word.clear();
         size_t whole = held.size() - unfinished_bytes(held);
         fwrite(held.data(), 1, whole, stdout);
@@ -1554,6 +1571,7 @@ inline int decode_command(const TokenizerOptions& o) {
     } else {
         ids = parse_ids(read_input(o.in), o.in);
     }
+    check_ids(ids, tokenizer, o.in);
     std::string text = tokenizer.decode(ids);
     if (!o.out.empty()) write_file_atomic(o.out, text);
     else fwrite(text.data(), 1, text.size(), stdout);

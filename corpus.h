@@ -1194,6 +1194,11 @@ class ShardBuilder {
         std::string joined, cleaned;  // joined: the documents, one behind the other
         std::vector<size_t> ends, id_ends;
         bool copied = unit.json_lines || request_.clean;
+        auto encode = [&](std::string_view texts) {
+            std::string place = files_[unit.source];
+            if (unit.json_lines) place += format(": from line %zu on", unit.first_line);
+            at_place(place, [&] { tokenizer_.encode_each(texts, ends, result.ids, id_ends); });
+        };
         auto take = [&](std::string_view text) {
             Piece piece{0, 0, 0, unit.json_lines || unit.begins, unit.json_lines || unit.ends, {}};
             if (request_.clean) {
@@ -1209,11 +1214,11 @@ class ShardBuilder {
             ends.push_back((ends.empty() ? 0 : ends.back()) + text.size());
             result.pieces.push_back(piece);
             if (copied && !again) joined += text;
-            else if (!again) tokenizer_.encode_each(text, ends, result.ids, id_ends);
+            else if (!again) encode(text);
         };
         for_each_document(unit, files_[unit.source], request_.jsonl_field, take);
         if (again) return result;
-        if (copied) tokenizer_.encode_each(joined, ends, result.ids, id_ends);
+        if (copied) encode(joined);
         count_ids(id_ends, &result);
         return result;
     }

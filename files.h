@@ -120,6 +120,14 @@ inline std::string shell_quoted(const std::string& word) {
     throw Error(kExitMachine, text);
 }
 
+// Calls f, and says where it failed if it does, which f does not know.
+template <typename F>
+void at_place(const std::string& place, F f) {
+    try {
+        f();
+    } catch (const Error& error) { throw Error(error.exit_code, place + ": " + error.what()); }
+}
+
 // A system call on `path` failed with errno: what does not exist is bad input, a refusal is the
 // machine's.
 [[noreturn]] inline void fail_errno(const std::string& path, const char* action) {

@@ -175,13 +175,16 @@ inline ChoiceExample read_choice_line(std::string_view line, const std::string& 
     json endings = root.value("endings", json());
     if (!endings.is_array() || endings.size() != kChoices)
         fail_input("%s: \"endings\" must be an array of 4", place);
+    auto encode = [&](const std::string& text, std::vector<int>& ids) {
+        at_place(where, [&] { tokenizer.encode(text, ids, missing); });
+    };
     ChoiceExample example;
     example.label = label.get<int>();
-    tokenizer.encode(context, example.context, missing);
+    encode(context, example.context);
     if (example.context.empty()) fail_input("%s: the context has no tokens", place);
     for (size_t i = 0; i < kChoices; i++) {
         if (!endings[i].is_string()) fail_input("%s: ending %zu is no string", place, i);
-        tokenizer.encode(" " + endings[i].get<std::string>(), example.endings[i], missing);
+        encode(" " + endings[i].get<std::string>(), example.endings[i]);
         if (example.endings[i].empty()) fail_input("%s: ending %zu has no tokens", place, i);
     }
     return example;

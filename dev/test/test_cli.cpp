@@ -1262,7 +1262,12 @@ TEST_F(Cli, TokenizersAreTrainedAndIdsChecked) {
     EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, ids.out).out, "The cat");
     EXPECT_EQ(call({"tokenizer", "encode", "--tokenizer", "bytes"}, "").out, "\n");
     expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 x"), 2, "byte 4");
-    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "99999"), 2, "99999");
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok"}, "1 2 99999"), 2,
+                 "standard input: number 3 is 99999, the vocabulary has ids 0 to 279; give the "
+                 "--tokenizer");
+    write_npy(path("other.npy"), {5, -1}, {2});
+    expect_error(call({"tokenizer", "decode", "--tokenizer", "tok", "--in", "other.npy"}), 2,
+                 "other.npy: number 2 is -1, the vocabulary");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "chars"}, "x"), 2, "chars");
     expect_error(
         call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "256", "--out", "t"}), 2,
@@ -1331,10 +1336,15 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
         call({"tokenizer", "encode", "--tokenizer", "tok", "--stats", "--out", "ids.npy"}, text), 2,
         "--stats");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "forbid"}, text),
-                 2, "byte 10");
+                 2, "standard input: byte 10: the text holds");
     expect_error(call({"tokenizer", "encode", "--tokenizer", "tok", "--special", "<|x|>"}, text), 2,
                  "this tokenizer has <|endoftext|>");
     write("more.txt", "more");
+    std::vector<std::string> forbid = {"tokenizer", "encode", "--tokenizer", "tok",
+                                       "--special", "forbid", "--in",        "in.txt"};
+    expect_error(call(forbid), 2, "in.txt: byte 10: the text holds");
+    forbid.insert(forbid.end() - 1, "more.txt");
+    expect_error(call(forbid), 2, "--in: document 2: byte 10: the text holds");
     std::string two =
         call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt"}).out;
     EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, two).out,

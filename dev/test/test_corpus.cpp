@@ -531,6 +531,10 @@ TEST(ShardFolder, HoldsWordsWhole) {
     files.request.data = {corpus_put(files.folder + "/t.txt", text)};
     ASSERT_EQ(files.error("out"), "");
     EXPECT_EQ(corpus_ids(files.folder + "/out", 1), files.tokenizer.encode(text));
+    corpus_put(files.folder + "/t.txt", "well-known unknown");
+    expect_refused(files.error("lacks"), "/t.txt: byte 11: the vocabulary lacks the word");
+    files.request.data = {corpus_put(files.folder + "/t.jsonl", "\n{\"text\": \"unknown\"}\n")};
+    expect_refused(files.error("lacks2"), "/t.jsonl: from line 1 on: byte 0: the vocabulary lacks");
 }
 
 TEST(ShardFolder, StandsForItsPartsAmongPaths) {

@@ -225,6 +225,9 @@ TEST(HellaSwagLines, ThatAreNoExamplesAreRefusedByNumber) {
     expect_refused(error_of([] { read_choices(choice_file("\n \n", "hs.jsonl")); }),
                    "holds no examples");
     std::string path = choice_file(line, "hs.jsonl");
+    Tokenizer words = Tokenizer::words("A man sits", false);
+    expect_refused(error_of([&] { read_hellaswag(path, &words, 3); }),
+                   path + ": line 1: byte 10: the vocabulary lacks the word \".\"");
     expect_refused(error_of([&] { read_hellaswag(path, nullptr, 257); }), "--tokenizer");
     for (size_t size = 1; size < line.size(); size++)
         ASSERT_EQ(line_error(line.substr(0, size)).substr(0, 2), "2 ") << size;
