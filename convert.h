@@ -896,9 +896,7 @@ inline std::string describe_llmc_tokenizer(const MappedFile& file) {
     if (at != file.size())
         fail_input("%s: byte %zu: something follows the last of %d tokens", file.path().c_str(), at,
                    tokens);
-    return format(
-        "tokenizer of llm.c, version %d: %d tokens; it decodes only, use GPT-2's tokenizer.json",
-        version, tokens);
+    return format("tokenizer of llm.c, version %d: %d tokens", version, tokens);
 }
 
 // Reads all of it: every id, and the hash of a shard that has one in its header.

@@ -75,6 +75,16 @@ inline Character character_at(std::string_view text, size_t i) {
     return {kInvalidByte + int(first), 1};
 }
 
+// The first byte that is not part of UTF-8; npos if there is none.
+inline size_t first_invalid_byte(std::string_view text) {
+    for (size_t i = 0; i < text.size();) {
+        Character character = character_at(text, i);
+        if (character.symbol >= kInvalidByte) return i;
+        i += character.length;
+    }
+    return text.npos;
+}
+
 // ==== categories =================================================================================
 
 // What the split patterns tell apart, one bit each, so that a set of them is a mask. \p{L} is
@@ -965,12 +975,8 @@ inline void Tokenizer::add_word(std::string_view word) {
 
 inline Tokenizer Tokenizer::words(std::string_view text, bool unknown,
                                   std::span<const size_t> document_ends) {
-    for (size_t i = 0; i < text.size();) {
-        auto [symbol, length] = character_at(text, i);
-        if (symbol >= kInvalidByte)
-            fail_input("byte %zu: the text is not UTF-8, of which words are made; use a BPE", i);
-        i += length;
-    }
+    if (size_t i = first_invalid_byte(text); i != text.npos)
+        fail_input("byte %zu: the text is not UTF-8, of which words are made; use a BPE", i);
     std::set<std::string_view> distinct;
     size_t begin = 0;
     auto add_up_to = [&](size_t end) {

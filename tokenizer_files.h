@@ -707,7 +707,7 @@ inline void TokenizerReader::read_ranks(std::string_view text, std::optional<Pat
 }
 
 // llm.c's tokenizer.bin. Version 1 has no field for the end of text: it is 50256. Tokens beside it
-// that are spelt <|...|> and that two others do not make are special.
+// that are spelt <|...|> are special.
 inline void TokenizerReader::read_llmc(std::string_view text, std::optional<Pattern> pattern) {
     tokenizer.kind_ = Tokenizer::Kind::bpe;
     std::vector<uint32_t> header(kLlmcHeader);
@@ -744,10 +744,14 @@ inline void TokenizerReader::read_llmc(std::string_view text, std::optional<Patt
                                 "`tokenizer convert` and --pattern gpt2, cl100k or o200k",
                                 tokens));
     tokenizer.end_of_text_ = int(end_of_text);
+    std::unordered_set<std::string_view> seen;
     for (int id = 0; id < int(tokens); id++) {
         std::string_view bytes = tokenizer.token_bytes(id);
-        if (bytes.starts_with("<|") && bytes.ends_with("|>") && bytes.size() > 4)
-            tokenizer.specials_.push_back(id);
+        if (!seen.insert(bytes).second) refuse(format("token %d", id), "stands there twice");
+        if (!bytes.starts_with("<|") || !bytes.ends_with("|>") || bytes.size() <= 4) continue;
+        if (first_invalid_byte(bytes) != bytes.npos)
+            refuse(format("token %d", id), "is special by its <|...|>, and not UTF-8");
+        tokenizer.specials_.push_back(id);
     }
     tokenizer.index_bytes();
     check_bytes();

@@ -1630,6 +1630,17 @@ TEST(Tokenizer, DamagedLlmcFilesAreRefused) {
     std::string empty = whole;
     empty[1024] = 0;
     EXPECT_EQ(error_of_file(path, empty), after("byte 1024: token 0 has no bytes"));
+    auto with_token = [&](const std::string& bytes) {
+        std::string more = whole + char(bytes.size()) + bytes;
+        uint32_t tokens = 301;
+        memcpy(more.data() + 8, &tokens, 4);
+        return more;
+    };
+    std::string twice = after("token 300: stands there twice");
+    EXPECT_EQ(error_of_file(path, with_token("a")), twice);
+    EXPECT_EQ(error_of_file(path, with_token("<|endoftext|>")), twice);
+    EXPECT_EQ(error_of_file(path, with_token("<|\377|>")),
+              after("token 300: is special by its <|...|>, and not UTF-8"));
     if (!fs::exists(kGpt2Merges)) GTEST_SKIP() << kGpt2Merges << " is missing";
     Tokenizer gpt2 = Tokenizer::load(kGpt2Merges);
     gpt2.save_as(TokenizerFormat::llmc, path);
