@@ -616,15 +616,19 @@ inline bool may_compose(std::string_view text) {
 }
 
 // Appends text in Unicode's normal form C [Unicode Standard Annex 15]; bytes that are not UTF-8
-// stay as they are.
+// stay as they are. Of more than kMostMarks marks on one character, which no language writes, the
+// others are taken apart from it: the library sorts them in the square of their number.
 inline void append_composed(std::string_view text, std::string* out) {
+    constexpr int kMostMarks = 256;
     auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
     for (size_t begin = 0; begin < text.size();) {
         size_t end = begin;
         utf8proc_int32_t c;
-        for (utf8proc_ssize_t length; end < text.size(); end += size_t(length)) {
+        utf8proc_ssize_t length = 1;
+        for (int marks = 0; end < text.size() && marks < kMostMarks; end += size_t(length)) {
             length = utf8proc_iterate(bytes + end, utf8proc_ssize_t(text.size() - end), &c);
             if (length <= 0) break;
+            marks = utf8proc_get_property(c)->combining_class != 0 ? marks + 1 : 0;
         }
         utf8proc_uint8_t* made = nullptr;
         auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
@@ -633,7 +637,7 @@ inline void append_composed(std::string_view text, std::string* out) {
         if (size >= 0) out->append(reinterpret_cast<const char*>(made), size_t(size));
         else out->append(text.substr(begin, end - begin));
         free(made);
-        if (end < text.size()) *out += text[end++];
+        if (length <= 0) *out += text[end++];
         begin = end;
     }
 }

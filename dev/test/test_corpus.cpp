@@ -438,6 +438,18 @@ TEST(Clean, TakesControlCharactersAwayAndComposes) {
         EXPECT_EQ(corpus_clean(text), text);
 }
 
+TEST(Clean, SortsNoEndOfMarks) {
+    std::string marks, sorted;  // an acute above and a grave below, which goes first
+    for (int i = 0; i < 128; i++) marks += "\u0301\u0316";
+    for (int i = 0; i < 128; i++) sorted += "\u0316";
+    for (int i = 0; i < 128; i++) sorted += "\u0301";
+    EXPECT_EQ(corpus_clean("x" + marks + "e\u0301"), "x" + sorted + "\u00e9");
+    EXPECT_EQ(corpus_clean("x" + marks + marks + "\xff\xff"), "x" + sorted + sorted + "\xff\xff");
+    std::string line = "x";  // would not end in a minute if it were quadratic
+    for (int i = 0; i < 2000; i++) line += marks;
+    EXPECT_EQ(corpus_clean(line).size(), line.size());
+}
+
 // Whether a character needs work at all is asked of a table; without asking, the result is the
 // same.
 TEST(Clean, KnowsWhichTextIsComposedAlready) {
