@@ -852,6 +852,15 @@ inline std::vector<std::string> Tokenizer::save_as(TokenizerFormat format_to,
                 "%s: this format knows special tokens by <|...|>, and %d is %s; write "
                 "tokenizer.json (--format json)",
                 path.c_str(), id, std::string(token_bytes(id)).c_str());
+    std::unordered_set<int> made;
+    for (const Merge& merge : merges_) made.insert(merge.result);
+    for (int id = 0; id < vocab_size(); id++)
+        if (token_bytes(id).size() > 1 && !is_special(id) && !made.contains(id))
+            fail_input(
+                "%s: this format has no tokens but bytes, those of merges and <|...|>, and no "
+                "merge "
+                "makes %d; write tokenizer.json (--format json)",
+                path.c_str(), id);
     bool openai = format_to == TokenizerFormat::openai;
     make_folder(path);
     write_file_atomic(path + (openai ? "/vocab.bpe" : "/merges.txt"), merges_text());

@@ -1722,6 +1722,11 @@ TEST(Tokenizer, WhatAFormatCannotHoldIsNotWritten) {
     EXPECT_EQ(error(load(), TokenizerFormat::llmc), "needs an <|endoftext|>");
     EXPECT_EQ(error(load(), TokenizerFormat::merges),
               "knows special tokens by <|...|>, and 258 is [END]");
+    file = small_json();  // a token that is never used
+    file["model"]["vocab"]["yh"] = 259;
+    for (size_t pair : {1, 2})
+        EXPECT_EQ(error(load(), kFormats[pair].format),
+                  "has no tokens but bytes, those of merges and <|...|>, and no merge makes 259");
     file = small_json();  // a special token among the others
     file["added_tokens"][0]["id"] = 256;
     file["model"]["vocab"]["he"] = 258;
