@@ -10,7 +10,7 @@
 # nothing. What to set where NCCL is slow or ranks do not meet: see common.sh here.
 set -eu
 script=mpirun.sh
-scripts=$(cd "$(dirname "$0")/.." && pwd)
+scripts=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/multi_node/common.sh
 . "$(dirname "$0")/common.sh"
 if [ $# -lt 2 ]; then fail "usage: mpirun.sh [--dry-run] HOST:GPUS,... SIZE [OPTION...]"; fi

@@ -15,7 +15,7 @@
 # program resumes by itself when the same commands are given once more.
 set -eu
 script=torchrun.sh
-scripts=$(cd "$(dirname "$0")/.." && pwd)
+scripts=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/multi_node/common.sh
 . "$(dirname "$0")/common.sh"
 if [ $# -lt 4 ]; then fail "usage: torchrun.sh [--dry-run] NODES NODE MASTER SIZE [OPTION...]"; fi
