@@ -370,14 +370,16 @@ struct RunRanksOptions {
     double grace_s = 3;   // from then to SIGKILL
 };
 
-// Whether this process is to start the ranks of --gpus N itself; fail_input where a launcher has
-// already done so with another number.
+// Whether this process is to start the ranks of --gpus N itself: also where it is all that a
+// launcher started, such as the shell of `srun --pty`. fail_input where one has already started
+// several, and another number of them here.
 inline bool must_start_ranks(const Ranks& r, int gpus) {
-    if (gpus <= 1 && r.source.empty()) return false;
-    if (r.source.empty()) return true;
+    if (r.source.empty() || r.world == 1) return gpus > 1;
     if (gpus > 0 && r.local_world != gpus)
-        fail_input("--gpus %d: %s started %d processes here already: leave --gpus out", gpus,
-                   r.source.c_str(), r.local_world);
+        fail_input(
+            "--gpus %d: %s started %d processes here already: it must start one for each GPU; "
+            "leave --gpus out",
+            gpus, r.source.c_str(), r.local_world);
     return false;
 }
 

@@ -16,6 +16,7 @@ fail() {
 . "$(dirname "$0")/words.sh"
 
 # Whether a launcher started this process, once for each GPU; sets $world to how many it started.
+# What is the only one, such as the shell of `srun --pty`, starts the others where GPUS asks for it.
 # (A batch script of Slurm's that is no step has most of its variables too.)
 launched() {
     world=${GPT2_WORLD:-}
@@ -25,7 +26,9 @@ launched() {
     '' | -* | 42949672??) ;;
     *) world=${world:-${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-}}} ;;
     esac
-    [ -n "$world" ]
+    case $world-${gpus:-1} in
+    -* | 1-[2-9]* | 1-1?*) false ;;
+    esac
 }
 
 # The program that TRAIN_GPT2 names or, without it, the first of these that is here.

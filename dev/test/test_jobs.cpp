@@ -618,6 +618,19 @@ TEST_F(Jobs, ARankThatDoesNotComeIsNamed) {
     EXPECT_FALSE(fs::exists(path("run/log.jsonl")));
 }
 
+
+// The shell that `srun --pty` opens is the one process of a step.
+TEST_F(Jobs, TheOnlyProcessOfALauncherStartsRanks) {
+    Surroundings surroundings(Variables{{"SLURM_JOB_ID", "41"},
+                                        {"SLURM_STEP_ID", "0"},
+                                        {"SLURM_PROCID", "0"},
+                                        {"SLURM_STEP_NUM_TASKS", "1"},
+                                        {"SLURM_LOCALID", "0"}});
+    Outcome outcome = call(gpus(2, "run", 2));
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_NE(outcome.out.find("2 ranks x "), std::string::npos) << outcome.out;
+}
+
 // ---- two machines ----
 
 // Two network namespaces with a wire between them, each a machine as far as the program's own link

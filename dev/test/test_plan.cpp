@@ -476,6 +476,11 @@ TEST_F(PlanScripts, ARecipeRunsOnceForEachRankOfALauncher) {
     Outcome batch =
         script("run_gpt2_124M.sh", data + "SLURM_STEP_ID=4294967291 SLURM_NTASKS=16 GPUS=4");
     expect_has(batch.out, " --gpus 4");
+    // Nor does the shell of `srun --pty` stand for GPUs that it is asked to use.
+    const std::string shell = data + "SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1 ";
+    expect_has(script("run_gpt2_124M.sh", shell + "GPUS=16").out, " --gpus 16");
+    expect_has(script("run_gpt2_124M.sh --gpus 16", shell).out, "--batch-size 32 ");
+    expect_lacks(script("run_gpt2_124M.sh", shell).out, "--gpus");
 }
 
 TEST_F(PlanScripts, SeveralNodesAreStartedByEachLauncher) {

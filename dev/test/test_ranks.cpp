@@ -545,6 +545,8 @@ TEST(Gpus, RefusesWhatCannotBe) {
     EXPECT_TRUE(must_start_ranks({}, 2));
     EXPECT_FALSE(must_start_ranks(rank_of(0, 4), 4)) << "the copies see the option as well";
     EXPECT_FALSE(must_start_ranks(rank_of(0, 4), 0));
+    for (int gpus : {0, 1, 2})  // all of a launcher's, such as the shell of `srun --pty`
+        EXPECT_EQ(must_start_ranks(rank_of(0, 1), gpus), gpus == 2);
     expect_refused(error_of([&] { must_start_ranks(rank_of(0, 4), 2); }),
                    "--gpus 2: the test started 4 processes here already");
 }
