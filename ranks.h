@@ -49,6 +49,7 @@ struct Ranks {
     int rank = 0, world = 1, local_rank = 0, local_world = 1;  // local: among those of this node
     std::string source;  // who started the processes; empty: nobody did, and this is the only one
     std::string job;     // the same on every rank and, as far as can be known, in no other job
+    std::string parent = {};  // tells jobs of one node apart as well, where no place to meet does
 };
 
 // How variables are looked up: getenv, but in tests.
@@ -173,20 +174,17 @@ inline Ranks read_slurm_ranks(const Environment& environment) {
 // apart by where the ranks meet.
 inline std::string job_name(const Ranks& r, const Environment& environment) {
     auto of = [&](const char* name) { return variable(environment, name); };
-    std::string slurm = of("SLURM_JOB_ID");
-    // All processes of a node have one parent, unless each was wrapped in a script of its own.
-    std::string parent = r.local_world == r.world ? format("parent %d", int(getppid())) : "";
     if (r.source == "--gpus") return of("GPT2_JOB");
     if (r.source == "torchrun")
         return of("TORCHELASTIC_RUN_ID") + " " + of("TORCHELASTIC_RESTART_COUNT") + " " +
                of("MASTER_ADDR") + " " + of("MASTER_PORT");
     if (r.source == "Slurm")
-        return slurm + "." + of("SLURM_STEP_ID") + " " + of("SLURM_RESTART_COUNT");
+        return of("SLURM_JOB_ID") + "." + of("SLURM_STEP_ID") + " " + of("SLURM_RESTART_COUNT");
     if (r.source == "OpenMPI")
         for (const char* name :
              {"PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid"})
             if (!of(name).empty()) return of(name);
-    return slurm.empty() && parent.empty() ? "" : slurm + " " + parent;
+    return of("SLURM_JOB_ID");
 }
 
 // A batch script may export WORLD_SIZE and RANK for torchrun's sake while another launcher counts.
@@ -227,6 +225,9 @@ inline Ranks find_ranks(const Environment& environment = own_environment) {
         return r;
     }
     r.job = job_name(r, environment);
+    // All processes of a node have one parent, unless each was wrapped in a script of its own.
+    if (r.local_world == r.world && r.job == variable(environment, "SLURM_JOB_ID"))
+        r.parent = format(" parent %d", int(getppid()));
     return r;
 }
 
@@ -304,7 +305,7 @@ inline Meeting choose_default_meeting(const Ranks& r, const Environment& environ
             meeting.ports = {parse_port(port)};
     } else if (meeting.one_node) {
         meeting.host = "127.0.0.1";
-        meeting.said = "one node, a port by the job's name";
+        meeting.said = "one node, a port by the job's name; --rendezvous host:port says another";
     } else if (r.source == "Slurm") {
         std::string list = variable(environment, "SLURM_STEP_NODELIST");
         if (list.empty()) list = variable(environment, "SLURM_JOB_NODELIST");
@@ -337,8 +338,11 @@ inline Meeting choose_meeting(const Ranks& r, const std::string& option,
                               const Environment& environment = own_environment) {
     Meeting meeting;
     meeting.one_node = r.local_world == r.world;
-    std::string name = format("%s\n%d\n%s", r.job.empty() ? option.c_str() : r.job.c_str(), r.world,
-                              r.source.c_str());
+    // A port that was named is of one job; a folder, and a port by the job's name, may be of many.
+    bool own_place = !option.empty() && option.rfind("file:", 0) != 0;
+    std::string job = own_place ? r.job : r.job + r.parent;
+    std::string name =
+        format("%s\n%d\n%s", job.empty() ? option.c_str() : job.c_str(), r.world, r.source.c_str());
     meeting.token = hash_bytes(name.data(), name.size());
     if (r.world == 1) return meeting;
     if (option.empty()) return choose_default_meeting(r, environment, meeting);

@@ -357,6 +357,15 @@ TEST(Rendezvous, HasADefaultWhereTheLauncherSaysEnough) {
     EXPECT_EQ(meet(kOwn).host, "127.0.0.1");
     for (int port : meet(kOwn).ports) EXPECT_TRUE(port >= 20000 && port < 32768) << port;
 
+    // Where a launcher says no name of the job, ranks of one parent are of one job, unless a place
+    // is named that no other has: each may have been wrapped in a script of its own.
+    Ranks bare = find_ranks(environment_of(with(kHydra, {{"MPI_LOCALNRANKS", "8"}})));
+    Ranks wrapped = bare;
+    wrapped.parent += "1";
+    for (auto [option, apart] : {std::pair("", true), {"file:/x/", true}, {"a:5", false}})
+        EXPECT_EQ(choose_meeting(bare, option).token != choose_meeting(wrapped, option).token,
+                  apart)
+            << option;
     auto error = [&](const Variables& variables) { return error_of([&] { meet(variables); }); };
     expect_refused(error(kOpenMpi), "OpenMPI started 8 processes on several nodes");
     expect_refused(error(kHydra), "give --rendezvous host:port");
