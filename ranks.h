@@ -1910,7 +1910,7 @@ class RankLink {
         if (longest <= options_.timeout_s || last == size_) return;
         fail_of(last,
                 format("hangs: its work has not gone on for %.3g s (it is at %llu, the "
-                       "furthest rank at %llu)",
+                       "furthest rank at %llu); a larger --timeout waits for longer",
                        options_.timeout_s, (unsigned long long)least, (unsigned long long)most));
     }
 

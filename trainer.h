@@ -2920,6 +2920,7 @@ inline LaunchedStep Training::launch() {
     pass.loss_scale = 1 / std::max(count, 1.0);
     gpt2_zero_gradients(model_.get());
     for (int m = 0; m < micro_batches_; m++) {
+        link_.at_work();  // a step of many batches may take longer than a rank may hang
         pass.completes = m == micro_batches_ - 1;
         pass.first_sequence = uint64_t(m * world_ + rank_) * uint64_t(o_.batch_size);
         gpt2_forward(model_.get(), &inputs_[size_t(m) * batch], &targets_[size_t(m) * batch],

@@ -848,6 +848,14 @@ TEST_F(Jobs, ASignalToAnyRankSavesAndStopsAll) {
     }
 }
 
+
+// Each of its batches is work that goes on.
+TEST_F(Jobs, AStepMayTakeLongerThanARankMayHang) {
+    std::vector<std::string> words = gpus(2, "run", 1, {"--timeout", "2"});
+    words[12] = std::to_string(128 * 192);
+    Outcome end = call(words);
+    EXPECT_EQ(end.code, 0) << end.err;
+}
 // What NCCL says is what is said, and a rank that goes no further is named.
 TEST_F(Jobs, ARankThatHangsOrFailsEndsTheJob) {
     const std::vector<std::pair<std::string, std::string>> faults = {

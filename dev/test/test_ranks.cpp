@@ -796,7 +796,8 @@ TEST(RankLink, NamesTheRankThatHangsNotThoseThatWaitForIt) {
             EXPECT_NE(
                 outcome.said.find(format("train_gpt2cu: error: rank %d of 3 on host%c hangs: "
                                          "its work has not gone on for 0.8 s (it is at 4, the "
-                                         "furthest rank at 5)\n",
+                                         "furthest rank at 5); a larger --timeout waits for "
+                                         "longer\n",
                                          hanging, 'a' + hanging / 2)),
                 std::string::npos)
                 << all_that_was_said(outcomes);
