@@ -771,27 +771,33 @@ constexpr const char* kOutOfMemory = "out of memory; a smaller model or batch ne
 
 inline int print_error(const char* message, int code);
 
-// How this rank meets the others and watches them. What ends the job is said by rank 0, or by all
-// where that is lost; a rank that waits for the GPU meanwhile is ended from outside.
-inline LinkOptions link_options(const RankOptions& o, int rank) {
+// Whether a rank says what ended the job: rank 0 does and, of what that cannot tell because it is
+// lost itself, the rank behind it and the first of every machine.
+inline bool says_failure(const Ranks& ranks, bool told) {
+    return ranks.rank == 0 || (!told && (ranks.rank == 1 || ranks.local_rank == 0));
+}
+
+// How this rank meets the others and watches them. A rank that waits for the GPU when the job fails
+// is ended from outside.
+inline LinkOptions link_options(const RankOptions& o, const Ranks& ranks) {
     LinkOptions options;
     options.limit_s = options.timeout_s = o.timeout_s;
     options.program = gpt2_program();
-    options.on_failure = [rank](const RankFailure& failure) {
-        if (rank == 0 || failure.text.starts_with("rank 0 "))
+    options.on_failure = [ranks](const RankFailure& failure) {
+        if (says_failure(ranks, failure.told))
             print_error(failure.text.c_str(), int(failure.exit_code));
         _exit(int(failure.exit_code));
     };
     return options;
 }
 
-// What `command` returns or, where it fails on any rank, the first failure: thrown by rank 0, and
-// on the others the exit code.
+// What `command` returns or, where it fails on any rank, the first failure: thrown by who says it,
+// and on the others the exit code.
 inline int end_as_all(RankLink& link, const std::function<int(RankLink&)>& command) {
     const Ranks& ranks = link.ranks();
     auto fail = [&](int exit_code, const char* text) {
         Error first = link.report_failure(exit_code, text);
-        if (ranks.rank == 0) throw first;
+        if (says_failure(ranks, link.was_told())) throw first;
         return first.exit_code;
     };
     try {
@@ -814,10 +820,13 @@ inline int run_as_rank(const RankOptions& o, const Ranks& ranks,
                        const std::function<int(RankLink&)>& command) {
     if (std::string why = gpt2_alone(); ranks.world > 1 && !why.empty())
         fail_input("%d ranks, by %s: %s", ranks.world, ranks.source.c_str(), why.c_str());
-    RankLink link(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks.rank));
+    std::optional<RankLink> link;
+    try {
+        link.emplace(ranks, choose_meeting(ranks, o.rendezvous), link_options(o, ranks));
+    } catch (const ToldError& error) { return error.exit_code; }
     // Other launchers can show a rank its own card alone, as srun --gpus-per-task=1 does.
     bool sees_all = ranks.source == kOwnVariables.source;
-    return end_as_all(link, [&](RankLink& own) {
+    return end_as_all(*link, [&](RankLink& own) {
         if (ranks.world > 1) gpt2_select_device(ranks.local_rank, sees_all);
         return command(own);
     });

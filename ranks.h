@@ -691,6 +691,7 @@ struct RankPulse {  // the process lives; how long its work has not gone on
 struct RankFailure {  // what ends the job
     uint64_t exit_code = kExitMachine;
     std::string text;
+    bool told = false;  // by rank 0, which also says it to people; not a field
     template <typename Io>
     void fields(Io& io) {
         io.field(exit_code, 255), io.field(text, kLongestText);
@@ -1025,6 +1026,11 @@ inline std::string failure_text(const std::string& text) {
         if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
     return line;
 }
+
+// An error that rank 0 has told this rank, and says to people itself.
+struct ToldError : Error {
+    using Error::Error;
+};
 
 // What rank 0 answers to a greeting, which shows that it has the token as well.
 inline uint64_t proof_of(uint64_t token) { return hash_bytes(&token, sizeof token, kRankMagic); }
@@ -1443,7 +1449,7 @@ class Joining {
                          r_.world, limit_s + 5, meeting_.said.c_str());
         if (message->kind == RankMessage::fail) {
             auto failure = read_body<RankFailure>(message->body);
-            throw Error(int(failure.exit_code), failure_text(failure.text));
+            throw ToldError(int(failure.exit_code), failure_text(failure.text));
         }
         Met met;
         if (message->kind == RankMessage::roster)
@@ -1577,6 +1583,11 @@ class RankLink {
     bool has_failed() {
         std::lock_guard<std::mutex> lock(mutex_);
         return failure_.has_value();
+    }
+    // Whether rank 0 has told this rank of the failure, and says it to people itself.
+    bool was_told() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return failure_ && failure_->told;
     }
     // What follows may take long, and nobody is to take this rank for hung.
     void rest() {
@@ -1839,7 +1850,9 @@ class RankLink {
             auto pulse = read_body<RankPulse>(message.body);
             peer.idle_s = double(pulse.idle_ms) / 1000, peer.progress = pulse.progress;
         } else if (message.kind == RankMessage::fail) {
-            fail(read_body<RankFailure>(message.body));
+            auto failure = read_body<RankFailure>(message.body);
+            failure.told = this->rank() > 0;
+            fail(failure);
         } else if (message.kind == RankMessage::part && this->rank() == 0) {
             if (!failure_) take_part(rank, read_body<RankPart>(message.body));
         } else if (message.kind == RankMessage::whole && this->rank() != 0) {

@@ -615,9 +615,37 @@ TEST_F(Jobs, ARankThatDoesNotComeIsNamed) {
         0, job(2, path("run"), 3, {"--timeout", "1", "--rendezvous", "file:" + path("meet")}),
         own_variables(0, 2));
     expect_error(end_of(alone), 1, "rank 1");
+    std::vector<Rank> two;
+    for (int rank : {0, 1})
+        two.push_back(start_rank(
+            rank,
+            job(3, path("run"), 3, {"--timeout", "1", "--rendezvous", "file:" + path("meet")}),
+            own_variables(rank, 3)));
+    expect_error(end_of(two[0]), 1, "rank 2");
+    Outcome second = end_of(two[1]);
+    EXPECT_EQ(second.code, 1);
+    EXPECT_EQ(second.err, "") << "said twice";
     EXPECT_FALSE(fs::exists(path("run/log.jsonl")));
 }
 
+// What rank 0 does not live to say is said once on its machine, wherever the others are then.
+TEST_F(Jobs, TheEndOfRankZeroIsSaidOnce) {
+    std::vector<Rank> ranks;
+    for (int rank : {0, 1, 2})
+        ranks.push_back(start_rank(rank,
+                                   job(3, path("run"), 1000000,
+                                       {"--timeout", "20", "--rendezvous", "file:" + path("meet")}),
+                                   own_variables(rank, 3)));
+    wait_for_step("run", 3);
+    ::kill(ranks[0].process, SIGKILL);
+    EXPECT_EQ(end_of(ranks[0]).code, 137);
+    for (int rank : {1, 2}) {
+        Outcome end = end_of(ranks[size_t(rank)]);
+        EXPECT_EQ(end.code, 1) << end.err;
+        bool said = end.err.find("error: rank 0 of 3 on ") != std::string::npos;
+        EXPECT_EQ(said, rank == 1) << "rank " << rank << ": " << end.err;
+    }
+}
 
 // The shell that `srun --pty` opens is the one process of a step.
 TEST_F(Jobs, TheOnlyProcessOfALauncherStartsRanks) {
