@@ -1061,7 +1061,9 @@ inline volatile std::sig_atomic_t& stop_signal() {
 // the process goes to the main thread, whose stack this is.
 class StopOnSignal {
   public:
-    StopOnSignal() : stack_(kStackBytes) {
+    // `says`: whether this process says what a second signal does; of a job's, one is enough.
+    explicit StopOnSignal(bool says = true) : stack_(kStackBytes) {
+        StopOnSignal::says() = says;
         stack_t stack = {};
         stack.ss_sp = stack_.data(), stack.ss_size = stack_.size();
         sigaltstack(&stack, &outer_stack_);
@@ -1084,6 +1086,11 @@ class StopOnSignal {
     }
 
   private:
+    static bool& says() {
+        static bool value = true;
+        return value;
+    }
+
     // Only what POSIX allows in a handler.
     static void note(int signal) {
         constexpr time_t kTogether_s = 1;
@@ -1101,7 +1108,7 @@ class StopOnSignal {
                                ": warning: a second signal ends the program: steps after the last "
                                "checkpoint are not saved, the checkpoints stay\n"};
         for (const char* word : words)
-            if (write(STDERR_FILENO, word, strlen(word)) < 0) break;
+            if (says() && write(STDERR_FILENO, word, strlen(word)) < 0) break;
         _exit(128 + signal);
     }
 
@@ -2315,7 +2322,7 @@ class Training {
     // only where something must see the result of a step does the loop wait for it.
     int run() {
         report();
-        StopOnSignal signals;
+        StopOnSignal signals(leads());
         write_record(start_record());
         std::optional<LaunchedStep> before;
         agree();

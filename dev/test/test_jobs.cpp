@@ -876,6 +876,24 @@ TEST_F(Jobs, ASignalToAnyRankSavesAndStopsAll) {
     }
 }
 
+// A second signal, while one rank cannot follow the first.
+TEST_F(Jobs, WhatASecondSignalDoesIsSaidOnce) {
+    Call job{folder_, gpus(3, "run", 1000000, {"--timeout", "20"})};
+    pid_t parent = job.start();
+    wait_for_step("run", 3);
+    std::vector<pid_t> ranks = ranks_of(parent);
+    ASSERT_EQ(ranks.size(), 3u);
+    ::kill(ranks[1], SIGSTOP);
+    ::kill(parent, SIGTERM);
+    usleep(1200000);
+    ::kill(parent, SIGTERM);
+    usleep(100000);
+    ::kill(ranks[1], SIGCONT);
+    std::string err = job.finish(parent).err, line = "a second signal ends the program";
+    size_t first = err.find(line);
+    ASSERT_NE(first, std::string::npos) << err;
+    EXPECT_EQ(err.find(line, first + 1), std::string::npos) << err;
+}
 
 // Each of its batches is work that goes on.
 TEST_F(Jobs, AStepMayTakeLongerThanARankMayHang) {
