@@ -1378,7 +1378,7 @@ inline void serve_part(const std::string& out, const Checkpoint& checkpoint) {
             note["error"] = error.what();
         } catch (const std::bad_alloc&) { note["error"] = "out of memory"; }
         try {
-            write_file_atomic(note_file(folder, saving.rank), note.dump());
+            write_file_atomic(note_file(folder, saving.rank), json_text(note, -1));
             served = attempt;
         } catch (const Error&) {}  // rank 0 gave the attempt up, or will
     }

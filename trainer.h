@@ -2861,7 +2861,7 @@ inline bool Training::agree(bool wish) {
     } catch (const Error& error) {
         mine["error"] = error.what(), mine["exit_code"] = error.exit_code;
     }
-    std::vector<std::string> all = link_.gather("step", mine.dump(), kPatience_s);
+    std::vector<std::string> all = link_.gather("step", json_text(mine, -1), kPatience_s);
     ordered_json agreed;
     if (leads()) {
         double save_s = saver_ ? saver_->last_save_s() : 0;
@@ -2875,7 +2875,7 @@ inline bool Training::agree(bool wish) {
             agreed["error"] = theirs["error"], agreed["exit_code"] = theirs["exit_code"];
         }
     }
-    json common = parse_json(link_.broadcast("step", agreed.dump(), kPatience_s), "rank 0");
+    json common = parse_json(link_.broadcast("step", json_text(agreed, -1), kPatience_s), "rank 0");
     agreed_ = {common.value("elapsed_s", 0.0), common.value("step_s", 0.0),
                common.value("window_s", 0.0), common.value("save_s", 0.0)};
     agreed_signal_ = common.value("signal", 0);

@@ -902,6 +902,27 @@ TEST_F(Jobs, AStepMayTakeLongerThanARankMayHang) {
     Outcome end = call(words);
     EXPECT_EQ(end.code, 0) << end.err;
 }
+
+// The error of one rank's data is all ranks', also where the name of a file is no UTF-8: the step
+// before is saved.
+TEST_F(Jobs, DataThatAreLostUnderAnyNameEndARunThatIsSaved) {
+    make_folder(path("d\351a"));
+    call({"tokenizer", "train", "--data", "text.txt", "--vocab-size", "260", "--out", "tok"});
+    call(
+        {"tokenizer", "encode", "--tokenizer", "tok", "--in", "text.txt", "--out", "d\351a/s.bin"});
+    std::vector<std::string> words = gpus(2, "run", 1000000, {"--tokenizer", "tok"});
+    words[2] = "d\351a/s.bin";
+    Call job{folder_, words};
+    pid_t parent = job.start();
+    wait_for_step("run", 3);
+    fs::resize_file(path("d\351a/s.bin"), 3000);
+    Outcome end = job.finish(parent);
+    EXPECT_EQ(end.code, 1) << end.err;
+    EXPECT_NE(end.err.find("while the program reads it"), std::string::npos) << end.err;
+    EXPECT_EQ(verify_checkpoint(path("run/last"))["step"],
+              losses_by_step(path("run")).rbegin()->first);
+}
+
 // What NCCL says is what is said, and a rank that goes no further is named.
 TEST_F(Jobs, ARankThatHangsOrFailsEndsTheJob) {
     const std::vector<std::pair<std::string, std::string>> faults = {
