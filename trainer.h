@@ -2757,6 +2757,10 @@ inline void Training::compare_ranks() {
     list.push_back(
         {"samples, saves and times of ranks",
          format("every %zu, %zu and %zu steps", o_.sample_every, o_.save_every, o_.log_every)});
+    list.push_back(
+        {"what ends or turns the run early",
+         format("--early-stop %zu, --max-bad-steps %zu, --spike-threshold %g, --on-spike %s",
+                o_.early_stop, o_.max_bad_steps, o_.spike_threshold, o_.on_spike.c_str())});
     link_.all_equal("the options", std::move(list), kPatience_s);
 }
 

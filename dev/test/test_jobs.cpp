@@ -590,7 +590,8 @@ TEST_F(Jobs, RanksThatDifferAreRefused) {
         {{"--learning-rate", "0.5"}, "learning rate differs"},
         {{"--layers", "3"}, "differs"},
         {{"--tokenizer", "chars"}, "differs"},
-        {{"--steps", "9"}, "steps differs"}};
+        {{"--steps", "9"}, "steps differs"},
+        {{"--early-stop", "9"}, "what ends or turns the run early differs"}};
     for (const auto& [words, expected] : differences) {
         std::vector<Rank> ranks;
         for (int rank : {0, 1}) {
