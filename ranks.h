@@ -1782,10 +1782,12 @@ class RankLink {
             poll_peers(lock);
             for (size_t i = 0; i < peers_.size(); i++) hear(i);
             if (reported_ && !failure_) report();
-            double now = steady_s();
+            double now = steady_s(), passed_s = now - looked_s;
+            bool stopped = passed_s >= 3 * pulse_s();
+            if (stopped) pass_over(passed_s, now);
             if (now - pulsed_s >= pulse_s()) send_pulses(now), pulsed_s = now;
             // After a stop of this very process, what the others sent meanwhile is read first.
-            if (now - looked_s < 3 * pulse_s() && !failure_ && !finished_) judge(now);
+            if (!stopped && !failure_ && !finished_) judge(now);
             looked_s = now;
             if (failure_ && !told && !stop_ && now >= failed_s_ + options_.grace_s) {
                 told = true;
@@ -1880,6 +1882,14 @@ class RankLink {
             // Where the last ones wait to be sent, another tells nothing.
             if (peer.connection.open() && !peer.connection.sending())
                 peer.connection.send(RankMessage::pulse, pulse);
+    }
+
+    // This process was stopped and goes on. Where that was done to the whole job, as by a scheduler
+    // that suspends it, nobody is to be blamed for that time, nor for going on a little later.
+    void pass_over(double seconds, double now) {
+        auto later = [&](double* since_s) { *since_s = std::min(now, *since_s + seconds); };
+        for (RankPeer& peer : peers_) later(&peer.heard_s);
+        later(&worked_s_), later(&begun_s_);
     }
 
     // Has everybody been heard of, does everybody work, has everybody come?

@@ -864,6 +864,36 @@ TEST(RankLink, NoticesAProcessThatIsStopped) {
     }
 }
 
+// As a scheduler suspends a job: for longer than a rank may be silent or hang, and not all
+// processes go on at the same moment.
+TEST(RankLink, AJobThatIsSuspendedGoesOn) {
+    LinkOptions options = quick();
+    options.timeout_s = 1.5;
+    Meeting meeting = meeting_at(free_port());
+    std::string folder = test_folder();
+    std::vector<Child> children;
+    for (int rank : {0, 1, 2})
+        children.push_back(
+            start_rank(rank, 3, meeting, options, [&](RankLink& link, const Say& say) {
+                link.barrier("begin");
+                link.alive(1);
+                std::ofstream(folder + "/" + std::to_string(link.ranks().rank));
+                while (!fs::exists(folder + "/go")) sleep_s(0.02);  // in a step
+                link.alive(2);
+                link.barrier("end");
+                link.finish();
+                say("done");
+            }));
+    auto ready = [&](int rank) { return fs::exists(folder + "/" + std::to_string(rank)); };
+    for (int i = 0; i < 500 && !(ready(0) && ready(1) && ready(2)); i++) sleep_s(0.01);
+    for (const Child& child : children) kill(child.pid, SIGSTOP);
+    sleep_s(2.5);
+    for (const Child& child : children) kill(child.pid, SIGCONT), sleep_s(0.2);
+    sleep_s(0.4);
+    std::ofstream(folder + "/go");
+    expect_all(end_all(std::move(children)), 0, "done");
+}
+
 TEST(RankLink, NamesWhoDoesNotComeToAnOperation) {
     auto outcomes = run_job(3, meeting_at(free_port()), quick(), [](RankLink& link, const Say&) {
         if (link.ranks().rank == 2) sleep_s(15);
