@@ -485,10 +485,11 @@ TEST_F(PlanScripts, ARecipeRunsOnceForEachRankOfALauncher) {
 
 TEST_F(PlanScripts, SeveralNodesAreStartedByEachLauncher) {
     Outcome mpi = script("multi_node/mpirun.sh --dry-run node1:8,node2:8 124M --save-every 9",
-                         "NCCL_SOCKET_IFNAME=eth0");
+                         "NCCL_SOCKET_IFNAME=eth0 LD_LIBRARY_PATH=/opt/nccl/lib");
     ASSERT_EQ(mpi.code, 0) << mpi.err;
     expect_has(mpi.out, "mpirun -np 16 --host node1:8,node2:8 ");
     expect_has(mpi.out, "-x NCCL_SOCKET_IFNAME ");
+    expect_has(mpi.out, "-x LD_LIBRARY_PATH ");
     expect_has(mpi.out, "run_gpt2_124M.sh --rendezvous node1:29500 --save-every 9\n");
     Outcome torch =
         script("multi_node/torchrun.sh --dry-run 4 3 node1 774M --out 'my run'", "GPUS=4");

@@ -32,9 +32,11 @@ whole PORT "$port" 1
 if [ "$dry_run" = no ] && ! command -v mpirun >/dev/null; then fail "mpirun is not installed"; fi
 
 # By slot, so that the ranks of a machine follow each other; unbound, because a rank has threads of
-# its own. mpirun passes no variables on but those that -x names.
+# its own. mpirun passes no variables on but those that -x names; by LD_LIBRARY_PATH many clusters
+# say where CUDA and NCCL are.
 set -- "$recipe" --rendezvous "$first:$port" "$@"
-for name in $(nccl_variables) ${DATA:+DATA} ${OUT:+OUT} ${TRAIN_GPT2:+TRAIN_GPT2}; do
+for name in $(nccl_variables) ${DATA:+DATA} ${OUT:+OUT} ${TRAIN_GPT2:+TRAIN_GPT2} \
+    ${LD_LIBRARY_PATH:+LD_LIBRARY_PATH}; do
     set -- -x "$name" "$@"
 done
 run mpirun -np "$ranks" --host "$hosts" --map-by slot --bind-to none "$@"
