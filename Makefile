@@ -425,35 +425,42 @@ help:
 	@echo "make format     applies .clang-format"
 	@echo "make clean      removes what was built"
 
-# The project's own text: every text file of the tree that no program made, without fixtures, found
-# without git, which a release archive has none of. grep -I passes over binary and empty files.
+# The project's own text: every text file of the tree that no program made, without fixtures and
+# virtual environments, found without git, which a release archive has none of. grep -I passes over
+# binary and empty files. (A command and not its output: what lies beside the sources may have any
+# name, and be more than a command line holds.)
 HIDDEN_TEXT := .ci/run .clang-format .gitignore
-VISIBLE_TEXT = $(shell find * \( -path build -o -path runs -o -path shared -o -path dev/data -o -name fixtures \
-    -o -name __pycache__ -o -name '.?*' \) -prune -o -type f ! -name '*.tmp' \
-    ! -name '*.safetensors' ! -name '*.npy' -exec grep -Iq . {} \; -print | LC_ALL=C sort)
+VISIBLE_TEXT = find * \( -path build -o -path runs -o -path shared -o -path dev/data -o -name fixtures \
+    -o -name __pycache__ -o -name '.?*' -o -type d -exec test -e {}/pyvenv.cfg \; \) -prune \
+    -o -type f ! -name '*.tmp' ! -name '*.safetensors' ! -name '*.npy' -exec grep -Iq . {} \; \
+    -print | LC_ALL=C sort
 
 own-text:
-	@printf '%s\n' $(HIDDEN_TEXT) $(VISIBLE_TEXT)
+	@printf '%s\n' $(HIDDEN_TEXT)
+	@$(VISIBLE_TEXT)
 
 # A copy of it, so that the commands that the program prints are short and name one folder.
 build/source: FORCE
-	@rm -rf $@ && mkdir -p $@ && tar cf - $(VISIBLE_TEXT) | tar xf - -C $@
+	@rm -rf $@ && mkdir -p $@ && $(VISIBLE_TEXT) | tar cf - -T - | tar xf - -C $@
 FORCE:
 
 # Unless OUT does, the program chooses the run folder (runs/source, runs/source-2, ...); the newest
-# is the one that it has just written.
+# is the one that it has just written. DATA is one path, of any name, where there is such a file,
+# and several words where there is none.
 TIME ?= 120
 PROMPT ?= $(if $(DATA),,// ====)
-TEXT = $(or $(DATA),build/source $(HIDDEN_TEXT))
-RUN = $(or $(OUT),$$(ls -td runs/*/last | head -n 1 | xargs dirname))
+quoted = '$(subst ','\'',$(1))'
+IS_ONE = $(shell test -e $(call quoted,$(DATA)) && echo yes)
+TEXT = $(if $(DATA),$(if $(IS_ONE),$(call quoted,$(DATA)),$(DATA)),build/source $(HIDDEN_TEXT))
+RUN = $(or $(OUT),$$(ls -td runs/*/last | head -n 1 | sed 's,/last$$,,'))
 
 train: $(if $(DATA),,build/source)
 	@scripts/install_deps.sh run
 	@$(MAKE) --no-print-directory train_gpt2
-	./train_gpt2 train --data $(TEXT) $(if $(OUT),--out $(OUT)) --time-limit $(TIME)
+	./train_gpt2 train --data $(TEXT) $(if $(OUT),--out $(call quoted,$(OUT))) --time-limit $(TIME)
 	@echo
 	@echo "---- a longer sample ----"
-	@./train_gpt2 sample --model $(RUN) --prompt "$(PROMPT)" --max-new-tokens 600 --temperature 0.8
+	@./train_gpt2 sample --model "$(RUN)" --prompt "$(PROMPT)" --max-new-tokens 600 --temperature 0.8
 	@echo
 	@echo "---- what to try next ----"
 	@echo "other text        make train DATA=path (a file, or a folder of them)"

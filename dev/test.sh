@@ -218,6 +218,21 @@ own_text_complete() {
     done | if grep .; then false; fi
 }
 
+# Beside the sources there may be files of any name, which are read too, and a virtual environment,
+# with more files than a command line holds, which is not. (In a copy of what finds them.)
+own_text_of_any_name() {
+    tree=build/any_name odd="it's a text (1).txt" count=700
+    rm -rf $tree
+    mkdir -p $tree/scripts $tree/venv
+    cp Makefile $tree && cp scripts/install_deps.sh $tree/scripts || return 1
+    : >$tree/train_gpt2.cpp
+    for file in "$odd" venv/pyvenv.cfg; do echo text >"$tree/$file"; done
+    while [ $((count -= 1)) -gt 0 ]; do echo text >$tree/venv/"$(printf '%0200d' $count)"; done
+    $make -C $tree build/source && cmp "$tree/$odd" "$tree/build/source/$odd" &&
+        [ ! -e $tree/build/source/venv ] && $make -C $tree -n train DATA="$odd" >$log &&
+        grep -qF -- "--data 'it'\\''s a text (1).txt' " $log
+}
+
 build_tests() {
     echo "== the build"
     $make train_gpt2 || true
@@ -225,6 +240,7 @@ build_tests() {
     for header in *.h; do
         check "changing $header rebuilds the program" header_rebuilds "$header"
     done
+    check "make train reads text files of any name" own_text_of_any_name
     if [ -d .git ] && command -v git >/dev/null; then
         check "make train reads every tracked text file" own_text_complete
     else
