@@ -521,7 +521,7 @@ EOF
     amx_tests
     other_compiler_tests
     live_comparison
-    part "scripts that fetch data" dev/test/test_scripts.sh
+    part "scripts that fetch data, .ci/run" dev/test/test_scripts.sh
     fault_tests files kills signals disks
     allocation_faults
     cuda_tests

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Tries scripts/fetch.sh and scripts/data_*.sh against a server on this machine, which cuts
-# connections, begins in the middle or cannot, and has the wrong files. Nothing goes out.
+# connections, begins in the middle or cannot, and has the wrong files. Nothing goes out. Then what
+# .ci/run says of tests that fail.
 #
 #   dev/test/test_scripts.sh        the last line is `N passed, N failed, N skipped`
 # shellcheck disable=SC2317  # functions are called through check
@@ -241,6 +242,26 @@ says() {
 for script in scripts/data_*.sh; do
     check "$script says size, time, licence and hash" says "$script"
 done
+
+# ==== .ci/run ====================================================================================
+
+# ci TEXT COMMANDS: in a folder with the counts of an earlier run, the last line is TEXT where make
+# does COMMANDS and fails.
+mkdir -p "$work/ci/.ci" "$work/ci/build" "$work/bin"
+cp .ci/run "$work/ci/.ci"
+ci() {
+    echo "9 passed, 0 failed, 0 skipped" >"$work/ci/build/test.log"
+    printf '#!/bin/sh\n%s\nexit 2\n' "$2" >"$work/bin/make"
+    chmod +x "$work/bin/make"
+    PATH="$work/bin:$PATH" "$work/ci/.ci/run" >"$work/said" 2>&1
+    [ $? -eq 2 ] && [ "$(tail -n 1 "$work/said")" = "$1" ]
+}
+check ".ci/run repeats the counts of tests that failed" ci "4 passed, 3 failed, 0 skipped" \
+    'echo "4 passed, 3 failed, 0 skipped" >build/test.log'
+check ".ci/run takes tests that did not get as far for a failure" \
+    ci "0 passed, 1 failed, 0 skipped" :
+
+# ==== the pinned hashes ==========================================================================
 
 # The real ones, where they are: what the scripts pin is what they have.
 data=../shared/data
