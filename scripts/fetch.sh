@@ -55,6 +55,7 @@ fetch() {
             rm -f "$part"
             ;;
         0:*) return ;;
+        23:*) fail "$part: cannot be written; is the disk full?" ;;
         33:* | 36:*)
             # The server cannot begin in the middle.
             rm -f "$part"

@@ -193,6 +193,10 @@ check "a file that is not there is an error at once" run 1 "the server says 404"
 check "after one request" requests "/files/none 0;"
 check "no server is an error" run 1 "cut off or not reached" \
     env FETCH_TRIES=2 $fetch http://127.0.0.1:1/data "$file"
+clear_away
+mkdir -p "$file.part"
+check "what cannot be written is said to be so" run 1 "$file.part: cannot be written" \
+    $fetch "$url/files/data" "$file" "$hash"
 check "words are checked" run 1 "usage:" $fetch "$url/files/data"
 
 # ==== data_*.sh ==================================================================================
