@@ -131,9 +131,9 @@ enum class Init {
 // One row a tensor. Allocation, initialisation, decay groups, names, import, export, dump, the
 // memory report and the tests follow from it; nothing else lists the tensors.
 //   name, rows, columns (0: a vector), how many (1 or L), present when, decays, initialiser,
-//   Hugging Face name
-//   (%d: the layer), and whether their file holds the transpose: a matrix here is (outputs,
-//   inputs), so that a row makes one output; theirs of the four products are (inputs, outputs).
+//   Hugging Face name (%d: the layer), and whether their file holds the transpose: a matrix here is
+//   (outputs, inputs), so that a row makes one output; theirs of a block's four products are
+//   (inputs, outputs).
 #define GPT2_PARAMETER_TABLE(X)                                                 \
     X(wte, Vp, C, 1, true, true, normal, "wte.weight", false)                   \
     X(wpe, context, C, 1, true, true, normal, "wpe.weight", false)              \
@@ -329,7 +329,8 @@ TwinSizes gpt2_sizes(const GPT2Config& config, const GPT2Shape& shape);
     X(key_cache, narrow, generate* context* C, cache)    \
     X(value_cache, narrow, generate* context* C, cache)
 
-// A pointer to each buffer: narrow ones of the type that products read, exact ones of another.
+// A pointer to each buffer: narrow ones of the type that products read, exact ones and those of the
+// residual stream of types of their own.
 template <class Narrow, class Exact, class Stream = Narrow>
 struct ActivationPointers {
     using narrow = Narrow;

@@ -54,8 +54,8 @@ constexpr int kReduceRows = 32;       // partial sums of a bias or layer norm gr
 constexpr int kInt8Most = 127;                 // the largest weight in int8
 constexpr size_t kExpanded = size_t(1) << 20;  // numbers of such weights expanded at a time
 
-// A float32 cut to its upper half: the range of float32, and 8 bits of it. Numbers of this type are
-// stored; what computes with them computes in `real`.
+// A float32 cut to its upper half: the range of float32, with 8 significant bits. Numbers of this
+// type are stored; what computes with them computes in `real`.
 struct bf16 {
     uint16_t bits;
 
@@ -316,9 +316,11 @@ static void add_partial_sums(real* column, const real* partial, int C) {
 }
 
 // forward: y = n * weight + bias with n = (x - mean) * rstd
-// dbias += dy;  dweight += dy * n;  dx += rstd * (g - mean(g) - n * mean(g * n)) with g = dy *
-// weight dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C):
-// the weight's and the bias's gradients are first summed over kReduceRows runs of rows, then over
+// dbias += dy;  dweight += dy * n;  with g = dy * weight:
+// dx += rstd * (g - mean(g) - n * mean(g * n))
+//
+// dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C): the
+// weight's and the bias's gradients are first summed over kReduceRows runs of rows, then over
 // those.
 template <class Stream, class Float>
 void layernorm_backward(Stream* dinp, real* dweight, real* dbias, const Float* dout,
@@ -1151,9 +1153,10 @@ struct DropoutDraw {
     }
 };
 
-// out[j] = inp[j] / (1 - p) with probability 1 - p, else 0            [Srivastava et al. 2014, JMLR
-// 15:1929] for n numbers of a row. Whether an element stays depends on the key and its place alone,
-// so that backward, another rank or the other twin decides the same; out may be inp.
+// out[j] = inp[j] / (1 - p) with probability 1 - p, else 0  [Srivastava et al. 2014, JMLR 15:1929]
+//
+// For n numbers of a row. Whether an element stays depends on the key and its place alone, so that
+// backward, another rank or the other twin decides the same; out may be inp.
 template <class Out, class Float>
 static void dropout_row(Out* out, const Float* inp, const DropoutRow& place, int n) {
     DropoutDraw draw(place);
@@ -1383,12 +1386,14 @@ static void attention_queries_backward(Float* dq, const Float* dout, const Float
                            nullptr, 0, dq + size_t(first) * 3 * C, 3 * C});
 }
 
-// forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
-// dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - sum(dout * out)) / sqrt(HS);  dq = ds k;
-// dk = ds^T q (sum_j p_j dropout(dd)_j = sum_j d_j dd_j = dout . out, so the row's sum needs no
-// second pass [Dao et al. 2022, arXiv:2205.14135, appendix B]). dqkv (B,T,3C) is written; dout, out
-// (B,T,C); scratch as in forward. A thread takes a head, whose dk and dv it sums up in `real` over
-// the blocks of queries, in order.
+// forward: s = q k^T;  p = softmax(s / sqrt(HS));  d = dropout(p);  out = d v
+// dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - dout . out) / sqrt(HS)
+// dq = ds k;  dk = ds^T q
+//
+// (sum_j p_j dropout(dd)_j = sum_j d_j dd_j = dout . out, so the row's sum needs no second pass
+// [Dao et al. 2022, arXiv:2205.14135, appendix B].) dqkv (B,T,3C) is written; dout, out (B,T,C);
+// scratch as in forward. A thread takes a head, whose dk and dv it sums up in `real` over the
+// blocks of queries, in order.
 template <class Float>
 void attention_backward(Float* dqkv, const Float* dout, const Float* qkv, const Float* out,
                         const real* logsumexp, real* scratch, const Dropout& dropout, int B, int T,

@@ -868,8 +868,10 @@ __global__ void __launch_bounds__(kRowThreads<Width>)
 }
 
 // forward: y = n * weight + bias with n = (x - mean) * rstd
-// dbias += dy;  dweight += dy * n;  dx += rstd * (g - mean(g) - n * mean(g * n)) with g = dy *
-// weight. dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C).
+// dbias += dy;  dweight += dy * n;  with g = dy * weight:
+// dx += rstd * (g - mean(g) - n * mean(g * n))
+//
+// dinp (B,T,C), dweight (C) and dbias (C) or null accumulate. scratch (2 * kReduceRows, C).
 template <class Float>
 void layernorm_backward(Float* dinp, float* dweight, float* dbias, const Float* dout,
                         const Float* inp, const Float* weight, const float* mean, const float* rstd,
@@ -2645,9 +2647,10 @@ using AttentionQueryTiles = std::conditional_t<
 using AttentionKeyWarpgroup = AttentionWarpgroup<3>;
 using AttentionQueryWarpgroup = AttentionWarpgroup<4>;
 
-// forward: s = q k^T / sqrt(HS);  p = softmax(s);  d = dropout(p);  out = d v
-// dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - sum(dout * out)) / sqrt(HS);  dq = ds k;
-// dk = ds^T q            [Dao et al. 2022, arXiv:2205.14135, appendix B]
+// forward: s = q k^T;  p = softmax(s / sqrt(HS));  d = dropout(p);  out = d v
+// dv = d^T dout;  dd = dout v^T;  ds = p * (dropout(dd) - dout . out) / sqrt(HS)
+// dq = ds k;  dk = ds^T q                 [Dao et al. 2022, arXiv:2205.14135, appendix B]
+//
 // dqkv (B,T,3C) is written, each element once, by sums in a fixed order: no atomics, so that it
 // repeats bitwise. That costs 7 products instead of 5: s and dd are computed where the keys' sums
 // live, and again where the queries' do. dout, out (B,T,C), qkv (B,T,3C), logsumexp (B,NH,T) of

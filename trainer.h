@@ -209,7 +209,8 @@ inline double run_progress(const Goal& goal, size_t step, double elapsed_s, doub
 
 // The rate of the update that follows `step` updates. It rises linearly over the warm-up, then
 // falls from the highest rate to final_lr_fraction of it with `progress`, where it is held:
-//   cosine  fraction + (1 - fraction) (1 + cos(pi t)) / 2   [Loshchilov & Hutter 2016, 1608.03983]
+//   cosine  fraction + (1 - fraction) (1 + cos(pi t)) / 2
+//                                              [Loshchilov & Hutter 2016, arXiv:1608.03983]
 //   linear  1 - (1 - fraction) t               [to 0: Bergsma et al. 2025, arXiv:2502.15938]
 //   wsd     1 until t = 0.8, then linear                    [Hu et al. 2024, arXiv:2404.06395]
 // t counts from the end of the warm-up; where the clock is followed and the warm-up is given in
