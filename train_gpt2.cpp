@@ -1220,14 +1220,14 @@ static real softmax_row(Out* out, real* row, int n, real scale) {
     return largest * scale + std::log(sum);
 }
 
-// What a thread works in, in its part of the scratch memory: of a block of queries, scores and
-// their gradients (kAttentionRows,row), and what products read of either, which is the same memory
-// where their type is.
+// What a thread works in, in its part of the scratch memory: of a block of queries, scores and the
+// gradients of weights (kAttentionRows,row), and what products read, made of either: weights and
+// the gradients of scores, in the same memory where the type is the same.
 template <class Float>
 struct AttentionScratch {
     int row;
-    real *scores, *dscores;
-    Float *weights, *dweights;
+    real *scores, *dweights;
+    Float *weights, *dscores;
     real *dk, *dv;  // (keys,HS), of all keys of a head
 
     AttentionScratch(real* scratch, size_t keys, size_t HS) : row(int(attention_row(keys))) {
@@ -1235,13 +1235,13 @@ struct AttentionScratch {
         size_t block = kAttentionRows * size_t(row);
         scores = scratch + size_t(omp_get_thread_num()) *
                                attention_numbers(keys, HS, kSame ? Dtype::fp32 : Dtype::bf16);
-        dscores = scores + block;
-        if constexpr (kSame) weights = scores, dweights = dscores;
+        dweights = scores + block;
+        if constexpr (kSame) weights = scores, dscores = dweights;
         else {
-            weights = reinterpret_cast<Float*>(dscores + block);
-            dweights = weights + block;
+            weights = reinterpret_cast<Float*>(dweights + block);
+            dscores = weights + block;
         }
-        dk = dscores + block + (kSame ? 0 : block);
+        dk = dweights + block + (kSame ? 0 : block);
         dv = dk + keys * HS;
     }
 };
@@ -1328,11 +1328,12 @@ void attention_forward(Float* out, real* logsumexp, const Float* qkv, real* scra
     }
 }
 
-// The gradient of the scores of query t of a head, from scores and the gradients of its dropped
-// weights, of the keys that it sees: dweights; and the weights, dropped again.
+// dscores, the gradient of the scores of query t of a head, from scores and dweights, the gradient
+// of its dropped weights, of the keys that it sees; and the weights, dropped again. dscores may be
+// dweights, and weights may be scores.
 template <class Float>
-static void attention_scores_backward(Float* weights, Float* dweights, const real* scores,
-                                      const real* dscores, real logsumexp, real dot,
+static void attention_scores_backward(Float* weights, Float* dscores, const real* scores,
+                                      const real* dweights, real logsumexp, real dot,
                                       const AttentionHead<Float>& head, int t) {
     real scale = head.scale(), factors[kDropoutRun];
     std::fill(factors, factors + kDropoutRun, real(1));
@@ -1343,13 +1344,13 @@ static void attention_scores_backward(Float* weights, Float* dweights, const rea
 #pragma omp simd
         for (int i = 0; i < count; i++) {
             real p = vector_exp(scores[j + i] * scale - logsumexp);
-            dweights[j + i] = p * (factors[i] * dscores[j + i] - dot) * scale;
+            dscores[j + i] = p * (factors[i] * dweights[j + i] - dot) * scale;
             weights[j + i] = p * factors[i];
         }
     }
     // A query that sees one key weighs it 1, whatever its score: the gradient is 0, and what
     // rounding leaves of it AdamW would divide by its own size.
-    if (t == 0) dweights[0] = real(0);
+    if (t == 0) dscores[0] = real(0);
 }
 
 // dq of the queries [first, first + rows) is written, and what they add to dk and dv of the head;
@@ -1365,24 +1366,24 @@ static void attention_queries_backward(Float* dq, const Float* dout, const Float
     product<Float, real>({false, true, rows, keys, HS, q, head.q_stride, head.k, head.kv_stride,
                           nullptr, 0, s.scores, s.row});
     product<Float, real>({false, true, rows, keys, HS, dout, C, head.v, head.kv_stride, nullptr, 0,
-                          s.dscores, s.row});
+                          s.dweights, s.row});
     for (int t = 0; t < rows; t++) {
         const Float *dout_t = dout + size_t(t) * C, *out_t = out + size_t(t) * C;
         real dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int i = 0; i < HS; i++) dot += real(dout_t[i]) * real(out_t[i]);
         size_t row = size_t(t) * s.row;
-        Float *weights = s.weights + row, *dweights = s.dweights + row;
-        attention_scores_backward(weights, dweights, s.scores + row, s.dscores + row,
+        Float *weights = s.weights + row, *dscores = s.dscores + row;
+        attention_scores_backward(weights, dscores, s.scores + row, s.dweights + row,
                                   logsumexp[first + t], dot, head, first + t);
         std::fill(weights + first + t + 1, weights + keys, Float(0));
-        std::fill(dweights + first + t + 1, dweights + keys, Float(0));
+        std::fill(dscores + first + t + 1, dscores + keys, Float(0));
     }
     product<Float, real>(
         {true, false, keys, HS, rows, s.weights, s.row, dout, C, nullptr, 1, s.dv, HS});
     product<Float, real>(
-        {true, false, keys, HS, rows, s.dweights, s.row, q, head.q_stride, nullptr, 1, s.dk, HS});
-    product<Float, Float>({false, false, rows, HS, keys, s.dweights, s.row, head.k, head.kv_stride,
+        {true, false, keys, HS, rows, s.dscores, s.row, q, head.q_stride, nullptr, 1, s.dk, HS});
+    product<Float, Float>({false, false, rows, HS, keys, s.dscores, s.row, head.k, head.kv_stride,
                            nullptr, 0, dq + size_t(first) * 3 * C, 3 * C});
 }
 
