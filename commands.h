@@ -13,7 +13,6 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 #include <exception>
-#include <iostream>
 
 #include "hellaswag.h"
 #include "scaling.h"

@@ -82,12 +82,6 @@ inline void check_zeros(const MappedFile& file, const char* at, size_t count, si
 
 // ==== llm.c: models, reading =====================================================================
 
-// Whether a file begins like a model of llm.c's.
-inline bool is_llmc_model(const std::string& path) {
-    std::error_code ignored;
-    return fs::is_regular_file(path, ignored) && first_word(MappedFile(path)) == kLlmcModel;
-}
-
 // A model file of llm.c's: float32 (version 3) or bfloat16 (version 5). It has biases, a tied head,
 // a hidden width of 4 C and an epsilon of 1e-5, and no tokenizer. Opening maps it, and throws with
 // exit code 2 unless its header describes a model and exactly the bytes that follow.

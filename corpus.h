@@ -13,7 +13,6 @@
 
 #include <array>
 #include <condition_variable>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <mutex>

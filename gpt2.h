@@ -160,7 +160,6 @@ struct ParameterPointers {
     GPT2_PARAMETER_TABLE(X)
 #undef X
 };
-using ParameterTensors = ParameterPointers<real>;
 
 enum class Group { parameters, gradients, first_moments, second_moments };
 
@@ -340,7 +339,6 @@ struct ActivationPointers {
     GPT2_ACTIVATION_TABLE(X)
 #undef X
 };
-using ActivationTensors = ActivationPointers<real, real>;
 
 struct ActivationRow {
     const char* name;

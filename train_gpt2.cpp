@@ -24,10 +24,8 @@
 #include <atomic>
 #include <bit>
 #include <cassert>
-#include <chrono>
 #include <cstring>
 #include <fstream>
-#include <limits>
 #include <map>
 #include <thread>
 #include <tuple>

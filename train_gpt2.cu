@@ -276,17 +276,11 @@ __device__ inline bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// The sum, or the largest, over the lanes of a warp; every lane gets it.
+// The sum over the lanes of a warp; every lane gets it.
 template <class T>
 __device__ T warp_sum(T x) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
         x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
-
-__device__ inline float warp_max(float x) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
     return x;
 }
 

@@ -16,7 +16,6 @@
 #include <climits>
 #include <csignal>
 #include <future>
-#include <limits>
 #include <mutex>
 #include <numeric>
 #include <optional>

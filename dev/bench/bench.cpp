@@ -17,7 +17,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <memory>
 #include <thread>
 #include <vector>
 

@@ -11,7 +11,6 @@
 // turn, so that what two neighbouring blocks touch without atomics is a race too.
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>

@@ -7,7 +7,6 @@
 #include <nccl.h>
 #include <signal.h>
 #include <spawn.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,9 +14,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
-#include <functional>
 #include <map>
-#include <numeric>
 #include <random>
 #include <sstream>
 #include <thread>

@@ -4,13 +4,11 @@
 
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 
 #include <functional>
 #include <mutex>
-#include <random>
 #include <sstream>
 #include <thread>
 

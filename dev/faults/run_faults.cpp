@@ -7,8 +7,10 @@
 // Parts: files, allocations, kills, signals, disks; all of them when none is named. The library
 // faults.so is expected beside this program.
 #include <sched.h>
-#include <sys/file.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
+
+#include <random>
 
 #include "harness.h"
 

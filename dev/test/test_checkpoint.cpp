@@ -1,6 +1,5 @@
 // The tests of checkpoint.h: safetensors, config.json, model folders and the checkpoints of a run.
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <unistd.h>

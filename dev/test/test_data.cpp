@@ -11,7 +11,6 @@
 #include <iterator>
 #include <map>
 #include <numeric>
-#include <random>
 #include <set>
 
 #include "../../corpus.h"

@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <random>
-#include <thread>
 
 #include "../../commands.h"
 #include "calls.h"

@@ -2,7 +2,6 @@
 // among real processes, with ranks that do not come, die, hang, differ, and strangers at the door.
 
 #include <gtest/gtest.h>
-#include <sched.h>
 
 #include <map>
 

@@ -7,7 +7,6 @@
 
 #include <fstream>
 #include <map>
-#include <numeric>
 #include <random>
 #include <set>
 #include <thread>
