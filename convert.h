@@ -876,7 +876,7 @@ inline std::string describe_llmc_state(const MappedFile& file) {
         header_word(file, 4) != 0 ? "with" : "without");
 }
 
-// A tokenizer of llm.c's: ids to bytes, each with its length before it, and no merges.
+// A tokenizer of llm.c's: ids to bytes, each with its length before it; merges follow from them.
 inline std::string describe_llmc_tokenizer(const MappedFile& file) {
     check_llmc_header(file, kLlmcTokenizer, "a tokenizer of llm.c");
     int32_t version = header_word(file, 1), tokens = header_word(file, 2);
@@ -890,7 +890,9 @@ inline std::string describe_llmc_tokenizer(const MappedFile& file) {
     if (at != file.size())
         fail_input("%s: byte %zu: something follows the last of %d tokens", file.path().c_str(), at,
                    tokens);
-    return format("tokenizer of llm.c, version %d: %d tokens", version, tokens);
+    return format(
+        "tokenizer of llm.c, version %d: %d tokens; it does not say how text is split (--pattern)",
+        version, tokens);
 }
 
 // Reads all of it: every id, and the hash of a shard that has one in its header.

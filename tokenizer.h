@@ -1,14 +1,16 @@
-// Text <-> tokens: byte-level BPE (trained here, or GPT-2's own), byte and character vocabularies.
+// Text <-> tokens: byte-level BPE (trained here, or GPT-2's own), and vocabularies of bytes, of
+// characters and of words.
 //
 // Byte-level BPE [Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019] cuts text into
 // pieces with the split pattern of GPT-2, GPT-4 or GPT-4o, writes each piece as bytes, and joins
 // adjacent tokens by a ranked list of merges. A byte vocabulary has one token a byte, a character
-// vocabulary one a Unicode character. All three are kept as Hugging Face tokenizer.json, which the
-// `tokenizers` library reads and agrees with on any valid UTF-8.
+// vocabulary one a Unicode character, one of words each word of a text (see for_each_word). All
+// four are kept as Hugging Face tokenizer.json, which the `tokenizers` library reads and agrees
+// with on any valid UTF-8.
 //
 // Text is bytes. Those that are not UTF-8 are kept: each is a character of its own, neither letter,
 // number nor space. decode(encode(text)) == text for every text, where a character vocabulary lacks
-// no character.
+// no character; words alone lose the white space between them.
 #pragma once
 
 #include <utf8proc.h>

@@ -5,7 +5,7 @@
 // vocab.json and merges.txt, and encoder.json and vocab.bpe of GPT-2's publication, hold ids and
 // merges, spelt in byte-level characters. OpenAI's .tiktoken and llm.c's tokenizer.bin hold the
 // tokens' bytes alone: there a token's id is its rank, and the merges follow from it (see
-// recover_merges). Byte and character vocabularies are kept as tokenizer.json only.
+// recover_merges). Vocabularies of bytes, characters and words are kept as tokenizer.json only.
 #pragma once
 
 #include "tokenizer.h"

@@ -870,7 +870,8 @@ TEST(Info, KnowsTheFilesOfLlmc) {
     files.expect("state.bin", state.substr(0, 500), "header", false);
     std::string head(1024, '\0');
     set_word(&head, 0, 20240328), set_word(&head, 1, 2), set_word(&head, 2, 2);
-    files.expect("tok.bin", head + "\1a\2bc", "tokenizer of llm.c, version 2: 2 tokens");
+    files.expect("tok.bin", head + "\1a\2bc",
+                 "tokenizer of llm.c, version 2: 2 tokens; it does not say how text is split");
     files.expect("tok.bin", head + "\1a\2b", "token 1 of 2 is cut", false);
     files.expect("tok.bin", head + "\1a\2bcd", "something follows", false);
     files.expect("tok.bin", head + std::string("\1a\0", 3), "token 1 of 2 is cut", false);
