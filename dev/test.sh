@@ -22,6 +22,8 @@ cd "$(dirname "$0")/.." || exit 1
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 CXX=${CXX:-g++}
+# (The compiler may be several words, of which the Makefile's folder bears the first: ccache g++.)
+folder_of() { echo "build/$(basename "${1%% *}")${2:+-$2}"; }
 make="${MAKE:-make} --no-print-directory"
 log=build/test.part.$$
 passed=0 failed=0 skipped=0
@@ -73,9 +75,10 @@ build() {
     $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$compiler" VARIANT="$variant" "$@"
 }
 
-# build_ahead: reads lines `STEP COMPILER VARIANT TARGET...` (- for no variant), and builds them in
-# this order beside the tests, most of which wait for a disk or use one core. It says nothing: who
-# needs a step waits for it (built STEP) and builds it, which finds it done, or says what is wrong.
+# build_ahead: reads lines `STEP COMPILER VARIANT TARGET...` (- for $CXX, and for no variant), and
+# builds them in this order beside the tests, most of which wait for a disk or use one core. It says
+# nothing: who needs a step waits for it (built STEP) and builds it, which finds it done, or says
+# what is wrong.
 ahead=
 build_ahead() {
     steps=$(cat)
@@ -92,7 +95,8 @@ EOF
 build_steps() {
     trap 'kill "$!" 2>/dev/null; exit' TERM
     while read -r step compiler variant targets; do
-        if command -v "$compiler" >/dev/null; then
+        if [ "$compiler" = - ]; then compiler=$CXX; fi
+        if command -v "${compiler%% *}" >/dev/null; then
             $make -j "$(getconf _NPROCESSORS_ONLN)" CXX="$compiler" VARIANT="${variant#-}" \
                 $targets </dev/null &
             wait "$!"
@@ -116,7 +120,7 @@ fi
 # program_tests COMPILER VARIANT: builds the tests and the program in a variant of the Makefile's,
 # and runs the first, which start the second at $GPT2_BINARY. In double the model alone is tested.
 program_tests() {
-    folder=build/$(basename "$1")${2:+-$2}
+    folder=$(folder_of "$1" "$2")
     where=$in_memory
     if [ "$1" = "$CXX" ] && [ -z "$2" ]; then where=; fi
     echo "== building $folder"
@@ -138,7 +142,7 @@ program_tests() {
 
 # The products that oneDNN makes for a processor with AVX2 alone, and one thread.
 narrow_tests() {
-    folder=build/$(basename "$CXX")
+    folder=$(folder_of "$CXX")
     for dtype in fp32 bf16; do
         part "$folder/test_gpt2, $dtype, AVX2, one thread" env GPT2_TEST_DTYPE=$dtype \
             ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
@@ -149,7 +153,7 @@ narrow_tests() {
 # The products that train_gpt2.cpp makes itself on a processor with AMX, on any that can pack for
 # them.
 amx_tests() {
-    folder=build/$(basename "$CXX")
+    folder=$(folder_of "$CXX")
     if ! grep -qs avx512bw /proc/cpuinfo; then
         skip "products on an emulated AMX: this processor has no AVX-512, which packs for them"
         return
@@ -201,14 +205,19 @@ live_comparison() {
         skip "the live comparison: no Python with torch and transformers (set PYTHON)"
     else
         part "comparison with PyTorch" "$python" dev/reference/compare.py --tests --random 20 \
-            --train-gpt2 "build/$(basename "$CXX")/train_gpt2"
+            --train-gpt2 "$(folder_of "$CXX")/train_gpt2"
         part "HellaSwag by PyTorch" "$python" dev/reference/compare_hellaswag.py \
-            --train-gpt2 "build/$(basename "$CXX")/train_gpt2"
+            --train-gpt2 "$(folder_of "$CXX")/train_gpt2"
     fi
 }
 
 # A header is a prerequisite of the program: taken as newer (-W), it makes the program out of date.
 header_rebuilds() { ! $make -q -W "$1" train_gpt2; }
+
+# The tests look for programs where the Makefile makes them, with a compiler of several words too.
+several_words() {
+    $make -n CXX="env $CXX" train_gpt2 | grep -qF -- "-o $(folder_of "env $CXX")/train_gpt2 "
+}
 
 # Every tracked text file is among those that `make train` trains on, bar fixtures.
 own_text_complete() {
@@ -240,6 +249,7 @@ build_tests() {
     for header in *.h; do
         check "changing $header rebuilds the program" header_rebuilds "$header"
     done
+    check "programs are where the tests look for them" several_words
     check "make train reads text files of any name" own_text_of_any_name
     # (git reads no checkout that belongs to somebody else.)
     if [ -e .git ] && git ls-files >/dev/null 2>&1; then
@@ -253,7 +263,7 @@ build_tests() {
 
 # build_faults: sets $folder; fails where faults cannot be injected.
 build_faults() {
-    folder=build/$(basename "$CXX")
+    folder=$(folder_of "$CXX")
     if [ "$(uname)" != Linux ] || ! getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
         skip "faults: they are injected between a program and glibc, which is not here"
         return 1
@@ -324,7 +334,7 @@ kernel_checks() {
 
 # build_emulated COMPILER VARIANT: sets $folder; fails where there are no headers, or no program.
 build_emulated() {
-    folder=build/$(basename "$1")${2:+-$2}
+    folder=$(folder_of "$1" "$2")
     if [ -z "$($make -s cuda-headers)" ]; then
         skip "the kernels on the emulator: no NVIDIA headers (cublasLt.h of the CUDA toolkit, 12.8 or newer; set CUDA_HOME)"
         return 1
@@ -457,7 +467,7 @@ wide_accesses() {
 cuda_tests() {
     emulated_tests
     check "both twins have the same sections in the same order" same_sections
-    if [ -x "build/$(basename "$CXX")/train_gpt2cu_emu" ]; then
+    if [ -x "$(folder_of "$CXX")/train_gpt2cu_emu" ]; then
         check "both programs take the same words" same_words
     fi
     compiled_tests
@@ -504,16 +514,17 @@ sanitized_kernels() {
 
 case $1 in
 test)
+    own=$(folder_of "$CXX")
     build_ahead <<EOF
-$(basename "$CXX") $CXX - programs
-$(basename "$CXX")-double $CXX double programs
-amx $CXX - build/$(basename "$CXX")/test_gpt2_amx
+${own#build/} - - programs
+${own#build/}-double - double programs
+amx - - $own/test_gpt2_amx
 $other $other - programs
 $other-double $other double programs
-faults $CXX - faults
-allocations $CXX double build/$(basename "$CXX")-double/train_gpt2
-emulated $CXX - emu-programs
-cuda $CXX - cuda
+faults - - faults
+allocations - double $own-double/train_gpt2
+emulated - - emu-programs
+cuda - - cuda
 EOF
     program_tests "$CXX" ""
     narrow_tests

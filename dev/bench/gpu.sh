@@ -93,7 +93,8 @@ counted() {
 # Sets program, test_programs, cpu_program and prefix (of the layers' programs).
 find_programs() {
     if [ $emulated = yes ]; then
-        folder=build/$(basename "${CXX:-g++}")
+        compiler=${CXX:-g++}
+        folder=build/$(basename "${compiler%% *}")
         program=$folder/train_gpt2cu_emu
         test_programs="$folder/test_gpt2cu_emu $folder/test_runscu_emu"
         cpu_program=$folder/train_gpt2 prefix=$folder/check_
