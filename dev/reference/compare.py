@@ -9,8 +9,9 @@
                                      tokenizers both ways
 
 Each tensor that `train_gpt2 dump` gives may be at most twice as far from PyTorch's float64 as
-PyTorch's own float32 is, or its bf16 with --dtype bf16 (reference.py). The last line is `N passed, N failed, N skipped`; exit
-code 0 when nothing failed, 1 when something did, 2 when the comparison cannot be made.
+PyTorch's own float32 is, or its bf16 with --dtype bf16 (reference.py). The last line is
+`N passed, N failed, N skipped`; exit code 0 when nothing failed, 1 when something did, 2 when the
+comparison cannot be made.
 """
 
 import argparse

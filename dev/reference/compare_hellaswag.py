@@ -197,6 +197,8 @@ def main():
                 make_model(options, draw, folder)
                 lines = map(json.dumps, make_examples(options.examples, draw))
                 file.write_text("\n".join(lines) + "\n")
+            elif (folder / "last").is_dir():
+                folder = folder / "last"  # a run folder stands for its last checkpoint
             failures = compare(options, folder, file, work)
         for failure in failures[:5]:
             print(f"  FAIL: {failure}")
