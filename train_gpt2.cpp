@@ -957,7 +957,7 @@ static void product(const Product<In, Out>& p) {
 #endif
 #ifdef GPT2_ONEDNN
     if constexpr (std::is_same_v<In, float>) {
-        if (!p.trans_b || p.bias == nullptr) {
+        if (p.bias == nullptr) {
             dnnl_status_t status =
                 dnnl_sgemm(p.trans_a ? 'T' : 'N', p.trans_b ? 'T' : 'N', p.M, p.N, p.K, 1.f, p.A,
                            p.lda, p.B, p.ldb, p.beta, p.C, p.ldc);
