@@ -14,7 +14,7 @@
 // (objcopy --weaken): only their layer functions are called.
 #pragma once
 
-#define GPT2_LAYERS_ONLY  // each program compiles the kernels of its own layer alone
+#define GPT2_LAYERS_ONLY  // without the model; of the layers, what a program calls is compiled
 #include <algorithm>
 #include <cmath>
 #include <functional>
