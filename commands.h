@@ -743,12 +743,29 @@ inline TrainOptions repeated_options(const std::string& folder, const json& star
     return options.train;
 }
 
+// Refuses a run that went on otherwise than it began, whose losses the options of its beginning do
+// not give.
+inline void check_went_on_alike(const std::string& folder, const json& start) {
+    json began = start.value("settings", json::object());
+    std::stringstream lines(read_file(join_path(folder, "log.jsonl")));
+    for (std::string line; std::getline(lines, line);) {
+        json record = json::parse(line, nullptr, false);
+        if (!record.is_object() || record.value("event", json()) != "start") continue;
+        auto changes = setting_changes(began, record.value("settings", json::object()));
+        if (record.contains("ranks")) changes.push_back("several ranks went on with it");
+        if (!changes.empty())
+            fail_input("%s: went on otherwise than it began, and cannot be repeated: %s",
+                       folder.c_str(), changes[0].c_str());
+    }
+}
+
 // `train --repeat FOLDER`: the run there with the options with which it began, into another folder.
 inline int repeat_command(const TrainOptions& asked, double start_s,
                           const std::string& how_to_go_on) {
     std::string first = without_slashes(fs::path(asked.repeat).lexically_normal().string());
     json start = first_start(first);
     TrainOptions o = repeated_options(first, start);
+    check_went_on_alike(first, start);
     o.out = asked.out.empty() ? first + ".repeat" : asked.out;
     o.resume = asked.resume, o.repeat = "";
     if (fs::weakly_canonical(fs::absolute(o.out)) == fs::weakly_canonical(fs::absolute(first)))

@@ -855,6 +855,14 @@ TEST_F(Cli, WhatCannotBeRepeatedIsRefused) {
     expect_error(changed("\"steps\":2", "\"steps\":0"), 2, "run: a run by the clock");
     expect_error(changed("\"run\":{", "\"ranks\":[\"a\",\"b\"],\"run\":{"), 2, "a run of 2 ranks");
     expect_error(changed("\"computing\":\"", "\"computing\":\"fp8, "), 2, "a run in fp8");
+    write("run/log.jsonl", log);
+    ASSERT_EQ(call(train_words({"--data", "text.txt", "--tokenizer", "bytes", "--steps", "3",
+                                "--out", "run"}))
+                  .code,
+              0);
+    expect_error(
+        call({"train", "--repeat", "run"}), 2,
+        "run: went on otherwise than it began, and cannot be repeated: steps was 2 so far");
     EXPECT_FALSE(fs::exists(path("run.repeat"))) << "nothing was begun";
 }
 
