@@ -767,7 +767,7 @@ inline int repeat_command(const TrainOptions& asked, double start_s,
     TrainOptions o = repeated_options(first, start);
     check_went_on_alike(first, start);
     o.out = asked.out.empty() ? first + ".repeat" : asked.out;
-    o.resume = asked.resume, o.repeat = "";
+    o.resume = asked.resume, o.repeat = "", o.program = asked.program;
     if (fs::weakly_canonical(fs::absolute(o.out)) == fs::weakly_canonical(fs::absolute(first)))
         fail_input("--out %s: holds the run that is to be repeated; give another folder",
                    o.out.c_str());
@@ -1884,6 +1884,7 @@ inline int call_command(const CLI::App& app, const Options& o, double start_s, i
     std::string name = command->get_name();
     if (name == "train") {
         TrainOptions train = o.train;
+        train.program = shell_quoted(argv[0]);
         train.arguments.assign(argv + 2, argv + argc);
         std::string how_to_go_on = command_to_go_on(argc, argv);
         if (!train.repeat.empty()) {

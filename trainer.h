@@ -146,9 +146,10 @@ struct TrainOptions {
     size_t log_every = 100;  // steps, of the times of every rank; 0: never
     int zero = 0;            // what each rank holds but a part of: see GPT2Shape
     std::string reduce = "fp32";
-    std::vector<std::string> arguments;  // as they were typed, for the log
-    FILE* screen = stdout;               // where progress is shown
-    PeakRate peak;                       // of this machine; 0: to be asked for
+    std::string program = gpt2_program();  // as it was called, for a shell
+    std::vector<std::string> arguments;    // as they were typed, for the log
+    FILE* screen = stdout;                 // where progress is shown
+    PeakRate peak;                         // of this machine; 0: to be asked for
 };
 
 constexpr double kMostDropout = 0.99;
@@ -3373,6 +3374,6 @@ inline void Training::conclude() {
                             join_path(folder_.out, "best").c_str()));
     screen_.line("saved      " + join_path(folder_.out, step_name(state_.step)));
     if (data_.tokenizer)
-        screen_.line(format("try        %s sample --model %s --prompt TEXT", gpt2_program(),
+        screen_.line(format("try        %s sample --model %s --prompt TEXT", o_.program.c_str(),
                             shell_quoted(folder_.out).c_str()));
 }

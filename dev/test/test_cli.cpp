@@ -808,6 +808,8 @@ TEST_F(Cli, ARunIsRepeatedFromItsLog) {
     EXPECT_NE(again.out.find("repeated   all 5 steps have the same losses, to the last bit"),
               std::string::npos)
         << again.out;
+    std::string hint = "try        " + shell_quoted(binary()) + " sample --model run.repeat ";
+    EXPECT_NE(again.out.find(hint), std::string::npos) << again.out << "lacks " << hint;
     std::string log = read_file(path("run/log.jsonl"));
     size_t at = log.find("\"train_loss\":", log.find("\"step\":4")) + 13;
     log[at + 3] = log[at + 3] == '1' ? '2' : '1';
