@@ -37,7 +37,8 @@ first_program() {
     for program in "$@"; do
         if command -v "$program" >/dev/null; then return; fi
     done
-    fail "there is no $1: make builds it; TRAIN_GPT2=... names another"
+    case $1 in *cu) builds='make cuda' ;; *) builds=make ;; esac
+    fail "there is no $1: $builds builds it; TRAIN_GPT2=... names another"
 }
 
 # ==== the command line ===========================================================================

@@ -453,6 +453,8 @@ TEST_F(PlanScripts, BadUsageOfARecipeIsOneLine) {
                "val_000000.bin: is not there");
     program_ = path("no_program");
     expect_bad(script("run_gpt2_124M.sh", "GPUS=1"), "make builds it");
+    program_ = path("train_gpt2cu");
+    expect_bad(script("run_gpt2_124M.sh", "GPUS=1"), "make cuda builds it");
 }
 
 TEST_F(PlanScripts, ARecipeRunsOnceForEachRankOfALauncher) {
