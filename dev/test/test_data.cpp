@@ -811,6 +811,23 @@ TEST(TokenCache, IsWrittenAnewWhenDamaged) {
     }
 }
 
+// More tokens than 16 bits tell apart, as the vocabularies from GPT-4's on have.
+TEST(TokenCache, HoldsTheIdsOfLargeVocabularies) {
+    DataCacheTest test({"zz a"});
+    std::string ranks;  // every byte, and every pair of bytes, those that begin with z last
+    for (int id = 0; id < 256 + 65536; id++) {
+        std::string token(1, char(id));
+        if (id >= 256) token = {char((id >> 8) + 'z'), char(id)};
+        ranks += to_base64(token) + " " + std::to_string(id) + "\n";
+    }
+    std::string path = data_put(test.folder + "/wide.tiktoken", ranks);
+    test.tokenizer = Tokenizer::load(path, Pattern::cl100k);
+    TokenizedText result = test.run();
+    EXPECT_EQ(test.ids(result)[0], 65536 + 'z');
+    EXPECT_EQ(test.shown(result), "zz a");
+    EXPECT_TRUE(test.run().from_cache);
+}
+
 TEST(TokenCache, CountsTheBytesThatAVocabularyLacks) {
     DataCacheTest test({"abc\xc3\xa9xyz"});
     test.tokenizer = Tokenizer::chars("abc\xc3\xa9");
