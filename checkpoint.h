@@ -1164,7 +1164,8 @@ inline bool exchange_paths(const std::string& a, const std::string& b) {
 // A new, empty folder that is removed with all it holds unless it was renamed.
 class TemporaryFolder {
   public:
-    explicit TemporaryFolder(const std::string& path) : path_(path) {
+    explicit TemporaryFolder(const std::string& path)
+        : path_(path), leftover_(std::in_place, path) {
         remove_folder(path);
         make_folder(path);
     }
@@ -1188,10 +1189,12 @@ class TemporaryFolder {
             rename_path(path_, target);
         }
         path_.clear();
+        leftover_.reset();
     }
 
   private:
     std::string path_;
+    std::optional<Leftover> leftover_;
 };
 
 // OUT/link -> name, in one step: a reader finds the old target or the new one.

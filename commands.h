@@ -1941,6 +1941,7 @@ inline void end_on_cut_file() {
         if (CutWatch::mend(info->si_addr)) return;
         constexpr std::string_view kLine =
             ": error: a file was cut short while it was read; do not write to files in use\n";
+        Leftovers::remove_all();
         const char* program = gpt2_program();
         bool said = ::write(STDERR_FILENO, program, strlen(program)) > 0 &&
                     ::write(STDERR_FILENO, kLine.data(), kLine.size()) > 0;
@@ -1948,6 +1949,26 @@ inline void end_on_cut_file() {
         _exit(kExitMachine);
     };
     sigaction(SIGBUS, &action, nullptr);
+}
+
+// A signal that ends the program leaves nothing of what it was writing; while it trains, it saves
+// instead (StopOnSignal). The handler has a stack of its own, for the reason given there. What is
+// ignored, as behind nohup, stays ignored.
+inline void end_without_leftovers() {
+    static char memory[1 << 16];
+    stack_t stack = {};
+    stack.ss_sp = memory, stack.ss_size = sizeof memory;
+    sigaltstack(&stack, nullptr);
+    struct sigaction action = {}, before;
+    action.sa_handler = [](int signal) {
+        Leftovers::remove_all();
+        raise(signal);  // once more, without a handler, when this one returns
+    };
+    action.sa_flags = int(SA_RESETHAND) | SA_ONSTACK;
+    sigfillset(&action.sa_mask);
+    for (int signal : kStopSignals)
+        if (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(signal, &action, nullptr);
 }
 
 // A standard stream that is closed would be the next file that is opened, and what is said would go
@@ -1964,6 +1985,7 @@ inline int run(int argc, char** argv) {
     open_standard_streams();
     end_without_memory();
     end_on_cut_file();
+    end_without_leftovers();
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is seen when writing
     signal(SIGXFSZ, SIG_IGN);  // and so is a limit on the size of files
     int code = 0;

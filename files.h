@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -29,6 +30,7 @@
 #include <fstream>
 #include <memory>
 #include <new>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -516,6 +518,76 @@ inline std::string target_of_temporary(std::string name) {
     return name;
 }
 
+// Files and folders that are there only until they are renamed or removed. A signal that ends the
+// program removes them first (end_without_leftovers), in a handler, which may take no memory: so
+// there are so many places of a fixed size, and what finds none is left behind by a signal.
+class Leftovers {
+  public:
+    // The place that `path` has from now on; -1: none.
+    static int add(const std::string& path) {
+        if (path.size() >= sizeof Place::path) return -1;
+        for (int i = 0; i < kPlaces; i++) {
+            Place& place = places_[i];
+            if (place.taken.exchange(true)) continue;
+            memcpy(place.path, path.c_str(), path.size() + 1);
+            place.whole = true;
+            return i;
+        }
+        return -1;
+    }
+    static void forget(int place) {
+        if (place < 0) return;
+        places_[place].whole = false;
+        places_[place].taken = false;
+    }
+    // Only what POSIX allows in a handler, and the system's call behind readdir.
+    static void remove_all() {
+        for (int i = 0; i < kPlaces; i++)
+            if (places_[i].whole) remove(places_[i].path);
+    }
+
+  private:
+    static constexpr int kPlaces = 16;
+    struct Place {
+        std::atomic<bool> taken, whole;
+        char path[4096];
+    };
+    static inline Place places_[kPlaces] = {};
+
+    // A file, or a folder of files.
+    static void remove(const char* path) {
+        if (unlink(path) == 0 || errno == ENOENT) return;
+        constexpr int kTries = 4;  // a file system may pass over names while others go
+        for (int i = 0; i < kTries && rmdir(path) != 0; i++) empty(path);
+    }
+    static void empty([[maybe_unused]] const char* path) {
+#ifdef SYS_getdents64
+        int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        alignas(8) char entries[4096];  // each: 16 bytes, its length (2), a byte, its name
+        for (long size; (size = syscall(SYS_getdents64, fd, entries, sizeof entries)) > 0;) {
+            uint16_t length = 0;
+            for (long at = 0; at < size; at += length) {
+                memcpy(&length, entries + at + 16, sizeof length);
+                unlinkat(fd, entries + at + 19, 0);
+            }
+        }
+        close(fd);
+#endif
+    }
+};
+
+// A place among the leftovers, for as long as this lives.
+class Leftover {
+  public:
+    explicit Leftover(const std::string& path) : place_(Leftovers::add(path)) {}
+    Leftover(const Leftover&) = delete;
+    Leftover& operator=(const Leftover&) = delete;
+    ~Leftover() { Leftovers::forget(place_); }
+
+  private:
+    int place_;
+};
+
 // Writes `path` so that it appears whole or not at all: bytes go to a file beside it (two programs
 // may write the same file, and the last one wins), commit() flushes, syncs and renames it, and
 // destruction without commit() removes it. Where `path` is a link, what it leads to is replaced. A
@@ -616,6 +688,7 @@ class AtomicFile {
         int tries = 100;
         do {
             temporary_ = temporary_name(target_);
+            leftover_.emplace(temporary_);
             fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
         } while (fd_ < 0 && errno == EEXIST && --tries > 0);
         if (fd_ < 0) fail("create");
@@ -642,6 +715,7 @@ class AtomicFile {
 
     std::string path_;
     std::string target_, temporary_;  // behind the links, and what is renamed to that; no stream's
+    std::optional<Leftover> leftover_;
     std::unique_ptr<char, decltype(&free)> buffer_ = aligned_memory(kBufferSize);
     size_t buffered_ = 0;
     int fd_ = -1;

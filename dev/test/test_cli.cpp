@@ -643,6 +643,38 @@ TEST_F(Cli, AFullDiskLeavesNothingOfAnExport) {
     }
 }
 
+// A program that writes until it is stopped, and one that is stopped over a folder.
+TEST_F(Cli, ASignalLeavesNothingOfWhatIsNotFinished) {
+    make_model();
+    auto is_begun = [&] {
+        for (const auto& item : fs::directory_iterator(folder_))
+            if (item.path().filename().string().starts_with("new")) return true;
+        return false;
+    };
+    // A model of zeros, large enough to be seen while it is written; the file has no blocks.
+    int32_t header[kLlmcHeaderInts] = {kLlmcModel, kLlmcFloat32, 1024,   1 << 14, 1,
+                                       1,          1024,         1 << 14};
+    write("zeros.bin", std::string(reinterpret_cast<char*>(header), sizeof header));
+    GPT2Config config;
+    config.context = 1024, config.vocab_size = 1 << 14, config.layers = 1, config.heads = 1,
+    config.channels = 1024;
+    fs::resize_file(path("zeros.bin"), sizeof header + 4 * llmc_offsets(config, 1 << 14).back());
+    const std::vector<std::string> kWords[] = {
+        {"sample", "--model", "run", "--num-samples", "1000000", "--out", "new"},
+        {"export", "--model", "zeros.bin", "--out", "new"},
+        {"export", "--model", "zeros.bin", "--out", "new.bin"}};
+    for (int signal : {SIGINT, SIGTERM, SIGHUP})
+        for (const std::vector<std::string>& words : kWords) {
+            Call long_call{folder_, words};
+            pid_t child = long_call.start();
+            for (int i = 0; i < 30000 && !is_begun(); i++) usleep(1000);
+            EXPECT_TRUE(is_begun());
+            kill(child, signal);
+            EXPECT_EQ(long_call.finish(child).code, 128 + signal) << words[0];
+            EXPECT_FALSE(is_begun()) << words[0] << ": something is left";
+        }
+}
+
 TEST_F(Cli, ASignalSavesAndTheRunGoesOn) {
     for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU}) {
         std::string out = format("run%d", signal);

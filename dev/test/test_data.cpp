@@ -99,6 +99,24 @@ TEST(AtomicFile, ALinkStaysAndSoDoesTheModeOfWhatItLeadsTo) {
     EXPECT_TRUE(fs::is_symlink(folder + "/round"));
 }
 
+// What the handler of a signal does: files that are not finished go, and so do folders with all
+// files in them; what is finished stays.
+TEST(AtomicFile, WhatIsNotFinishedGoesWithASignal) {
+    std::string folder = test_folder();
+    AtomicFile unfinished(folder + "/a");
+    write_file_atomic(folder + "/b", "whole");
+    fs::create_directory(folder + "/c");
+    for (int i = 0; i < 500; i++) data_put(folder + "/c/file" + std::to_string(i), "x");
+    Leftover meanwhile(folder + "/c"), gone(folder + "/none");
+    AtomicFile inside(folder + "/c/d");
+    { Leftover finished(folder + "/b"); }
+    Leftovers::remove_all();
+    std::vector<std::string> there;
+    for (const auto& entry : fs::directory_iterator(folder))
+        there.push_back(entry.path().filename().string());
+    EXPECT_EQ(there, std::vector<std::string>{"b"});
+}
+
 TEST(AtomicFile, DevicesAndPipesAreWrittenToAndFoldersRefused) {
     std::string folder = test_folder(), pipe = folder + "/pipe", device = folder + "/device";
     EXPECT_EQ(error_of([&] { write_file_atomic(folder, "x"); }),
