@@ -985,6 +985,7 @@ inline TokenizedText tokenize_cached(const TextCorpus& corpus, size_t begin, siz
     result.bytes = 0;
     for (int id : ids) result.bytes += size_t(bytes[size_t(id)]);
     make_folder(cache_folder);
+    remove_leftovers(cache_folder);
     write_shard(result.path, ids, true, shard_width(tokenizer.vocab_size()));
     return result;
 }

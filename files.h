@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdarg>
 #include <cstdint>
@@ -516,6 +517,18 @@ inline std::string target_of_temporary(std::string name) {
     drop_end("0123456789abcdef");
     drop_end("0123456789");
     return name;
+}
+
+// Removes from a folder of this program's own what others of it were killed over: the files of
+// such names that nobody has written to for an hour. What cannot be removed does no harm.
+inline void remove_leftovers(const std::string& folder) {
+    std::error_code error, ignored;
+    auto old = fs::file_time_type::clock::now() - std::chrono::hours(1);
+    for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+        if (target_of_temporary(at->path().filename().string()).empty()) continue;
+        auto written = at->last_write_time(ignored);
+        if (!ignored && written < old) fs::remove(at->path(), ignored);
+    }
 }
 
 // Files and folders that are there only until they are renamed or removed. A signal that ends the

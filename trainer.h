@@ -484,6 +484,7 @@ inline Tokenizer train_bpe_cached(std::string_view text, int vocab_size,
     }
     Tokenizer tokenizer = Tokenizer::train_bpe(text, vocab_size, training);
     make_folder(folder.string());
+    remove_leftovers(folder.string());
     tokenizer.save(folder.string());
     return tokenizer;
 }

@@ -846,6 +846,32 @@ TEST(TokenCache, HoldsTheIdsOfLargeVocabularies) {
     EXPECT_TRUE(test.run().from_cache);
 }
 
+// What a killed program left goes when nobody can still be writing it, and nothing else does.
+TEST(TokenCache, LosesWhatKilledProgramsLeft) {
+    DataCacheTest test({"text"});
+    std::string cache = test.folder + "/cache/";
+    fs::create_directory(cache);
+    auto put = [&](const std::string& name, int hours) {
+        data_put(cache + name, "x");
+        fs::last_write_time(cache + name,
+                            fs::file_time_type::clock::now() - std::chrono::hours(hours));
+    };
+    std::set<std::string> stay = {
+        "0123456789abcdef.bin", "a.bin.12.0123abcd.tmp.bin", "a.tmp",
+        ".12.0123abcd.tmp",     "a.bin.12.0123abcg.tmp",     "a.bin.12.0123abc.tmp",
+        "a.bin.x.0123abcd.tmp", "a.bin..0123abcd.tmp",       "a12.0123abcd.tmp"};
+    for (const std::string& name : stay) put(name, 100);
+    put("young.bin.12.0123abcd.tmp", 0);
+    stay.insert("young.bin.12.0123abcd.tmp");
+    put("old.bin.12.0123abcd.tmp", 2);
+    put(fs::path(temporary_name("own.bin")).string(), 2);
+    stay.insert(fs::path(test.run().path).filename().string());
+    std::set<std::string> there;
+    for (const auto& entry : fs::directory_iterator(cache))
+        there.insert(entry.path().filename().string());
+    EXPECT_EQ(there, stay);
+}
+
 TEST(TokenCache, CountsTheBytesThatAVocabularyLacks) {
     DataCacheTest test({"abc\xc3\xa9xyz"});
     test.tokenizer = Tokenizer::chars("abc\xc3\xa9");
