@@ -1048,7 +1048,9 @@ inline LoadedModel load_for_inference(const std::string& path, const std::string
 inline std::vector<int> prompt_tokens(const std::string& prompt, const Tokenizer& tokenizer,
                                       int context, int rank) {
     std::string missing;
-    std::vector<int> ids = tokenizer.encode(prompt, &missing);
+    std::vector<int> ids;
+    with_place([] { return std::string("--prompt"); },
+               [&] { tokenizer.encode(prompt, ids, &missing); });
     if (!missing.empty() && rank == 0)
         fprintf(stderr,
                 "note: characters of the prompt that the vocabulary lacks are dropped: %s\n",
@@ -1398,11 +1400,9 @@ inline Tokenizer given_tokenizer(const TokenizerOptions& o) {
     return Tokenizer::load(o.tokenizer, pattern_of(o.file_pattern));
 }
 
-// Encodes every document as --special says, with the end of text between them. `source` is where a
-// single one is from.
+// Encodes every document as --special says, with the end of text between them.
 inline std::vector<int> encode_corpus(const TokenizerOptions& o, const TextCorpus& corpus,
-                                      const std::string& source, const Tokenizer& tokenizer,
-                                      std::string* missing) {
+                                      const Tokenizer& tokenizer, std::string* missing) {
     bool plain = o.special == "text", forbid = o.special == "forbid";
     std::vector<std::string> names;
     for (size_t begin = 0; !plain && begin <= o.special.size();) {
@@ -1413,16 +1413,16 @@ inline std::vector<int> encode_corpus(const TokenizerOptions& o, const TextCorpu
     if (forbid || o.special == "allow") names = {"all"};
     std::vector<int> specials, ids;
     if (!plain) specials = tokenizer.special_tokens(names);
-    size_t begin = 0, number = 0;
-    for (size_t end : corpus.document_ends) {
-        std::string_view text = std::string_view(corpus.text).substr(begin, end - begin);
+    size_t begin = 0;
+    for (size_t i = 0; i < corpus.document_ends.size(); begin = corpus.document_ends[i++]) {
+        std::string_view text(corpus.text);
+        text = text.substr(begin, corpus.document_ends[i] - begin);
         if (begin > 0 && tokenizer.end_of_text() >= 0) ids.push_back(tokenizer.end_of_text());
-        number++;
-        at_place(source.empty() ? format("--in: document %zu", number) : source, [&] {
-            if (plain) tokenizer.encode(text, ids, missing, o.threads);
-            else tokenizer.encode_specials(text, specials, forbid, ids, missing);
-        });
-        begin = end;
+        with_place([&] { return corpus.place(i, 0); },
+                   [&] {
+                       if (plain) tokenizer.encode(text, ids, missing, o.threads);
+                       else tokenizer.encode_specials(text, specials, forbid, ids, missing);
+                   });
     }
     return ids;
 }
@@ -1490,12 +1490,12 @@ inline int encode_command(const TokenizerOptions& o) {
     if (o.documents.empty() || one) {
         corpus.text = read_input(o.documents.empty() ? "" : o.documents[0]);
         corpus.document_ends = {corpus.text.size()};
+        corpus.files = {{0, o.documents.empty() ? "standard input" : o.documents[0]}};
     } else {
         corpus = read_text(o.documents, o.jsonl_field);
     }
-    std::string missing, source = o.documents.empty() ? "standard input" : "";
-    if (one) source = o.documents[0];
-    std::vector<int> ids = encode_corpus(o, corpus, source, tokenizer, &missing);
+    std::string missing;
+    std::vector<int> ids = encode_corpus(o, corpus, tokenizer, &missing);
     if (!missing.empty())
         fprintf(stderr, "note: characters that the vocabulary lacks are dropped: %s\n",
                 one_line(missing).c_str());

@@ -431,11 +431,13 @@ inline TextCorpus read_text(const std::vector<std::string>& paths,
     for (const Source& source : reader.sources()) size += source.bytes;
     TextCorpus corpus;
     corpus.text.reserve(size);
-    for (Unit unit; reader.next(&unit);)
+    for (Unit unit; reader.next(&unit);) {
+        if (unit.begins) corpus.files.emplace_back(corpus.document_ends.size(), names[unit.source]);
         for_each_document(unit, names[unit.source], jsonl_field, [&](std::string_view text) {
             corpus.text.append(text);
             corpus.document_ends.push_back(corpus.text.size());
         });
+    }
     if (corpus.text.empty() && names.size() > 1)
         fail_input("%s: empty, and so are the other %zu files", names[0].c_str(), names.size() - 1);
     if (corpus.text.empty()) fail_input("%s: empty", names[0].c_str());
@@ -1197,11 +1199,6 @@ class ShardBuilder {
         std::string joined, cleaned;  // joined: the documents, one behind the other
         std::vector<size_t> ends, id_ends;
         bool copied = unit.json_lines || request_.clean;
-        auto encode = [&](std::string_view texts) {
-            std::string place = files_[unit.source];
-            if (unit.json_lines) place += format(": from line %zu on", unit.first_line);
-            at_place(place, [&] { tokenizer_.encode_each(texts, ends, result.ids, id_ends); });
-        };
         auto take = [&](std::string_view text) {
             Piece piece{0, 0, 0, unit.json_lines || unit.begins, unit.json_lines || unit.ends, {}};
             if (request_.clean) {
@@ -1217,13 +1214,23 @@ class ShardBuilder {
             ends.push_back((ends.empty() ? 0 : ends.back()) + text.size());
             result.pieces.push_back(piece);
             if (copied && !again) joined += text;
-            else if (!again) encode(text);
+            else if (!again) encode(unit, text, ends, &result, &id_ends);
         };
         for_each_document(unit, files_[unit.source], request_.jsonl_field, take);
         if (again) return result;
-        if (copied) encode(joined);
+        if (copied) encode(unit, joined, ends, &result, &id_ends);
         count_ids(id_ends, &result);
         return result;
+    }
+    void encode(const Unit& unit, std::string_view texts, const std::vector<size_t>& ends,
+                EncodedUnit* result, std::vector<size_t>* id_ends) const {
+        auto place = [&] {
+            const std::string& path = files_[unit.source];
+            if (unit.json_lines)
+                return format("%s: a document from line %zu on", path.c_str(), unit.first_line);
+            return unit.begins ? path : path + ": behind its first part";
+        };
+        with_place(place, [&] { tokenizer_.encode_each(texts, ends, result->ids, *id_ends); });
     }
     // Of each piece the number of ids, and the bytes that are in none.
     void count_ids(const std::vector<size_t>& id_ends, EncodedUnit* unit) const {

@@ -889,6 +889,19 @@ inline std::vector<std::string> expand_paths(const std::vector<std::string>& pat
 struct TextCorpus {
     std::string text;
     std::vector<size_t> document_ends;
+    // From which document on they are of which file; none where they are of no file.
+    std::vector<std::pair<size_t, std::string>> files = {};
+
+    // For messages: where byte `at` of a document is.
+    std::string place(size_t document, size_t at) const {
+        size_t next = 0;
+        while (next < files.size() && files[next].first <= document) next++;
+        std::string text_place = next == 0 ? "the text" : files[next - 1].second;
+        size_t first = next == 0 ? 0 : files[next - 1].first;
+        size_t last = next < files.size() ? files[next].first : document_ends.size();
+        if (last - first > 1) text_place += format(": document %zu", document - first + 1);
+        return at == 0 ? text_place : text_place + format(": from byte %zu on", at);
+    }
 };
 
 // Where the last tenth of a text begins: floor(0.9 * size), moved forward to the beginning of a
@@ -928,12 +941,14 @@ struct TokenizedText {
 inline std::vector<int> encode_documents(const TextCorpus& corpus, size_t begin, size_t end,
                                          const Tokenizer& tokenizer) {
     std::vector<int> ids;
-    size_t document_begin = 0;
-    for (size_t document_end : corpus.document_ends) {
+    for (size_t i = 0; i < corpus.document_ends.size(); i++) {
+        size_t document_begin = i == 0 ? 0 : corpus.document_ends[i - 1];
+        size_t document_end = corpus.document_ends[i];
         size_t from = std::max(document_begin, begin), to = std::min(document_end, end);
-        document_begin = document_end;
         if (from >= to) continue;
-        tokenizer.encode(std::string_view(corpus.text).substr(from, to - from), ids);
+        with_place(
+            [&] { return corpus.place(i, from - document_begin); },
+            [&] { tokenizer.encode(std::string_view(corpus.text).substr(from, to - from), ids); });
         bool followed = to == document_end && document_end < corpus.text.size();
         if (followed && tokenizer.end_of_text() >= 0) ids.push_back(tokenizer.end_of_text());
     }
@@ -979,8 +994,9 @@ inline TokenizedText tokenize_cached(const TextCorpus& corpus, size_t begin, siz
 
     std::vector<int> ids = encode_documents(corpus, begin, end, tokenizer);
     if (ids.empty())
-        fail_input("bytes %zu to %zu of the text hold no tokens of this vocabulary; give more text",
-                   begin, end);
+        fail_input(
+            "%s: bytes %zu to %zu of the text hold no tokens of this vocabulary; give more text",
+            corpus.files.empty() ? "the text" : corpus.files[0].second.c_str(), begin, end);
     result.tokens = ids.size();
     result.bytes = 0;
     for (int id : ids) result.bytes += size_t(bytes[size_t(id)]);

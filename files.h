@@ -123,14 +123,6 @@ inline std::string shell_quoted(const std::string& word) {
     throw Error(kExitMachine, text);
 }
 
-// Calls f, and says where it failed if it does, which f does not know.
-template <typename F>
-void at_place(const std::string& place, F f) {
-    try {
-        f();
-    } catch (const Error& error) { throw Error(error.exit_code, place + ": " + error.what()); }
-}
-
 // A system call on `path` failed with errno: what does not exist is bad input, a refusal is the
 // machine's.
 [[noreturn]] inline void fail_errno(const std::string& path, const char* action) {
@@ -138,6 +130,15 @@ void at_place(const std::string& place, F f) {
     if (code == ENOENT || code == ENOTDIR || code == EISDIR)
         fail_input("%s: cannot %s: %s", path.c_str(), action, strerror(code));
     fail_machine("%s: cannot %s: %s", path.c_str(), action, strerror(code));
+}
+
+// Calls f, which does not know from where what it reads came: what it throws gets place(), file and
+// place, in front.
+template <typename Place, typename F>
+void with_place(Place place, F f) {
+    try {
+        f();
+    } catch (const Error& error) { throw Error(error.exit_code, place() + ": " + error.what()); }
 }
 
 inline std::string first_line(const std::string& path) {

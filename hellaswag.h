@@ -175,11 +175,11 @@ inline ChoiceExample read_choice_line(std::string_view line, const std::string& 
     json endings = root.value("endings", json());
     if (!endings.is_array() || endings.size() != kChoices)
         fail_input("%s: \"endings\" must be an array of 4", place);
-    auto encode = [&](const std::string& text, std::vector<int>& ids) {
-        at_place(where, [&] { tokenizer.encode(text, ids, missing); });
-    };
     ChoiceExample example;
     example.label = label.get<int>();
+    auto encode = [&](const std::string& words, std::vector<int>& ids) {
+        with_place([&] { return where; }, [&] { tokenizer.encode(words, ids, missing); });
+    };
     encode(context, example.context);
     if (example.context.empty()) fail_input("%s: the context has no tokens", place);
     for (size_t i = 0; i < kChoices; i++) {

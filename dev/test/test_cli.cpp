@@ -1034,6 +1034,41 @@ TEST_F(Cli, WordsAreNotCutForValidation) {
     EXPECT_EQ(train("known/last", "again"), 3);
 }
 
+TEST_F(Cli, AWordThatTheVocabularyLacksIsNamedWithItsFile) {
+    make_model("words");
+    std::string lacks = "the vocabulary lacks the word \"zebra\"";
+    write("a.txt", "The cat");
+    write("b.txt", "sat on zebra");
+    write("c.jsonl", "{\"text\": \"The cat\"}\n{\"text\": \"sat zebra\"}\n");
+    write("d.jsonl",
+          "{\"ctx\": \"The cat\", \"label\": 0, "
+          "\"endings\": [\"sat\", \"on\", \"mat\", \"zebra\"]}\n");
+    std::vector<std::string> evaluate = {"evaluate", "--model", "run", "--data"};
+    auto on = [&](std::vector<std::string> words, const std::vector<std::string>& more) {
+        words.insert(words.end(), more.begin(), more.end());
+        return call(words);
+    };
+    expect_error(on(evaluate, {"b.txt"}), 2, "error: b.txt: byte 7: " + lacks);
+    expect_error(on(evaluate, {"a.txt", "b.txt"}), 2, "error: b.txt: byte 7: " + lacks);
+    expect_error(on(evaluate, {"a.txt", "c.jsonl"}), 2,
+                 "error: c.jsonl: document 2: byte 4: " + lacks);
+    expect_train_error({"--data", "text.txt", "--val", "b.txt", "--tokenizer", "run/last"}, 2,
+                       "error: b.txt: byte 7: " + lacks);
+    expect_error(call({"evaluate", "--model", "run", "--hellaswag", "d.jsonl"}), 2,
+                 "error: d.jsonl: line 1: byte 1: " + lacks);
+    expect_error(call({"sample", "--model", "run", "--prompt", "The zebra"}), 2,
+                 "error: --prompt: byte 4: " + lacks);
+    std::vector<std::string> encode = {"tokenizer", "encode", "--tokenizer", "run/last"};
+    expect_error(on(encode, {"--in", "b.txt"}), 2, "error: b.txt: byte 7: " + lacks);
+    expect_error(on(encode, {"--in", "a.txt", "b.txt"}), 2, "error: b.txt: byte 7: " + lacks);
+    expect_error(call(encode, "zebra"), 2, "error: standard input: byte 0: " + lacks);
+    std::vector<std::string> shard = {"shard", "--tokenizer", "run/last", "--out", "s", "--data"};
+    expect_error(on(shard, {"b.txt"}), 2, "error: b.txt: byte 7: " + lacks);
+    shard[4] = "t";
+    expect_error(on(shard, {"c.jsonl"}), 2,
+                 "error: c.jsonl: a document from line 1 on: byte 4: " + lacks);
+}
+
 // The step of the last record.
 uint64_t newest_logged(const std::string& log) {
     uint64_t step = 0;
