@@ -1180,7 +1180,7 @@ inline int sample_command(const SampleOptions& o, char** argv) {
 inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const LoadedModel& loaded) {
     std::vector<std::string> paths = expand_paths(o.data, ShardPart::val);
     std::vector<Shard> shards;
-    if (!paths.empty() && is_shard(paths[0])) {
+    if (are_shards(paths)) {
         if (loaded.tokenizer) check_manifest_tokenizer(paths, *loaded.tokenizer);
         for (const std::string& path : paths)
             shards.emplace_back(path, gpt2_config(loaded.model.get()).vocab_size,
@@ -1189,9 +1189,13 @@ inline std::vector<Shard> evaluation_shards(const EvaluateOptions& o, const Load
     }
     if (!loaded.tokenizer)
         fail_input("%s: there is no tokenizer; name one with --tokenizer", o.model.c_str());
+    std::error_code error;
+    std::string meanwhile = fs::temp_directory_path(error).string();
+    if (error)
+        fail_machine("TMPDIR: %s; set it to a folder that can be written to",
+                     error.message().c_str());
     // A shard outlives its file, so that nothing of this stays behind.
-    TemporaryFolder folder(
-        temporary_name(join_path(fs::temp_directory_path().string(), gpt2_program())));
+    TemporaryFolder folder(temporary_name(join_path(meanwhile, gpt2_program())));
     TextCorpus corpus = read_text(o.data, o.jsonl_field);
     shards.push_back(text_shard(corpus, 0, corpus.text.size(), *loaded.tokenizer, folder.path()));
     if (shards[0].size() < 2)

@@ -665,15 +665,21 @@ inline std::string describe_tokenizer(const std::optional<Tokenizer>& tokenizer)
     return format("%s, %s tokens", name, with_commas(size_t(tokenizer->vocab_size())).c_str());
 }
 
-// --data and --val, whatever they are, as shards; fail_input says what is wrong with them.
-inline TrainingData read_data(const TrainOptions& o, const ModelChoice& model,
-                              const std::string& cache_folder) {
-    std::vector<std::string> paths = expand_paths(o.data);
+// Whether files are token shards, or text; fail_input where some are the one and some the other.
+inline bool are_shards(const std::vector<std::string>& paths) {
     bool shards = !paths.empty() && is_shard(paths[0]);
     for (const std::string& path : paths)
         if (is_shard(path) != shards)
             fail_input("%s: %s; give text or token shards, not both", path.c_str(),
                        shards ? "text among token shards" : "a token shard among text");
+    return shards;
+}
+
+// --data and --val, whatever they are, as shards; fail_input says what is wrong with them.
+inline TrainingData read_data(const TrainOptions& o, const ModelChoice& model,
+                              const std::string& cache_folder) {
+    std::vector<std::string> paths = expand_paths(o.data);
+    bool shards = are_shards(paths);
     TrainingData data =
         shards ? read_shard_data(o, model, paths) : read_text_data(o, model, cache_folder);
     if (data.val.size() == 1 && data.val[0].size() < 2) data.val.clear();  // nothing to predict

@@ -966,6 +966,16 @@ TEST_F(Cli, EvaluateSaysTheSameAsTheEndOfTheRun) {
                 last.at("val_bits_per_byte").get<double>(), bound);
     EXPECT_EQ(result.at("tokens"), 45);
     EXPECT_EQ(call({"evaluate", "--model", "run", "--data", "val.txt"}).code, 0);
+    std::string temporary = fs::temp_directory_path().string();
+    setenv("TMPDIR", path("none").c_str(), 1);
+    outcome = call({"evaluate", "--model", "run", "--data", "val.txt"});
+    setenv("TMPDIR", temporary.c_str(), 1);
+    expect_error(outcome, 1, "TMPDIR: No such file or directory; set it to a folder");
+    write_shard(path("ids.bin"), {1, 2, 3});
+    expect_error(call({"evaluate", "--model", "run", "--data", "ids.bin", "val.txt"}), 2,
+                 "val.txt: text among token shards; give text or token shards, not both");
+    expect_error(call({"evaluate", "--model", "run", "--data", "val.txt", "ids.bin"}), 2,
+                 "ids.bin: a token shard among text; give text or token shards, not both");
 }
 
 TEST_F(Cli, ShardsMadeFromTextTrain) {
