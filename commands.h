@@ -968,6 +968,7 @@ inline void print_cluster_plan(const Card& card, const Cluster& c, const StepCos
 // Sizes, operations and time of a run, from its options alone: no memory is taken for the model.
 inline int plan_command(const PlanOptions& p) {
     const TrainOptions& o = p.train;
+    refuse_contradictions(o);
     bool elsewhere = plans_cluster(p);
     const Card* card = elsewhere ? &choose_card(p) : nullptr;
     Cluster cluster = elsewhere ? choose_cluster(p, *card) : Cluster();
@@ -986,6 +987,8 @@ inline int plan_command(const PlanOptions& p) {
         goal = choose_goal(o, data, windows, sequences);
         printf("data       %s\n", data.description.c_str());
     }
+    if (o.data.empty() && o.epochs > 0)
+        fprintf(stderr, "note: how many steps --epochs %g are shows with --data only\n", o.epochs);
     const GPT2Config& c = choice.config;
     GPT2Shape shape = elsewhere ? card_shape(o, c, T, *card, int(cluster.world()))
                                 : training_shape(o, c, T, true, 1);

@@ -48,7 +48,7 @@ struct GPT2Config {
 
 inline void check_range(const char* option, double value, double low, double high) {
     if (!(value >= low && value <= high))
-        fail_input("%s %g: must be from %g to %g", option, value, low, high);
+        fail_input("%s %.10g: must be from %.10g to %.10g", option, value, low, high);
 }
 
 // Refuses what no GPT-2 can be, with what would fit: exit code 2.

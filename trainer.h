@@ -2188,6 +2188,16 @@ inline void refuse_ranks(const TrainOptions& o) {
     if (o.compute.deterministic == "ranks") fail_input("--deterministic ranks: %s", why.c_str());
 }
 
+// Refuses options of which one takes away what the other is about.
+inline void refuse_contradictions(const TrainOptions& o) {
+    if (o.steps > 0 && o.epochs > 0) fail_input("--steps and --epochs: give one of them");
+    if (o.early_stop > 0 && o.eval_every == 0)
+        fail_input(
+            "--early-stop %zu: counts evaluations on the way, and --eval-every 0 makes none; give "
+            "how many steps lie between them",
+            o.early_stop);
+}
+
 // The shape of the model that trains on one of `world` ranks: with a cache for one sequence when it
 // also samples. Where states are sharded the snapshot is what they are saved from.
 inline GPT2Shape training_shape(const TrainOptions& o, const GPT2Config& config, int T,
@@ -2223,7 +2233,6 @@ inline Goal choose_goal(const TrainOptions& o, const TrainingData& data, size_t 
     constexpr double kSmallTime_s = 120;
     Goal goal{o.steps, o.time_limit_s};
     double epochs = o.epochs;
-    if (o.steps > 0 && epochs > 0) fail_input("--steps and --epochs: give one of them");
     bool none = o.steps == 0 && epochs == 0 && o.time_limit_s == 0;
     bool small = data.train_bytes > 0 && data.train_bytes < kSmallText;
     if (none && small) goal.time_limit_s = kSmallTime_s;
@@ -2270,6 +2279,7 @@ class Training {
           world_(link.ranks().world) {
         choose_shape(o_.compute);  // refuses early what this program cannot
         refuse_ranks(o_);
+        refuse_contradictions(o_);
         choice_ = choose_model(o_.model);
         T_ = choose_sequence_length(o_.sequence_length, choice_.config);
         micro_batches_ = accumulation(o_, T_, world_);
@@ -2685,6 +2695,10 @@ inline void Training::report() {
     screen_.line("out        " + folder_.out);
     if (!folder_.note.empty()) screen_.line("note       " + folder_.note);
     for (const std::string& note : notes_) screen_.line("note       " + note);
+    if (goal_.steps > 0 && o_.warmup > int64_t(goal_.steps))
+        screen_.line(
+            format("note       the warm-up is longer than the run, which ends at a rate of %.3g",
+                   learning_rate(o_, goal_, goal_.steps - 1, 1)));
     if (data_.val.empty() && !o_.overfit_one_batch)
         screen_.line(
             "note       too little data for validation: the last checkpoint is the result");

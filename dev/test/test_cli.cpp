@@ -1212,6 +1212,34 @@ TEST_F(Cli, ARunThatLostItsLastEvaluationGoesOnToIt) {
     EXPECT_TRUE(last["val_loss"].is_number()) << last;
 }
 
+TEST_F(Cli, OptionsThatTakeEachOtherAwayAreRefused) {
+    expect_train_error({"--data", "text.txt", "--steps", "9", "--epochs", "1"}, 2,
+                       "--steps and --epochs: give one of them");
+    expect_error(call({"plan", "--steps", "9", "--epochs", "1"}), 2, "give one of them");
+    std::vector<std::string> words = {"--data",       "text.txt", "--early-stop", "3",
+                                      "--eval-every", "0",        "--steps",      "2"};
+    expect_train_error(words, 2,
+                       "--early-stop 3: counts evaluations on the way, and --eval-every 0 makes "
+                       "none; give how many steps lie between them");
+    EXPECT_FALSE(fs::exists(path("runs")));
+    words = {"plan", "--early-stop", "3", "--eval-every", "0"};
+    expect_error(call(words), 2, "--early-stop 3: counts evaluations");
+}
+
+TEST_F(Cli, AWarmUpThatDoesNotEndIsSaid) {
+    auto said = [&](const char* warmup, const char* out) {
+        Outcome made =
+            call(train_words({"--data", "text.txt", "--tokenizer", "chars", "--steps", "2",
+                              "--learning-rate", "0.01", "--warmup", warmup, "--out", out}));
+        EXPECT_EQ(made.code, 0) << made.err;
+        return made.out.find(
+                   "note       the warm-up is longer than the run, which ends at a rate "
+                   "of 0.005\n") != std::string::npos;
+    };
+    EXPECT_FALSE(said("2", "whole"));
+    EXPECT_TRUE(said("4", "cut"));
+}
+
 TEST_F(Cli, OrdersOfDataAreChecked) {
     write_shard(path("a.bin"), random_ids(5000, 257, 1));
     auto error = [&](const std::vector<std::string>& more, const std::string& part) {
