@@ -423,21 +423,21 @@ inline std::vector<std::vector<HubTensor>> split_shards(const std::vector<HubTen
 }
 
 inline FileDigest write_hub_file(const std::string& path, const std::vector<HubTensor>& list,
-                                 const GPT2Config& config, const TensorReader& tensors,
-                                 const ExportFormat& to) {
+                                 const StoredModel& model, const ExportFormat& to) {
     SafetensorsWriter writer(path, {{"format", "pt"}});
-    ParameterTable table = parameter_table(config);
+    ParameterTable table = parameter_table(model.config);
     auto values = std::make_shared<std::vector<real>>();
     auto bytes = std::make_shared<std::string>();
     for (const HubTensor& tensor : list) {
         const ParameterRow& row = table[size_t(tensor.row)];
         bool present = row.present;
-        auto source = [=, &config, &tensors, &to]() -> const void* {
+        auto source = [=, &model, &to]() -> const void* {
             values->assign(tensor.count, 0);
             if (present)
-                read_hf_tensor(*values, config, tensors, Group::parameters, tensor.row,
+                read_hf_tensor(*values, model.config, model.tensors, Group::parameters, tensor.row,
                                tensor.layer);
-            round_numbers(*bytes, values->data(), values->size(), to, tensor.name);
+            round_numbers(*bytes, values->data(), values->size(), to,
+                          model.file + ": " + tensor.name);
             return bytes->data();
         };
         writer.add(tensor.name, to.dtype, hf_shape(row), source);
@@ -459,8 +459,7 @@ inline std::map<std::string, FileDigest> write_hub_tensors(const std::string& fo
         std::string name = "model.safetensors";
         if (shards.size() > 1)
             name = format("model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
-        digests[name] =
-            write_hub_file(join_path(folder, name), shards[i], model.config, model.tensors, to);
+        digests[name] = write_hub_file(join_path(folder, name), shards[i], model, to);
         for (const HubTensor& tensor : shards[i]) {
             map[tensor.name] = name;
             total += tensor.count * to.width;
@@ -649,7 +648,14 @@ inline size_t parse_size(const std::string& text) {
 // --out must not be in use: an export replaces nothing.
 inline void check_out_is_free(const std::string& out) {
     std::error_code error;
-    if (out.empty() || !path_exists(out)) return;
+    if (out.empty()) return;
+    if (fs::is_symlink(out, error) && !path_exists(out))
+        fail_input("--out %s: is a link to what is not there; give another name, or remove it",
+                   out.c_str());
+    if (!path_exists(out)) return;
+    if (fs::equivalent(out, ".", error))
+        fail_input("--out %s: is where the program runs, and cannot be replaced; give a new name",
+                   out.c_str());
     if (is_folder(out) != !out.ends_with(".bin"))
         fail_input("--out %s: is %s; FILE.bin is written for llm.c, a folder for anything else",
                    out.c_str(), is_folder(out) ? "a folder" : "a file");

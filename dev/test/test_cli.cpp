@@ -600,6 +600,10 @@ TEST_F(Cli, ExportRefusesWhatItCannotDo) {
     expect_error(call({"export", "--model", "run"}), 2, "--out is missing");
     expect_error(call({"export", "--model", "run", "--out", "run"}), 2,
                  "is there already; give another name, or remove it first");
+    expect_error(call({"export", "--model", "run", "--out", "."}), 2, "is where the program runs");
+    fs::create_symlink("nothing", path("link"));
+    expect_error(call({"export", "--model", "run", "--out", "link"}), 2,
+                 "is a link to what is not");
     expect_error(call({"export", "--model", "none", "--out", "x"}), 2, "none: no such");
     expect_error(call({"export", "--model", "text.txt", "--out", "x"}), 2, "no model of llm.c");
     expect_error(call({"export", "--model", "run", "--out", "x", "--export-dtype", "int8"}), 2,
