@@ -857,7 +857,8 @@ inline std::vector<std::string> Tokenizer::save_as(TokenizerFormat format_to,
     for (int id = 0; id < vocab_size(); id++)
         if (token_bytes(id).size() > 1 && !is_special(id) && !made.contains(id))
             fail_input(
-                "%s: this format has no tokens but bytes, those of merges and <|...|>, and no merge "
+                "%s: this format has no tokens but bytes, those of merges and <|...|>, and no "
+                "merge "
                 "makes %d; write tokenizer.json (--format json)",
                 path.c_str(), id);
     bool openai = format_to == TokenizerFormat::openai;
