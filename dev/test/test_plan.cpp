@@ -352,8 +352,9 @@ class PlanScripts : public Cli {
         for (const char* name : {"GPT2_WORLD", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_ID",
                                  "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "NCCL_DEBUG"})
             clean += std::string(" -u ") + name;
-        std::string command = clean + " TRAIN_GPT2='" + program_ + "' " + variables + " scripts/" +
-                              words + " >" + path("stdout") + " 2>" + path("stderr");
+        std::string command = clean + " TRAIN_GPT2=" + shell_quoted(program_) + " " + variables +
+                              " scripts/" + words + " >" + shell_quoted(path("stdout")) + " 2>" +
+                              shell_quoted(path("stderr"));
         int status = system(command.c_str());
         return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(path("stdout")),
                 read_file(path("stderr"))};
@@ -449,7 +450,7 @@ TEST_F(PlanScripts, BadUsageOfARecipeIsOneLine) {
     expect_bad(script("run_gpt2_124M.sh --dry-run words"), "words");
     expect_bad(script("run_gpt2_124M.sh --dry-run", "CARD=abacus"), "abacus");
     expect_bad(script("run_gpt2_1558M.sh --dry-run", "GPUS=3"), "--total-batch-tokens");
-    expect_bad(script("run_gpt2_124M.sh", "GPUS=1 DATA=" + path("nowhere")),
+    expect_bad(script("run_gpt2_124M.sh", "GPUS=1 DATA=" + shell_quoted(path("nowhere"))),
                "val_000000.bin: is not there");
     program_ = path("no_program");
     expect_bad(script("run_gpt2_124M.sh", "GPUS=1"), "make builds it");
@@ -460,7 +461,7 @@ TEST_F(PlanScripts, BadUsageOfARecipeIsOneLine) {
 TEST_F(PlanScripts, ARecipeRunsOnceForEachRankOfALauncher) {
     pretend();
     for (const char* name : {"val_000000.bin", "train_000100.bin"}) write(name, "tokens");
-    std::string data = "DATA=" + folder_ + " ";
+    std::string data = "DATA=" + shell_quoted(folder_) + " ";
     Outcome alone = script("run_gpt2_124M.sh --seed 3", data + "GPUS=8");
     ASSERT_EQ(alone.code, 0) << alone.err;
     expect_has(alone.out, "called train ");
