@@ -1853,28 +1853,39 @@ TEST(Run, ATimeLimitFinishesTheRun) {
 }
 
 // An evaluation that is due before the next step counts: here one after every step takes most of
-// the run.
+// the run. Whatever else the machine does can make a run late, but not every one.
 TEST(Run, ATimeLimitCountsTheEvaluationsBeforeIt) {
-    SmallRun once, timed;
-    for (SmallRun* run : {&once, &timed}) {
-        write_file_atomic(run->options.data[0], some_text(60000));
-        run->options.eval_every = 1, run->options.eval_batches = 0;
+    constexpr int kTries = 5;
+    bool kept = false;
+    for (int i = 0; i < kTries && !kept; i++) {
+        SmallRun once, timed;
+        for (SmallRun* run : {&once, &timed}) {
+            write_file_atomic(run->options.data[0], some_text(60000));
+            run->options.eval_every = 1, run->options.eval_batches = 0;
+        }
+        once.options.steps = 1;
+        EXPECT_EQ(once.train(), 0);
+        double begin_s = once.log().back().at("elapsed_s"), all_s = once.state().at("elapsed_s");
+        timed.options.steps = 0;
+        timed.options.time_limit_s =
+            begin_s + 1.4 * (all_s - begin_s) + 0.15;  // too little for two
+        EXPECT_EQ(timed.train(), 0);
+        double elapsed_s = timed.state().at("elapsed_s");
+        kept = timed.log().size() == 1 || elapsed_s <= timed.options.time_limit_s;
     }
-    once.options.steps = 1;
-    EXPECT_EQ(once.train(), 0);
-    double begin_s = once.log().back().at("elapsed_s"), all_s = once.state().at("elapsed_s");
-    timed.options.steps = 0;
-    timed.options.time_limit_s = begin_s + 1.4 * (all_s - begin_s) + 0.15;  // not enough for two
-    EXPECT_EQ(timed.train(), 0);
-    double elapsed_s = timed.state().at("elapsed_s");
-    EXPECT_TRUE(timed.log().size() == 1 || elapsed_s <= timed.options.time_limit_s) << elapsed_s;
+    EXPECT_TRUE(kept);
 }
 
-// What it took to read the data is not a part of the schedule: the warm-up is as long as ever.
+// What it took to read the data is not a part of the schedule: the warm-up is as long as ever. The
+// run is three times as long as one of twenty steps, however fast the machine is.
 TEST(Run, AScheduleByTheClockBeginsWithTheTraining) {
-    SmallRun run;
-    run.options.steps = 0, run.options.time_limit_s = 1001, run.options.warmup = -1;
-    run.options.eval_every = 0;
+    SmallRun once, run;
+    once.options.steps = 20, once.options.eval_every = 0;
+    double begin_s = now_s();
+    EXPECT_EQ(once.train(), 0);
+    double once_s = now_s() - begin_s;
+    run.options.steps = 0, run.options.time_limit_s = 1000.5 + 3 * once_s;
+    run.options.warmup = -1, run.options.eval_every = 0;
     EXPECT_EQ(train_command(run.options, now_s() - 1000, ""), 0);
     std::vector<json> log = run.log();
     ASSERT_GT(log.size(), 10u);
