@@ -508,15 +508,15 @@ inline std::string temporary_name(const std::string& path) {
 
 // What a file of such a name was to be renamed to; "" where the name is no such.
 inline std::string target_of_temporary(std::string name) {
-    auto drop_end = [&](const char* digits) {  // a dot and some of these
-        size_t dot = name.find_last_not_of(digits);
-        bool there = dot != name.npos && name[dot] == '.' && dot + 1 < name.size();
+    auto drop_end = [&](const char* digits, size_t least, size_t most) {  // a dot and so many
+        size_t dot = name.find_last_not_of(digits), count = name.size() - dot - 1;
+        bool there = dot != name.npos && name[dot] == '.' && count >= least && count <= most;
         name.resize(there ? dot : 0);
     };
     if (!name.ends_with(".tmp")) return "";
     name.resize(name.size() - strlen(".tmp"));
-    drop_end("0123456789abcdef");
-    drop_end("0123456789");
+    drop_end("0123456789abcdef", 8, 8);
+    drop_end("0123456789", 1, 10);
     return name;
 }
 

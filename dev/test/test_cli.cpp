@@ -1463,7 +1463,7 @@ TEST_F(Cli, EncodingGoesToArraysShardsAndNumbersAndBack) {
                                        "--special", "forbid", "--in",        "in.txt"};
     expect_error(call(forbid), 2, "in.txt: byte 10: the text holds");
     forbid.insert(forbid.end() - 1, "more.txt");
-    expect_error(call(forbid), 2, "--in: document 2: byte 10: the text holds");
+    expect_error(call(forbid), 2, "in.txt: byte 10: the text holds");
     std::string two =
         call({"tokenizer", "encode", "--tokenizer", "tok", "--in", "in.txt", "more.txt"}).out;
     EXPECT_EQ(call({"tokenizer", "decode", "--tokenizer", "tok"}, two).out,

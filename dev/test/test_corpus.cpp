@@ -546,7 +546,8 @@ TEST(ShardFolder, HoldsWordsWhole) {
     corpus_put(files.folder + "/t.txt", "well-known unknown");
     expect_refused(files.error("lacks"), "/t.txt: byte 11: the vocabulary lacks the word");
     files.request.data = {corpus_put(files.folder + "/t.jsonl", "\n{\"text\": \"unknown\"}\n")};
-    expect_refused(files.error("lacks2"), "/t.jsonl: from line 1 on: byte 0: the vocabulary lacks");
+    expect_refused(files.error("lacks2"),
+                   "/t.jsonl: a document from line 1 on: byte 0: the vocabulary lacks");
 }
 
 TEST(ShardFolder, StandsForItsPartsAmongPaths) {
