@@ -47,6 +47,12 @@ inline bool is_folder(const std::string& path) {
     return fs::is_directory(path, error);
 }
 
+// Whether a folder has a tokenizer: as tokenizer.json, or in the older form of two files.
+inline bool holds_tokenizer(const std::string& folder) {
+    auto has = [&](const char* name) { return path_exists(join_path(folder, name)); };
+    return !folder.empty() && (has("tokenizer.json") || (has("vocab.json") && has("merges.txt")));
+}
+
 // JSON whose objects have each key once: of two equal keys, readers disagree on which one counts.
 inline json parse_unique_json(std::string_view text, const std::string& where) {
     parse_json(text, where);  // which bounds the depth and says where the text is wrong

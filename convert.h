@@ -868,7 +868,7 @@ inline std::string describe_model(const std::string& path) {
     std::string text = describe_config(model.config) + " in";
     for (const std::string& dtype : model.dtypes) text += " " + dtype;
     if (!is_folder(path)) return text;
-    if (!path_exists(join_path(path, "tokenizer.json"))) return text + "; no tokenizer";
+    if (!holds_tokenizer(path)) return text + "; no tokenizer";
     return text + format("; tokenizer of %d tokens", Tokenizer::load(path).vocab_size());
 }
 
@@ -1111,8 +1111,7 @@ inline PathDescription describe_folder(const std::string& path, bool content = t
         std::vector<StepFolder> steps = list_steps(path, "");
         if (!steps.empty() || path_exists(join_path(path, "log.jsonl")))
             return describe_run(path, steps);
-        if (!path_exists(join_path(path, "tokenizer.json")))
-            return {"folder, neither a model nor a run"};
+        if (!holds_tokenizer(path)) return {"folder, neither a model nor a run"};
         description.text = format("tokenizer of %d tokens", Tokenizer::load(path).vocab_size());
     }
     if (content) describe_content(path, recorded, &description);

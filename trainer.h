@@ -445,11 +445,6 @@ inline Tokenizer load_gpt2_tokenizer() {
         "dev/data/gpt2/, or give its path");
 }
 
-inline bool holds_tokenizer(const std::string& folder) {
-    std::error_code ignored;
-    return !folder.empty() && fs::exists(fs::path(folder) / "tokenizer.json", ignored);
-}
-
 // A tokenizer that needs no text to be made: a named one, a file's, or that of a folder's model or
 // run.
 inline Tokenizer load_tokenizer(const std::string& name) {

@@ -594,6 +594,24 @@ TEST_F(Cli, ModelsGoToOtherProgramsAndComeBack) {
     EXPECT_NE(info.out.find("model.bin: model of llm.c"), std::string::npos) << info.out;
 }
 
+// Folders that were saved before there was tokenizer.json have vocab.json and merges.txt.
+TEST_F(Cli, ATokenizerIsFoundInItsOlderForm) {
+    make_model("bpe:300");
+    ASSERT_EQ(call({"export", "--model", "run", "--out", "older"}).code, 0);
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"})
+        fs::remove(path("older/") + name);
+    auto sample = [&](const char* model) {
+        Outcome outcome = call({"sample", "--model", model, "--threads", "1"});
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        return outcome.out;
+    };
+    EXPECT_EQ(sample("older"), sample("run"));
+    Outcome info = call({"info", "older"});
+    EXPECT_NE(info.out.find("; tokenizer of 300 tokens"), std::string::npos) << info.out;
+    fs::remove(path("older/merges.txt"));
+    expect_error(call({"sample", "--model", "older"}), 2, "older: there is no tokenizer");
+}
+
 TEST_F(Cli, ExportRefusesWhatItCannotDo) {
     make_model();
     expect_error(call({"export", "--out", "x"}), 2, "--model is missing");
