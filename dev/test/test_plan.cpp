@@ -505,6 +505,8 @@ TEST_F(PlanScripts, SeveralNodesAreStartedByEachLauncher) {
     expect_has(slurm.out, "run_gpt2_1558M.sh --seed 2\n");
     slurm = script("multi_node/slurm.sbatch --dry-run 350M", "RENDEZVOUS=file:/shared");
     expect_has(slurm.out, "run_gpt2_350M.sh --rendezvous file:/shared\n");
+    slurm = script("multi_node/slurm.sbatch --dry-run 124M", "SLURM_CPUS_PER_TASK=4");
+    expect_has(slurm.out, "srun --kill-on-bad-exit=1 --cpus-per-task=4 ");
     // With CDPATH, `cd` may say where it went.
     for (const char* words : {"mpirun.sh --dry-run node1:8 124M", "slurm.sbatch --dry-run 124M",
                               "torchrun.sh --dry-run 1 0 node1 124M"}) {
