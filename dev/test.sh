@@ -489,7 +489,8 @@ thread_sanitizer_tests() {
     elif ! archer_works; then
         skip "the thread sanitizer: clang++ lacks it or archer (scripts/install_deps.sh clang)"
     else
-        export TSAN_OPTIONS="ignore_noninstrumented_modules=1 ${TSAN_OPTIONS:-}"
+        # Tests fork, and the children of some start threads.
+        export TSAN_OPTIONS="ignore_noninstrumented_modules=1 die_after_fork=0 ${TSAN_OPTIONS:-}"
         program_tests clang++ tsan
     fi
 }
